@@ -1,0 +1,6 @@
+//! The coordinator: plans the cut, schedules every step, speaks the OpenAI API. See ARCHITECTURE.md for the map.
+
+#![forbid(unsafe_code)]
+
+pub mod group;
+pub mod schedule;

@@ -1,0 +1,129 @@
+//! How one tensor is divided over ranks, and the canonical segments that keep one answer.
+//!
+//! The K of every `Rows`-cut matrix is divided into S equal segments ([`segments`]); each segment is summed on its own
+//! and the segment sums are added by a fixed balanced binary tree. A rank of a power-of-two mesh owns a subtree, so
+//! every mesh adds the same numbers in the same order.
+
+use crate::mesh::{Mesh, RankId};
+
+/// Most segments a sum is divided into, and so the widest tensor cut.
+pub const SEGMENTS_MAX: usize = 8;
+
+/// S for a dimension of `units` cuttable units: the largest power of two up to [`SEGMENTS_MAX`] that divides it.
+pub fn segments(units: usize) -> usize {
+    assert!(units > 0, "a dimension of no units has no segments");
+    1 << units.trailing_zeros().min(SEGMENTS_MAX.trailing_zeros())
+}
+
+/// How a tensor of `[rows, cols]` is divided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cut {
+    /// Every rank of the stage holds all of it.
+    Replicate,
+    /// Output rows in units of `unit` rows (a query head, one intermediate channel); `rows / unit` units.
+    Columns { unit: usize },
+    /// Input columns in units of `unit` columns; the engine owes a sum over the tensor ranks.
+    Rows { unit: usize },
+    /// Output rows of `heads` key/value heads; where ranks outnumber heads, neighbours hold the same head.
+    KvHeads { heads: usize },
+    /// Rows of the vocabulary, in [`SEGMENTS_MAX`] ranges of `ceil(rows / SEGMENTS_MAX)`, whatever the mesh.
+    Vocab,
+    /// One expert's tensor: held by the ranks of its share, there divided as `within` says.
+    Expert { id: usize, of: usize, within: ExpertCut },
+}
+
+/// How an expert's own tensor is divided over [`Mesh::expert_cut`] ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExpertCut {
+    Whole,
+    Columns,
+    Rows,
+}
+
+/// What the engine owes after multiplying with a tensor so cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    Nothing,
+    /// Add the ranks' partial sums by the canonical tree.
+    Sum,
+    /// Put the ranks' parts beside each other.
+    Gather,
+    /// Exchange tokens for expert outputs.
+    Experts,
+}
+
+/// The part of a tensor that a rank holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Slice {
+    pub rows: std::ops::Range<usize>,
+    pub cols: std::ops::Range<usize>,
+}
+
+/// What `rank` holds of a `[rows, cols]` tensor cut by `cut`; `None` where it holds nothing.
+pub fn slice(cut: Cut, rows: usize, cols: usize, mesh: &Mesh, rank: RankId) -> Option<Slice> {
+    let place = mesh.place(rank);
+    let part = |n: usize, index: usize, of: usize| {
+        assert!(n.is_multiple_of(of), "{n} is not divisible by {of}: cut::check comes first");
+        index * (n / of)..(index + 1) * (n / of)
+    };
+    let (all_rows, all_cols) = (0..rows, 0..cols);
+    Some(match cut {
+        Cut::Replicate => Slice { rows: all_rows, cols: all_cols },
+        Cut::Columns { unit } => {
+            let units = part(rows / unit, place.slice, mesh.tensor);
+            Slice { rows: units.start * unit..units.end * unit, cols: all_cols }
+        }
+        Cut::Rows { unit } => {
+            let units = part(cols / unit, place.slice, mesh.tensor);
+            Slice { rows: all_rows, cols: units.start * unit..units.end * unit }
+        }
+        Cut::KvHeads { heads } => {
+            let held = kv_heads(heads, mesh.tensor, place.slice);
+            let unit = rows / heads;
+            Slice { rows: held.start * unit..held.end * unit, cols: all_cols }
+        }
+        Cut::Vocab => Slice { rows: vocab_rows(rows, mesh.tensor, place.slice), cols: all_cols },
+        Cut::Expert { id, of, within } => {
+            let (share, index) = mesh.expert_share(rank);
+            let held = part(of, share, mesh.expert);
+            if !held.contains(&id) {
+                return None;
+            }
+            match within {
+                ExpertCut::Whole => Slice { rows: all_rows, cols: all_cols },
+                ExpertCut::Columns => Slice { rows: part(rows, index, mesh.expert_cut()), cols: all_cols },
+                ExpertCut::Rows => Slice { rows: all_rows, cols: part(cols, index, mesh.expert_cut()) },
+            }
+        }
+    })
+}
+
+/// What is owed after a multiplication.
+pub fn finish(cut: Cut) -> Finish {
+    match cut {
+        Cut::Replicate | Cut::Columns { .. } | Cut::KvHeads { .. } => Finish::Nothing,
+        Cut::Rows { .. } => Finish::Sum,
+        Cut::Vocab => Finish::Gather,
+        Cut::Expert { .. } => Finish::Experts,
+    }
+}
+
+/// The key/value heads of `heads` that tensor rank `slice` of `tensor` attends with.
+pub fn kv_heads(heads: usize, tensor: usize, slice: usize) -> std::ops::Range<usize> {
+    if tensor <= heads {
+        assert!(heads.is_multiple_of(tensor));
+        slice * (heads / tensor)..(slice + 1) * (heads / tensor)
+    } else {
+        assert!(tensor.is_multiple_of(heads));
+        let head = slice / (tensor / heads);
+        head..head + 1
+    }
+}
+
+/// The vocabulary rows of tensor rank `slice`: whole segments of `ceil(rows / SEGMENTS_MAX)`, the last ones short.
+pub fn vocab_rows(rows: usize, tensor: usize, slice: usize) -> std::ops::Range<usize> {
+    let segment = rows.div_ceil(SEGMENTS_MAX);
+    let each = SEGMENTS_MAX / tensor;
+    let at = |s: usize| (s * segment).min(rows);
+    at(slice * each)..at((slice + 1) * each)
+}

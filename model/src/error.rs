@@ -1,0 +1,18 @@
+//! Why a model description was refused.
+
+/// A checkpoint's description that cannot become a [`crate::ModelSpec`], or a spec that cannot be cut as asked.
+#[derive(Debug, thiserror::Error, PartialEq)]
+pub enum SpecError {
+    #[error("config.json is not valid JSON: {0}")]
+    Json(String),
+    #[error("unknown architecture {name:?}; known: {known}")]
+    UnknownArchitecture { name: String, known: String },
+    #[error("{key} is missing from the model's config")]
+    Missing { key: String },
+    #[error("{key} = {value} in the model's config: {why}")]
+    Bad { key: String, value: String, why: String },
+    #[error("the model's config has keys that nothing reads: {0}; refusing to guess what they change")]
+    Unread(String),
+    #[error("{what} cannot be cut: {why}")]
+    Cut { what: String, why: String },
+}

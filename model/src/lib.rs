@@ -1,0 +1,32 @@
+//! What a model is and how it is cut. Pure: no I/O beyond parsing bytes given, no async, no device.
+//!
+//! * [`spec`]: a model as data, [`spec::ModelSpec`]; [`hf`] and [`gguf`] make one from a checkpoint's own description.
+//! * [`rope`]: the rotary frequencies of every scaling dialect.
+//! * [`catalog`]: every tensor of a spec, declared once: its names in a checkpoint, its shape and its cut.
+//! * [`cut`]: how one tensor is divided over ranks, and the canonical segments that keep one answer.
+//! * [`mesh`]: the ranks and their groups; all rank arithmetic lives here.
+//! * [`quant`]: weight formats and their bytes.
+//! * [`size`]: bytes of weights, cache and workspace a rank.
+//! * [`plan`]: what a coordinator decided for an epoch (data only).
+//! * [`step`]: what one forward pass of a group is asked and answers (data only).
+//! * [`fault`]: the kinds of failure that recovery matches on.
+
+#![forbid(unsafe_code)]
+
+pub mod catalog;
+pub mod cut;
+pub mod error;
+pub mod fault;
+pub mod gguf;
+pub mod hf;
+pub mod mesh;
+pub mod plan;
+pub mod quant;
+pub mod rope;
+pub mod size;
+pub mod spec;
+pub mod step;
+
+pub use error::SpecError;
+pub use mesh::{Mesh, RankId};
+pub use spec::ModelSpec;

@@ -1,0 +1,66 @@
+//! What a coordinator decided for one epoch: data only. The planner makes it, the store keeps it, workers obey it.
+
+use crate::mesh::{Mesh, RankId};
+use crate::quant::Dtype;
+
+/// Grows with every plan; a worker acts on the highest it has seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Epoch(pub u64);
+
+/// One agent process, by the id it was given when it joined.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WorkerId(pub String);
+
+/// Positions in one block of cache, and in one span of attention: a span is walked with its own maximum, so the
+/// number is part of the answer and the same everywhere.
+pub const BLOCK_TOKENS: usize = 32;
+
+/// A group's cut and limits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    pub epoch: Epoch,
+    pub mesh: Mesh,
+    pub dtype: Dtype,
+    pub family: KernelFamily,
+    /// Layers of each pipeline stage, in order; they tile the model.
+    pub stages: Vec<std::ops::Range<usize>>,
+    /// Which worker holds which ranks; together they hold each rank once.
+    pub members: Vec<Member>,
+    pub limits: Limits,
+}
+
+/// A worker's share of a plan.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Member {
+    pub worker: WorkerId,
+    /// Tells which members can share memory.
+    pub host: String,
+    /// Where its ranks listen for peers' data (`ip:port`).
+    pub data_address: String,
+    pub ranks: Vec<RankId>,
+    /// Threads of each CPU rank.
+    pub threads: usize,
+}
+
+/// Bounds that every rank sizes its buffers by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Longest sequence, prompt and answer together.
+    pub model_len_max: usize,
+    /// Tokens in one lane's part of a step.
+    pub step_tokens_max: usize,
+    /// Sequences in one lane's part of a step.
+    pub step_sequences_max: usize,
+    /// Cache blocks of [`BLOCK_TOKENS`] positions in each lane's pool.
+    pub blocks: usize,
+}
+
+/// A set of kernels that accumulate in the same order, and so give the same bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum KernelFamily {
+    /// One fused-multiply-add chain over K per output, odd element of each pair first (as `VDPBF16PS` does). Run by
+    /// AVX-512 BF16, AVX-512, AVX2 and portable code alike.
+    Vector,
+    /// Intel AMX's order: 32 K at a time, even and odd chains from zero, their sum added to the accumulator.
+    Amx,
+}

@@ -1,0 +1,1 @@
+//! Bytes of weights, cache and workspace a rank.

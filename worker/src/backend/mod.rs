@@ -1,0 +1,248 @@
+//! What a device can do: about twenty fused inference operations. The engine is generic over [`Backend`]; a backend is
+//! chosen at run time and passes one contract suite ([`suite`]), which compares it with naive loops.
+//!
+//! Numerics every backend keeps (ARCHITECTURE.md, "One answer"): a row's result depends on that row alone, sums run in
+//! one fixed order, and inputs of multiplications are rounded once to the compute dtype.
+
+use crate::engine::batch::Batch;
+use model::fault::Fault;
+use model::quant::Format;
+use model::rope::Rope;
+use model::spec::{Activation, CacheKind, Router, Span};
+
+/// A window of a tensor in host memory (usually the mapped checkpoint), not yet widened.
+#[derive(Clone, Copy)]
+pub struct MatrixView<'a> {
+    pub format: Format,
+    /// All bytes of the stored tensor, row-major, rows of `stored_cols` values.
+    pub bytes: &'a [u8],
+    pub stored_cols: usize,
+    /// The window: first row, rows, first column, columns.
+    pub row: usize,
+    pub rows: usize,
+    pub col: usize,
+    pub cols: usize,
+}
+
+/// A kind of activation buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// f32: the residual stream, results of multiplications.
+    Full,
+    /// The compute dtype: inputs of multiplications.
+    Input,
+}
+
+/// One token's chosen experts, per row `active` of them, ids ascending by choice order (best score first).
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Routing {
+    pub active: usize,
+    pub ids: Vec<u32>,
+    pub weights: Vec<f32>,
+}
+
+/// (row, expert) pairs sorted by local expert, rows ascending within: what grouped multiplications run over.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Grouping {
+    /// Source row of each pair.
+    pub rows: Vec<u32>,
+    /// Routing weight of each pair.
+    pub weights: Vec<f32>,
+    /// Pairs of local expert `e` are `offsets[e]..offsets[e + 1]`.
+    pub offsets: Vec<u32>,
+}
+
+/// A device that holds weights, cache and activations and runs the operations. Buffers are `[rows, cols]`, row-major;
+/// operations work on the first `n` rows that their arguments name and leave the rest.
+pub trait Backend: Sized + Send + 'static {
+    /// A packed weight matrix `[out, in]`.
+    type Matrix: Send + Sync;
+    /// f32 vectors: norms, biases.
+    type Vector: Send + Sync;
+    type Buffer: Send;
+    /// One layer's paged cache.
+    type Cache: Send;
+    /// A step's sequences, positions and block tables on the device.
+    type Meta: Send;
+    /// Cos and sin by position.
+    type RopeTable: Send + Sync;
+
+    /// Packs the rows of `parts`, stacked, into one matrix. `segments` equal parts of the inputs are summed apart and
+    /// joined by the balanced tree (1 for a matrix whose inputs are never cut).
+    fn matrix(&self, parts: &[MatrixView<'_>], segments: usize) -> Result<Self::Matrix, Fault>;
+    /// The same from f32 rows (matrices that the loader had to rearrange).
+    fn matrix_f32(&self, values: &[f32], rows: usize, cols: usize, segments: usize) -> Result<Self::Matrix, Fault>;
+    fn vector(&self, values: &[f32]) -> Result<Self::Vector, Fault>;
+    fn buffer(&self, rows: usize, cols: usize, kind: Kind) -> Result<Self::Buffer, Fault>;
+    fn cache(&self, kind: CacheKind, blocks: usize) -> Result<Self::Cache, Fault>;
+    fn rope_table(&self, rope: &Rope, positions: usize) -> Result<Self::RopeTable, Fault>;
+    fn meta(&self, batch: &Batch) -> Result<Self::Meta, Fault>;
+
+    /// Host access for collectives, sampling and tests. The CPU backend lends its own memory.
+    fn host<'a>(&'a mut self, buffer: &'a mut Self::Buffer, rows: usize) -> Result<HostSlice<'a>, Fault>;
+    /// Ends an access begun by `host` whose slice was written to.
+    fn host_done(&mut self, buffer: &mut Self::Buffer, rows: usize) -> Result<(), Fault>;
+
+    /// `out[i] = table[ids[i] - first]`, or zeros where the id is outside this rank's rows. Full.
+    fn embed(&mut self, table: &Self::Matrix, first: u32, ids: &[u32], out: &mut Self::Buffer) -> Result<(), Fault>;
+    /// RMS norm of `n` rows: Full in, Input out.
+    fn norm(
+        &mut self,
+        x: &Self::Buffer,
+        weight: &Self::Vector,
+        eps: f32,
+        n: usize,
+        out: &mut Self::Buffer,
+    ) -> Result<(), Fault>;
+    /// RMS norm of the columns `first..first + weight.len()` of Full rows; Input out, whose rows are that wide.
+    fn norm_columns(
+        &mut self,
+        x: &Self::Buffer,
+        first: usize,
+        weight: &Self::Vector,
+        eps: f32,
+        n: usize,
+        out: &mut Self::Buffer,
+    ) -> Result<(), Fault>;
+    /// `out = x w^T (+ bias)`: Input in, Full out.
+    fn matmul(
+        &mut self,
+        x: &Self::Buffer,
+        w: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        n: usize,
+        out: &mut Self::Buffer,
+    ) -> Result<(), Fault>;
+    /// `x += y (+ bias)`: Full both.
+    fn add(
+        &mut self,
+        x: &mut Self::Buffer,
+        y: &Self::Buffer,
+        bias: Option<&Self::Vector>,
+        n: usize,
+    ) -> Result<(), Fault>;
+    /// `out = act(gate) * up` for rows `[gate | up]`: Full in, Input out.
+    fn activate(
+        &mut self,
+        x: &Self::Buffer,
+        activation: Activation,
+        n: usize,
+        out: &mut Self::Buffer,
+    ) -> Result<(), Fault>;
+
+    /// Norms (where given) and rotates query and key heads of Full rows `[q | k | v]` in place, and writes keys and
+    /// values into the cache at the batch's slots.
+    fn grouped_prepare(
+        &mut self,
+        shape: &GroupedShape,
+        qkv: &mut Self::Buffer,
+        norms: Option<(&Self::Vector, &Self::Vector, f32)>,
+        rope: Option<&Self::RopeTable>,
+        meta: &Self::Meta,
+        cache: &mut Self::Cache,
+    ) -> Result<(), Fault>;
+    /// Attention of the prepared queries over the cache: Input out, `[heads * head_dim]`.
+    fn grouped_attention(
+        &mut self,
+        shape: &GroupedShape,
+        qkv: &Self::Buffer,
+        meta: &Self::Meta,
+        cache: &Self::Cache,
+        out: &mut Self::Buffer,
+    ) -> Result<(), Fault>;
+
+    /// Rotates the `rope_dim` part of each query head (`[nope | rope]` per head, Full, in place), norms the latent and
+    /// rotates the shared key of Full rows `[latent | rope]`, and writes both into the cache.
+    #[allow(clippy::too_many_arguments)] // one fused operation
+    fn latent_prepare(
+        &mut self,
+        shape: &LatentShape,
+        q: &mut Self::Buffer,
+        kv: &mut Self::Buffer,
+        norm: (&Self::Vector, f32),
+        rope: &Self::RopeTable,
+        meta: &Self::Meta,
+        cache: &mut Self::Cache,
+    ) -> Result<(), Fault>;
+    /// Absorbed attention: queries meet the latent through `absorb[h]` (`[kv_rank, nope]`), results leave it through
+    /// `expand[h]` (`[value, kv_rank]`). Input out, `[heads * value]`.
+    #[allow(clippy::too_many_arguments)] // one fused operation
+    fn latent_attention(
+        &mut self,
+        shape: &LatentShape,
+        q: &Self::Buffer,
+        absorb: &[Self::Matrix],
+        expand: &[Self::Matrix],
+        meta: &Self::Meta,
+        cache: &Self::Cache,
+        out: &mut Self::Buffer,
+    ) -> Result<(), Fault>;
+
+    /// Chooses and weighs experts from router logits (Full).
+    fn route(
+        &mut self,
+        logits: &Self::Buffer,
+        router: &Router,
+        active: usize,
+        correction: Option<&Self::Vector>,
+        n: usize,
+    ) -> Result<Routing, Fault>;
+    /// `out[p] = x[grouping.rows[p]] w[e]^T` for each pair `p` of expert `e`: Input in, Full out.
+    fn expert_matmul(
+        &mut self,
+        x: &Self::Buffer,
+        w: &[Self::Matrix],
+        grouping: &Grouping,
+        out: &mut Self::Buffer,
+    ) -> Result<(), Fault>;
+    /// The same where the input is already one row a pair.
+    fn pair_matmul(
+        &mut self,
+        x: &Self::Buffer,
+        w: &[Self::Matrix],
+        grouping: &Grouping,
+        out: &mut Self::Buffer,
+    ) -> Result<(), Fault>;
+    /// Weighs the pairs (one rounding), adds them by ascending expert inside each of `segments` equal ranges of local
+    /// experts, and the ranges by the balanced tree. Full; rows without pairs become zero.
+    fn combine(
+        &mut self,
+        pairs: &Self::Buffer,
+        grouping: &Grouping,
+        segments: usize,
+        n: usize,
+        out: &mut Self::Buffer,
+    ) -> Result<(), Fault>;
+
+    /// Copies `rows` of Full `x` to the front of `out`.
+    fn select(&mut self, x: &Self::Buffer, rows: &[u32], out: &mut Self::Buffer) -> Result<(), Fault>;
+}
+
+/// A rank's part of a [`model::spec::Grouped`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct GroupedShape {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub span: Span,
+    pub scale: f32,
+    pub rope: Option<Rope>,
+}
+
+/// A rank's part of a [`model::spec::Latent`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct LatentShape {
+    pub heads: usize,
+    pub kv_rank: usize,
+    pub nope_dim: usize,
+    pub rope_dim: usize,
+    pub value_dim: usize,
+    pub scale: f32,
+    pub rope: Rope,
+}
+
+/// Host memory of a buffer's first rows.
+pub enum HostSlice<'a> {
+    F32(&'a mut [f32]),
+    Bf16(&'a mut [half::bf16]),
+}

@@ -1,0 +1,44 @@
+//! How ranks exchange numbers inside a step. One trait, several transports, one contract suite ([`suite`]).
+//!
+//! Bits are part of the contract (*Canonical* level): [`Collective::sum`] adds by the balanced binary tree over ranks
+//! in f32 whatever the transport, so that a rank of a power-of-two communicator continues the tree of segments that
+//! its kernels began (see `model::cut`).
+
+use model::fault::Fault;
+use std::sync::Arc;
+
+/// One rank's membership in an ordered set of ranks. All members call the same operations in the same order; a member
+/// that fails or is aborted makes every other's pending and later call return a fault, never wait for ever.
+pub trait Collective: Send {
+    /// This rank's place among the members, from 0.
+    fn rank(&self) -> usize;
+
+    /// Number of members.
+    fn size(&self) -> usize;
+
+    /// Replaces `values` on every member by the element-wise sum over members: neighbours first, then pairs of pairs
+    /// (ranks 0+1, 2+3, then 01+23), each addition rounded in f32. The length is the same on all members. The number of
+    /// members must be a power of two.
+    fn sum(&mut self, values: &mut [f32]) -> Result<(), Fault>;
+
+    /// Every member's `mine`, in rank order. Lengths may differ; `all` is cleared and filled, one entry a member.
+    fn gather(&mut self, mine: &[u8], all: &mut Vec<Vec<u8>>) -> Result<(), Fault>;
+
+    /// Sends `parts[r]` to each member `r` and receives theirs: afterwards `received[r]` is what `r` had for this rank.
+    /// `parts[rank]` comes back as it is. Lengths may differ and be zero.
+    fn exchange(&mut self, parts: &[Vec<u8>], received: &mut Vec<Vec<u8>>) -> Result<(), Fault>;
+
+    /// Sends bytes to one member; pairs with its `receive`. Returns once the bytes may be reused.
+    fn send(&mut self, to: usize, bytes: &[u8]) -> Result<(), Fault>;
+
+    /// Receives one message of `from`, replacing `bytes`.
+    fn receive(&mut self, from: usize, bytes: &mut Vec<u8>) -> Result<(), Fault>;
+
+    /// Wakes and fails every pending and later call of this communicator, on all members, from any thread.
+    fn abort_handle(&self) -> Arc<dyn Abort>;
+}
+
+/// Ends a communicator from another thread.
+pub trait Abort: Send + Sync {
+    fn abort(&self);
+}

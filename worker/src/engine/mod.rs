@@ -1,0 +1,3 @@
+//! The engine: one decoder loop over [`crate::backend::Backend`] for every model.
+
+pub mod batch;

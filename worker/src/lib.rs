@@ -1,0 +1,5 @@
+//! The worker: holds cut weights and runs the kernels. See ARCHITECTURE.md for the map.
+
+pub mod backend;
+pub mod collective;
+pub mod engine;
