@@ -1,0 +1,470 @@
+//! The cluster's core: pure, time is an argument.
+//!
+//! ```text
+//! Gathering -> Committing -> Loading -> Serving
+//!     ^            |            |          |       a death, a fault, a lost race, a failed load
+//!     +------------+------------+----------+       (with a growing pause after failures)
+//! ```
+//!
+//! Invariants: the epoch only grows; a worker is asked to load only what the store has taken; steps run only when every
+//! member of the plan is ready under its epoch; whoever is not in the plan is a spare.
+
+use super::event::{Action, Beat, Event};
+use crate::plan::Offer;
+use model::fault::Fault;
+use model::plan::{Epoch, Plan, WorkerId};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What the core is told once.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rules {
+    /// Workers to wait for before planning.
+    pub workers: usize,
+    /// Plan on fewer after this long without a newcomer, where that fits; `None` waits for all.
+    pub settle: Option<Duration>,
+    /// Silence after which a worker is dead.
+    pub silence: Duration,
+    /// Pause before the next try after a failed plan or load; doubles up to 32 times itself.
+    pub retry: Duration,
+}
+
+/// A worker as the core knows it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Worker {
+    pub offer: Offer,
+    pub heard: Duration,
+    pub beat: Beat,
+    /// When `beat.progress` last moved.
+    pub moved: Duration,
+    pub loading: Option<(u64, u64)>,
+    pub ready: Option<Epoch>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Phase {
+    Gathering,
+    Committing(Arc<Plan>),
+    Loading(Arc<Plan>),
+    Serving(Arc<Plan>),
+}
+
+/// Makes a plan for the members at hand; pure. The epoch is the plan's.
+pub trait Planner {
+    fn plan(&self, epoch: Epoch, members: &[Offer], previous: Option<&Plan>) -> Result<Plan, String>;
+}
+
+pub struct Cluster<P> {
+    rules: Rules,
+    planner: P,
+    workers: BTreeMap<WorkerId, Worker>,
+    phase: Phase,
+    /// Highest epoch ever used or seen.
+    epoch: Epoch,
+    previous: Option<Arc<Plan>>,
+    /// When the membership last grew or a phase ended: `settle` counts from here.
+    since: Duration,
+    /// Not before this time.
+    retry_at: Duration,
+    failures: u32,
+    /// Why it is not serving, for people.
+    reason: String,
+}
+
+impl<P: Planner> Cluster<P> {
+    pub fn new(rules: Rules, planner: P, epoch: Epoch) -> Cluster<P> {
+        let reason = format!("waiting for {} workers, 0 joined", rules.workers);
+        Cluster {
+            rules,
+            planner,
+            workers: BTreeMap::new(),
+            phase: Phase::Gathering,
+            epoch,
+            previous: None,
+            since: Duration::ZERO,
+            retry_at: Duration::ZERO,
+            failures: 0,
+            reason,
+        }
+    }
+
+    pub fn workers(&self) -> &BTreeMap<WorkerId, Worker> {
+        &self.workers
+    }
+
+    pub fn phase(&self) -> &Phase {
+        &self.phase
+    }
+
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// Why nothing is served now; empty while serving.
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+
+    /// The plan that members were asked to load or run.
+    pub fn plan(&self) -> Option<&Arc<Plan>> {
+        match &self.phase {
+            Phase::Gathering => None,
+            Phase::Committing(p) | Phase::Loading(p) | Phase::Serving(p) => Some(p),
+        }
+    }
+
+    /// Takes one event at time `now` (since start; never goes back).
+    pub fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
+        let mut actions = Vec::new();
+        match event {
+            Event::Joined { offer } => self.joined(now, offer, &mut actions),
+            Event::Lost { worker, why } => self.lost(now, &worker, &why, &mut actions),
+            Event::Beat { worker, beat } => self.beat(now, &worker, beat),
+            Event::Loading { worker, epoch, bytes_done, bytes_total } => {
+                if epoch == self.epoch
+                    && let Some(w) = self.workers.get_mut(&worker)
+                {
+                    w.heard = now;
+                    w.loading = Some((bytes_done, bytes_total));
+                }
+            }
+            Event::LoadFailed { worker, epoch, fault } => {
+                if epoch == self.epoch {
+                    self.failed(now, format!("{} could not load: {fault}", worker.0), &mut actions);
+                }
+            }
+            Event::Ready { worker, epoch } => self.ready(now, &worker, epoch, &mut actions),
+            Event::Committed { epoch } => self.committed(epoch, &mut actions),
+            Event::CommitFailed { found, why } => {
+                self.epoch = self.epoch.max(found);
+                self.failed(now, format!("the store refused the plan: {why}"), &mut actions);
+            }
+            Event::GroupFault { epoch, fault } => self.group_fault(now, epoch, &fault, &mut actions),
+            Event::Tick => self.silent(now, &mut actions),
+        }
+        if self.phase == Phase::Gathering {
+            self.try_plan(now, &mut actions);
+        }
+        actions
+    }
+
+    fn joined(&mut self, now: Duration, offer: Offer, actions: &mut Vec<Action>) {
+        let id = offer.worker.clone();
+        if self.workers.contains_key(&id) {
+            // The same name twice: the newer process is the real one (the older's socket is about to close).
+            self.lost(now, &id, "joined again", actions);
+        }
+        let worker =
+            Worker { offer, heard: now, beat: Beat::default(), moved: now, loading: None, ready: None };
+        self.workers.insert(id, worker);
+        self.since = now;
+        self.retry_at = now;
+    }
+
+    fn lost(&mut self, now: Duration, worker: &WorkerId, why: &str, actions: &mut Vec<Action>) {
+        if self.workers.remove(worker).is_none() {
+            return;
+        }
+        actions.push(Action::Expel { worker: worker.clone(), why: why.into() });
+        if self.plan().is_some_and(|p| p.members.iter().any(|m| m.worker == *worker)) {
+            self.stand_down(now, format!("{} was lost: {why}", worker.0), actions);
+        }
+    }
+
+    fn beat(&mut self, now: Duration, worker: &WorkerId, beat: Beat) {
+        if let Some(w) = self.workers.get_mut(worker) {
+            w.heard = now;
+            if beat.progress != w.beat.progress {
+                w.moved = now;
+            }
+            w.beat = beat;
+        }
+    }
+
+    fn silent(&mut self, now: Duration, actions: &mut Vec<Action>) {
+        let silence = self.rules.silence;
+        let dead: Vec<WorkerId> =
+            self.workers.iter().filter(|(_, w)| now.saturating_sub(w.heard) > silence).map(|(id, _)| id.clone()).collect();
+        for worker in dead {
+            self.lost(now, &worker, &format!("silent for more than {} ms", silence.as_millis()), actions);
+        }
+    }
+
+    fn try_plan(&mut self, now: Duration, actions: &mut Vec<Action>) {
+        let (have, want) = (self.workers.len(), self.rules.workers);
+        let settled = self.rules.settle.is_some_and(|s| now >= self.since + s) && have > 0;
+        if have < want && !settled {
+            if self.failures == 0 {
+                self.reason = format!("waiting for {want} workers, {have} joined");
+            }
+            return;
+        }
+        if now < self.retry_at {
+            return;
+        }
+        let offers: Vec<Offer> = self.workers.values().map(|w| w.offer.clone()).collect();
+        match self.planner.plan(Epoch(self.epoch.0 + 1), &offers, self.previous.as_deref()) {
+            Ok(plan) => {
+                self.epoch = plan.epoch;
+                let plan = Arc::new(plan);
+                self.reason = format!("planning epoch {}", plan.epoch.0);
+                self.phase = Phase::Committing(plan.clone());
+                actions.push(Action::Commit { plan });
+            }
+            Err(why) => self.failed(now, why, actions),
+        }
+    }
+
+    fn committed(&mut self, epoch: Epoch, actions: &mut Vec<Action>) {
+        let Phase::Committing(plan) = &self.phase else { return };
+        if plan.epoch != epoch {
+            return;
+        }
+        let plan = plan.clone();
+        for member in &plan.members {
+            if let Some(w) = self.workers.get_mut(&member.worker) {
+                w.loading = Some((0, 0));
+                w.ready = None;
+            }
+            actions.push(Action::Load { worker: member.worker.clone(), plan: plan.clone() });
+        }
+        self.reason = format!("loading epoch {}", epoch.0);
+        self.phase = Phase::Loading(plan);
+    }
+
+    fn ready(&mut self, now: Duration, worker: &WorkerId, epoch: Epoch, actions: &mut Vec<Action>) {
+        let Phase::Loading(plan) = &self.phase else { return };
+        if plan.epoch != epoch {
+            return;
+        }
+        let plan = plan.clone();
+        if let Some(w) = self.workers.get_mut(worker) {
+            w.heard = now;
+            w.loading = None;
+            w.ready = Some(epoch);
+        }
+        let ready: BTreeSet<&WorkerId> =
+            self.workers.iter().filter(|(_, w)| w.ready == Some(epoch)).map(|(id, _)| id).collect();
+        if plan.members.iter().all(|m| ready.contains(&m.worker)) {
+            self.failures = 0;
+            self.reason.clear();
+            self.previous = Some(plan.clone());
+            self.phase = Phase::Serving(plan.clone());
+            actions.push(Action::Serve { plan });
+        }
+    }
+
+    fn group_fault(&mut self, now: Duration, epoch: Epoch, fault: &Fault, actions: &mut Vec<Action>) {
+        if matches!(&self.phase, Phase::Serving(p) if p.epoch == epoch) {
+            self.stand_down(now, format!("a step of epoch {} failed: {fault}", epoch.0), actions);
+        }
+    }
+
+    /// Leaves the current plan: members drop their ranks, the next plan may be made at once.
+    fn stand_down(&mut self, now: Duration, why: String, actions: &mut Vec<Action>) {
+        let Some(plan) = self.plan().cloned() else { return };
+        if matches!(self.phase, Phase::Serving(_)) {
+            actions.push(Action::Halt { epoch: plan.epoch, why: why.clone() });
+        }
+        for member in plan.members.iter().filter(|m| self.workers.contains_key(&m.worker)) {
+            actions.push(Action::Release { worker: member.worker.clone(), epoch: plan.epoch });
+        }
+        for worker in self.workers.values_mut() {
+            worker.loading = None;
+            worker.ready = None;
+        }
+        self.phase = Phase::Gathering;
+        self.reason = why;
+        self.since = now;
+    }
+
+    /// A plan or load that failed: the next try waits, longer each time.
+    fn failed(&mut self, now: Duration, why: String, actions: &mut Vec<Action>) {
+        self.stand_down(now, why.clone(), actions);
+        self.phase = Phase::Gathering;
+        self.reason = why;
+        self.retry_at = now + self.rules.retry * (1 << self.failures.min(5));
+        self.failures += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use model::fault::FaultKind;
+    use model::mesh::{Mesh, RankId};
+    use model::plan::{KernelFamily, Limits, Member};
+    use model::quant::Dtype;
+
+    /// One rank a worker; refuses when `refuse` is set.
+    struct OneEach {
+        refuse: bool,
+    }
+
+    impl Planner for OneEach {
+        fn plan(&self, epoch: Epoch, members: &[Offer], _: Option<&Plan>) -> Result<Plan, String> {
+            if self.refuse {
+                return Err("rank 0 needs 2 GiB, has 1 GiB".into());
+            }
+            let n = members.len();
+            Ok(Plan {
+                epoch,
+                mesh: Mesh::new(n, 1, 1, 1).unwrap(),
+                dtype: Dtype::F32,
+                family: KernelFamily::Vector,
+                stages: (0..n).map(|i| i..i + 1).collect(),
+                members: (0..n)
+                    .map(|i| Member {
+                        worker: members[i].worker.clone(),
+                        host: String::new(),
+                        data_address: String::new(),
+                        ranks: vec![RankId(i as u32)],
+                        threads: 1,
+                    })
+                    .collect(),
+                limits: Limits { model_len_max: 1, step_tokens_max: 1, step_sequences_max: 1, blocks: 1 },
+            })
+        }
+    }
+
+    fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    fn id(n: usize) -> WorkerId {
+        WorkerId(format!("w{n}"))
+    }
+
+    fn cluster(workers: usize, settle: Option<Duration>) -> Cluster<OneEach> {
+        let rules = Rules { workers, settle, silence: ms(1000), retry: ms(100) };
+        Cluster::new(rules, OneEach { refuse: false }, Epoch(0))
+    }
+
+    fn join(c: &mut Cluster<OneEach>, now: u64, n: usize) -> Vec<Action> {
+        let offer = Offer {
+            worker: id(n),
+            host: "h".into(),
+            data_address: "127.0.0.1:1".into(),
+            devices: Vec::new(),
+            families: vec![KernelFamily::Vector],
+        };
+        c.handle(ms(now), Event::Joined { offer })
+    }
+
+    fn serve(c: &mut Cluster<OneEach>, now: u64) -> Vec<Action> {
+        let epoch = c.epoch();
+        let members = c.plan().expect("a plan").members.clone();
+        let mut last = c.handle(ms(now), Event::Committed { epoch });
+        for m in members {
+            last = c.handle(ms(now), Event::Ready { worker: m.worker, epoch });
+        }
+        last
+    }
+
+    #[test]
+    fn it_serves_when_all_are_ready_and_not_before() {
+        let mut c = cluster(2, None);
+        assert!(join(&mut c, 0, 0).is_empty());
+        assert!(matches!(join(&mut c, 1, 1)[..], [Action::Commit { .. }]));
+        let loads = c.handle(ms(2), Event::Committed { epoch: Epoch(1) });
+        assert!(matches!(loads[..], [Action::Load { .. }, Action::Load { .. }]));
+        assert!(c.handle(ms(3), Event::Ready { worker: id(0), epoch: Epoch(1) }).is_empty());
+        assert!(!c.reason().is_empty());
+        let last = c.handle(ms(4), Event::Ready { worker: id(1), epoch: Epoch(1) });
+        assert!(matches!(last[..], [Action::Serve { .. }]));
+        assert_eq!(c.reason(), "");
+    }
+
+    #[test]
+    fn a_stale_ready_is_ignored() {
+        let mut c = cluster(1, None);
+        join(&mut c, 0, 0);
+        c.handle(ms(1), Event::Committed { epoch: Epoch(1) });
+        assert!(c.handle(ms(2), Event::Ready { worker: id(0), epoch: Epoch(0) }).is_empty());
+    }
+
+    #[test]
+    fn a_death_halts_releases_the_survivors_and_waits_for_the_newcomer() {
+        let mut c = cluster(2, Some(ms(5000)));
+        join(&mut c, 0, 0);
+        join(&mut c, 0, 1);
+        serve(&mut c, 1);
+        let actions = c.handle(ms(10), Event::Lost { worker: id(0), why: "closed".into() });
+        assert!(matches!(&actions[..], [
+            Action::Expel { .. },
+            Action::Halt { .. },
+            Action::Release { worker, .. },
+        ] if *worker == id(1)));
+        assert!(matches!(&join(&mut c, 20, 2)[..], [Action::Commit { plan }] if plan.epoch == Epoch(2)));
+        assert!(matches!(serve(&mut c, 30)[..], [Action::Serve { .. }]));
+    }
+
+    #[test]
+    fn after_settling_it_plans_on_fewer() {
+        let mut c = cluster(2, Some(ms(5000)));
+        join(&mut c, 0, 0);
+        join(&mut c, 0, 1);
+        serve(&mut c, 1);
+        c.handle(ms(10), Event::Lost { worker: id(0), why: "closed".into() });
+        for t in [1000, 3000] {
+            c.handle(ms(t), Event::Beat { worker: id(1), beat: Beat::default() });
+        }
+        c.handle(ms(4900), Event::Beat { worker: id(1), beat: Beat::default() });
+        assert!(c.handle(ms(5009), Event::Tick).is_empty());
+        assert!(matches!(&c.handle(ms(5011), Event::Tick)[..], [Action::Commit { plan }] if plan.mesh.ranks() == 1));
+    }
+
+    #[test]
+    fn silence_is_a_death() {
+        let mut c = cluster(1, None);
+        join(&mut c, 0, 0);
+        serve(&mut c, 1);
+        assert!(c.handle(ms(900), Event::Tick).is_empty());
+        assert!(matches!(c.handle(ms(1100), Event::Tick)[..], [Action::Expel { .. }, Action::Halt { .. }]));
+        assert!(c.workers().is_empty());
+    }
+
+    #[test]
+    fn a_plan_that_does_not_fit_is_retried_with_growing_pauses_and_a_reason() {
+        let mut c = cluster(1, None);
+        c.planner.refuse = true;
+        join(&mut c, 0, 0);
+        assert_eq!(c.reason(), "rank 0 needs 2 GiB, has 1 GiB");
+        c.planner.refuse = false;
+        assert!(c.handle(ms(99), Event::Tick).is_empty());
+        assert!(matches!(c.handle(ms(100), Event::Tick)[..], [Action::Commit { .. }]));
+    }
+
+    #[test]
+    fn a_failed_load_releases_everyone_and_says_why() {
+        let mut c = cluster(2, None);
+        join(&mut c, 0, 0);
+        join(&mut c, 0, 1);
+        c.handle(ms(1), Event::Committed { epoch: Epoch(1) });
+        let fault = Fault::new(FaultKind::BadCheckpoint, "model.safetensors is 10 bytes short");
+        let actions = c.handle(ms(2), Event::LoadFailed { worker: id(0), epoch: Epoch(1), fault });
+        assert!(matches!(actions[..], [Action::Release { .. }, Action::Release { .. }]));
+        assert!(c.reason().contains("10 bytes short"));
+    }
+
+    #[test]
+    fn a_lost_race_takes_a_higher_epoch() {
+        let mut c = cluster(1, None);
+        join(&mut c, 0, 0);
+        c.handle(ms(1), Event::CommitFailed { found: Epoch(9), why: "at revision 9".into() });
+        let again = c.handle(ms(200), Event::Tick);
+        assert!(matches!(&again[..], [Action::Commit { plan }] if plan.epoch == Epoch(10)));
+    }
+
+    #[test]
+    fn a_fault_of_an_older_epoch_changes_nothing() {
+        let mut c = cluster(1, None);
+        join(&mut c, 0, 0);
+        serve(&mut c, 1);
+        let fault = Fault::new(FaultKind::Internal, "x");
+        assert!(c.handle(ms(2), Event::GroupFault { epoch: Epoch(0), fault: fault.clone() }).is_empty());
+        let actions = c.handle(ms(3), Event::GroupFault { epoch: Epoch(1), fault });
+        assert!(matches!(actions[..], [Action::Halt { .. }, Action::Release { .. }, Action::Commit { .. }]));
+    }
+}

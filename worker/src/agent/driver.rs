@@ -1,0 +1,354 @@
+//! The agent's shell: the control stream, the step stream, beats and the rank threads.
+
+use super::rank::{Counters, Order, Ranks, Report};
+use super::state::{Action, Agent, Event, Phase};
+use crate::collective::connect::DataPlane;
+use crate::config::{Config, resident_bytes};
+use model::fault::{Fault, FaultKind};
+use model::plan::{Epoch, WorkerId};
+use model::step::StepId;
+use proto::cluster::v1 as wire;
+use proto::cluster::v1::cluster_client::ClusterClient;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+
+/// Messages waiting to go up; a coordinator that reads so slowly is dead.
+const OUTBOX_MAX: usize = 256;
+
+/// Pause between tries to reach the coordinator.
+const RECONNECT: Duration = Duration::from_millis(300);
+
+/// Why a worker ended.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    #[error("the coordinator refused this worker: {0}")]
+    Refused(String),
+    #[error("{0}")]
+    Fault(#[from] Fault),
+    #[error("{address} is not an address: {why}")]
+    Address { address: String, why: String },
+}
+
+/// What this process is, told at every join.
+pub struct Identity {
+    pub name: WorkerId,
+    pub build: String,
+    pub host: String,
+    pub families: Vec<model::plan::KernelFamily>,
+    pub devices: Vec<wire::Device>,
+}
+
+/// Runs until `shutdown`, joining again whenever the coordinator's stream ends.
+pub async fn run(config: Config, identity: Identity, shutdown: impl Future<Output = ()>) -> Result<(), AgentError> {
+    let plane = Arc::new(DataPlane::bind(&config.data_listen)?);
+    let endpoint = Endpoint::from_shared(format!("http://{}", config.coordinator))
+        .map_err(|e| AgentError::Address { address: config.coordinator.clone(), why: e.to_string() })?
+        .tcp_nodelay(true)
+        .connect_timeout(Duration::from_secs(5))
+        .http2_keep_alive_interval(Duration::from_secs(5));
+    tokio::pin!(shutdown);
+    let mut agent = Agent::default();
+    let mut said_waiting = false;
+    loop {
+        let session = async {
+            let channel = match endpoint.connect().await {
+                Ok(channel) => channel,
+                Err(e) => {
+                    if !said_waiting {
+                        tracing::info!("waiting for the coordinator at {}: {e}", config.coordinator);
+                        said_waiting = true;
+                    }
+                    return Ok(());
+                }
+            };
+            said_waiting = false;
+            Session::new(&config, &identity, plane.clone(), channel).run(&mut agent).await
+        };
+        tokio::select! {
+            () = &mut shutdown => return Ok(()),
+            ended = session => ended?,
+        }
+        agent.handle(Event::Disconnected);
+        tokio::select! {
+            () = &mut shutdown => return Ok(()),
+            () = tokio::time::sleep(RECONNECT) => {}
+        }
+    }
+}
+
+/// One connection to a coordinator.
+struct Session<'a> {
+    config: &'a Config,
+    identity: &'a Identity,
+    plane: Arc<DataPlane>,
+    client: ClusterClient<Channel>,
+    counters: Counters,
+    outbox: mpsc::Sender<wire::WorkerMessage>,
+    messages: Option<mpsc::Receiver<wire::WorkerMessage>>,
+    reports: mpsc::Sender<Report>,
+    report_queue: Option<mpsc::Receiver<Report>>,
+    ranks: Option<Ranks>,
+    model: PathBuf,
+    /// Where answers of the open step stream go.
+    answers: Option<mpsc::Sender<wire::StepAnswer>>,
+    steps_pending: u32,
+}
+
+impl<'a> Session<'a> {
+    fn new(config: &'a Config, identity: &'a Identity, plane: Arc<DataPlane>, channel: Channel) -> Session<'a> {
+        let (outbox, messages) = mpsc::channel(OUTBOX_MAX);
+        let (reports, report_queue) = mpsc::channel(OUTBOX_MAX);
+        let client = ClusterClient::new(channel)
+            .max_decoding_message_size(proto::MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(proto::MESSAGE_BYTES_MAX);
+        Session {
+            config,
+            identity,
+            plane,
+            client,
+            counters: Counters::default(),
+            outbox,
+            messages: Some(messages),
+            reports,
+            report_queue: Some(report_queue),
+            ranks: None,
+            model: PathBuf::new(),
+            answers: None,
+            steps_pending: 0,
+        }
+    }
+
+    fn offer(&self) -> wire::WorkerMessage {
+        let families = self.identity.families.iter().map(|&f| proto::convert::family_to_wire(f).into()).collect();
+        let offer = wire::Offer {
+            wire_version: proto::WIRE_VERSION,
+            build: self.identity.build.clone(),
+            worker: self.identity.name.0.clone(),
+            host: self.identity.host.clone(),
+            data_address: self.plane.address(),
+            devices: self.identity.devices.clone(),
+            families,
+            token: self.config.token.clone(),
+            process_id: std::process::id(),
+        };
+        message(wire::worker_message::Body::Offer(offer))
+    }
+
+    async fn run(mut self, agent: &mut Agent) -> Result<(), AgentError> {
+        let messages = self.messages.take().expect("taken once");
+        let mut reports = self.report_queue.take().expect("taken once");
+        let offer = self.offer();
+        self.say(offer);
+        let mut commands = match self.client.join(ReceiverStream::new(messages)).await {
+            Ok(response) => response.into_inner(),
+            Err(status) => return refused_or_gone(&status),
+        };
+        let mut beat = tokio::time::interval(Duration::from_millis(500));
+        let mut orders: Option<tonic::Streaming<wire::StepOrder>> = None;
+        loop {
+            let event = tokio::select! {
+                // Steps first: they are what the cluster exists for.
+                biased;
+                order = next_order(&mut orders), if orders.is_some() => match self.order(order) {
+                    Ok(()) => continue,
+                    Err(event) => { orders = None; event }
+                },
+                Some(report) = reports.recv() => match self.report(report) {
+                    Some(event) => event,
+                    None => continue,
+                },
+                command = commands.next() => match command {
+                    Some(Ok(command)) => match self.command(command, &mut beat)? {
+                        Some(event) => event,
+                        None => continue,
+                    },
+                    Some(Err(status)) => return refused_or_gone(&status),
+                    None => return Ok(()),
+                },
+                _ = beat.tick() => { self.beat(agent); continue }
+            };
+            for action in agent.handle(event) {
+                if let Some(stream) = self.perform(action).await {
+                    orders = Some(stream);
+                }
+            }
+            if self.answers.is_none() {
+                orders = None;
+            }
+        }
+    }
+
+    fn command(&mut self, command: wire::Command, beat: &mut tokio::time::Interval) -> Result<Option<Event>, AgentError> {
+        use wire::command::Body;
+        Ok(match command.body {
+            Some(Body::Welcome(welcome)) => {
+                *beat = tokio::time::interval(Duration::from_millis(welcome.beat_interval_ms.clamp(50, 10_000).into()));
+                None
+            }
+            Some(Body::Load(load)) => match load.plan.map(proto::convert::plan_from_wire) {
+                Some(Ok(plan)) => {
+                    Some(Event::Load { plan: Arc::new(plan), model_path: load.model_path, identity: load.model_identity })
+                }
+                Some(Err(e)) => return Err(Fault::new(FaultKind::Incompatible, e.to_string()).into()),
+                None => None,
+            },
+            Some(Body::Release(release)) => Some(Event::Release { epoch: Epoch(release.epoch) }),
+            Some(Body::Refused(fault)) => return Err(AgentError::Refused(fault.text)),
+            None => None,
+        })
+    }
+
+    fn report(&mut self, report: Report) -> Option<Event> {
+        match report {
+            Report::Loaded { epoch } => {
+                let identity = crate::load::identity(&self.model);
+                return Some(match identity {
+                    Ok(identity) => Event::RanksLoaded { epoch, identity },
+                    Err(fault) => Event::RankFailed { epoch, fault },
+                });
+            }
+            Report::Answer { epoch, step, lane, result } => {
+                self.steps_pending = self.steps_pending.saturating_sub(1);
+                let lanes = vec![proto::step::result_to_wire(lane, result)];
+                self.answer(wire::StepAnswer { epoch: epoch.0, step: step.0, lanes, ..Default::default() });
+            }
+            Report::Failed { epoch, fault } => {
+                tracing::error!("epoch {}: {fault}", epoch.0);
+                let wire_fault = Some(proto::fault::to_wire(&fault, epoch));
+                self.answer(wire::StepAnswer { epoch: epoch.0, fault: wire_fault, ..Default::default() });
+                return Some(Event::RankFailed { epoch, fault });
+            }
+        }
+        None
+    }
+
+    fn order(&mut self, order: Option<Result<wire::StepOrder, tonic::Status>>) -> Result<(), Event> {
+        let Some(ranks) = &self.ranks else { return Ok(()) };
+        let epoch = ranks.epoch();
+        let Some(Ok(order)) = order else { return Err(Event::StepsClosed { epoch }) };
+        if order.epoch != epoch.0 {
+            return Ok(()); // of an older epoch: dropped
+        }
+        let lanes = Arc::new(order.lanes.into_iter().map(proto::step::lane_from_wire).collect());
+        self.steps_pending += 1;
+        ranks.order(Order { step: StepId(order.step), lanes }).map_err(|fault| Event::RankFailed { epoch, fault })
+    }
+
+    /// Does what the core decided; a newly opened step stream is returned.
+    async fn perform(&mut self, action: Action) -> Option<tonic::Streaming<wire::StepOrder>> {
+        use wire::worker_message::Body;
+        match action {
+            Action::StartRanks { plan, model_path } => {
+                self.model = self.config.model_root.join(model_path);
+                let me = self.identity.name.clone();
+                tracing::info!("loading epoch {} of {}: {}", plan.epoch.0, self.model.display(), plan.mesh);
+                let (model, plane, reports) = (self.model.clone(), self.plane.clone(), self.reports.clone());
+                self.ranks = Some(Ranks::start(plan, me, model, plane, &self.counters, reports));
+                self.steps_pending = 0;
+            }
+            Action::StopRanks { epoch } => {
+                self.answers = None;
+                if let Some(ranks) = self.ranks.take_if(|r| r.epoch() == epoch) {
+                    // Threads are joined off this thread: beats go on.
+                    let joined = tokio::task::spawn_blocking(move || drop(ranks)).await;
+                    joined.expect("dropping ranks does not panic");
+                }
+            }
+            Action::SayLoaded { epoch, identity } => {
+                let resident_bytes = resident_bytes();
+                self.say(message(Body::Loaded(wire::Loaded { epoch: epoch.0, model_identity: identity, resident_bytes })));
+            }
+            Action::SayFailed { epoch, fault } => self.say(message(Body::Failed(proto::fault::to_wire(&fault, epoch)))),
+            Action::OpenSteps { epoch } => return self.open_steps(epoch).await,
+        }
+        None
+    }
+
+    async fn open_steps(&mut self, epoch: Epoch) -> Option<tonic::Streaming<wire::StepOrder>> {
+        let (answers, queue) = mpsc::channel(OUTBOX_MAX);
+        let hello = wire::StepAnswer {
+            epoch: epoch.0,
+            worker: self.identity.name.0.clone(),
+            token: self.config.token.clone(),
+            ..Default::default()
+        };
+        answers.try_send(hello).expect("the channel is empty");
+        match self.client.steps(ReceiverStream::new(queue)).await {
+            Ok(response) => {
+                self.answers = Some(answers);
+                Some(response.into_inner())
+            }
+            Err(status) => {
+                tracing::warn!("the step stream of epoch {} was refused: {}", epoch.0, status.message());
+                None
+            }
+        }
+    }
+
+    fn beat(&mut self, agent: &Agent) {
+        use wire::worker_message::Body;
+        let (phase, epoch) = match agent.phase() {
+            Phase::Idle => (wire::Phase::Idle, Epoch(0)),
+            Phase::Loading { epoch, .. } => (wire::Phase::Loading, *epoch),
+            Phase::Ready { epoch } => (wire::Phase::Ready, *epoch),
+        };
+        let beat = wire::Beat {
+            epoch: epoch.0,
+            phase: phase.into(),
+            progress: self.counters.progress.load(Ordering::Relaxed),
+            steps_pending: self.steps_pending,
+            resident_bytes: resident_bytes(),
+        };
+        self.say(message(Body::Beat(beat)));
+        if phase == wire::Phase::Loading {
+            let loading = wire::Loading {
+                epoch: epoch.0,
+                bytes_done: self.counters.bytes_done.load(Ordering::Relaxed),
+                bytes_total: self.counters.bytes_total.load(Ordering::Relaxed),
+            };
+            self.say(message(Body::Loading(loading)));
+        }
+    }
+
+    fn say(&self, message: wire::WorkerMessage) {
+        // A full outbox means a coordinator that does not read; its stream ends by keep-alive.
+        let _ = self.outbox.try_send(message);
+    }
+
+    fn answer(&self, answer: wire::StepAnswer) {
+        if let Some(answers) = &self.answers {
+            let _ = answers.try_send(answer);
+        }
+    }
+}
+
+fn message(body: wire::worker_message::Body) -> wire::WorkerMessage {
+    wire::WorkerMessage { body: Some(body) }
+}
+
+async fn next_order(
+    orders: &mut Option<tonic::Streaming<wire::StepOrder>>,
+) -> Option<Result<wire::StepOrder, tonic::Status>> {
+    match orders {
+        Some(stream) => stream.next().await,
+        None => None,
+    }
+}
+
+/// A coordinator that says no ends the worker; one that is gone is waited for.
+fn refused_or_gone(status: &tonic::Status) -> Result<(), AgentError> {
+    use tonic::Code::{FailedPrecondition, InvalidArgument, Unauthenticated};
+    match status.code() {
+        FailedPrecondition | InvalidArgument | Unauthenticated => Err(AgentError::Refused(status.message().into())),
+        _ => {
+            tracing::warn!("the coordinator's stream ended: {}", status.message());
+            Ok(())
+        }
+    }
+}

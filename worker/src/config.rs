@@ -1,0 +1,73 @@
+//! What a worker is told: one struct, one file, one page. Flags and environment are read by the command, not here.
+
+use serde::Deserialize;
+use std::path::PathBuf;
+
+/// A worker's settings (`deploy/config/worker.toml` has every key).
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The coordinator's node plane, `host:port`.
+    pub coordinator: String,
+    /// This worker's name, unique in the cluster; by default host name and process id.
+    #[serde(default)]
+    pub name: String,
+    /// Where peers reach its ranks' data, `ip:port`; port 0 picks a free one.
+    #[serde(default = "loopback")]
+    pub data_listen: String,
+    /// The cluster's shared secret; better in the environment variable `CONCLAVE_TOKEN`.
+    #[serde(default)]
+    pub token: String,
+    /// Devices to offer; 0 offers one for each... one CPU device of all its threads.
+    #[serde(default = "one")]
+    pub devices: usize,
+    /// Threads of all CPU devices together; 0 takes what the process may run on.
+    #[serde(default)]
+    pub threads: usize,
+    /// Memory to offer in bytes, all devices together; 0 takes 90% of what is available at start.
+    #[serde(default)]
+    pub memory_bytes: u64,
+    /// Where this host keeps models, for plans that name one by a relative path.
+    #[serde(default)]
+    pub model_root: PathBuf,
+}
+
+fn loopback() -> String {
+    "127.0.0.1:0".into()
+}
+
+fn one() -> usize {
+    1
+}
+
+/// Memory that can be had without swapping, in bytes (`MemAvailable`), bounded by the cgroup's limit; 0 if unknown.
+pub fn memory_available() -> u64 {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = meminfo
+        .lines()
+        .find_map(|l| l.strip_prefix("MemAvailable:"))
+        .and_then(|v| v.trim().trim_end_matches(" kB").trim().parse::<u64>().ok());
+    let cgroup = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]
+        .iter()
+        .find_map(|f| std::fs::read_to_string(f).ok()?.trim().parse::<u64>().ok());
+    kib.map_or(0, |k| k * 1024).min(cgroup.unwrap_or(u64::MAX))
+}
+
+/// Bytes of this process in memory, mapped file pages apart (they are the page cache's).
+pub fn resident_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let field = |name: &str| {
+        let line = status.lines().find_map(|l| l.strip_prefix(name)).unwrap_or("0");
+        line.trim().trim_end_matches(" kB").trim().parse::<u64>().unwrap_or(0) * 1024
+    };
+    field("RssAnon:") + field("RssShmem:")
+}
+
+/// A name that tells hosts apart: those with the same may share memory.
+pub fn host_name() -> String {
+    // The boot id tells apart containers' equal host names on different machines, and the user namespace's view of
+    // process ids is compared when memory is really shared.
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    format!("{}/{}", name.trim(), boot.trim().get(..8).unwrap_or("?"))
+}
