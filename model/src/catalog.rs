@@ -1,7 +1,19 @@
 //! Every tensor of a spec, declared once. The loader reads what is declared, the planner counts it, the engine asks for
 //! it by id; nobody else knows a checkpoint's tensor names.
+//!
+//! A tied head has no declaration of its own: the engine multiplies with [`Role::Embedding`], which the last stage of
+//! a pipeline then holds as well as the first ([`on_stage`]).
 
-use crate::cut::Cut;
+mod names;
+mod shapes;
+
+pub use names::ignored;
+pub use shapes::{Shape, layer_shapes, outer_shapes};
+
+use crate::cut::{self, Cut, Slice};
+use crate::mesh::{Mesh, RankId};
+use crate::spec::ModelSpec;
+use std::ops::Range;
 
 /// A tensor's place in the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -66,8 +78,8 @@ pub enum Role {
 pub struct TensorDecl {
     pub id: TensorId,
     pub source: Source,
-    /// Output rows; a vector is `[1, cols]`... except that a vector which is cut with its matrix's rows (a bias) is
-    /// `[rows, 1]`, so that the same cut slices both.
+    /// Output rows. A vector over the whole hidden width, or one that every rank holds, is `[1, cols]`; a bias that is
+    /// cut with its matrix's rows is `[rows, 1]`, so that the same cut slices both.
     pub rows: usize,
     pub cols: usize,
     pub cut: Cut,
@@ -90,3 +102,57 @@ pub enum Part {
         of: usize,
     },
 }
+
+/// Every tensor of `spec`, embedding first, then layer by layer, final norm and head last.
+pub fn tensors(spec: &ModelSpec) -> Vec<TensorDecl> {
+    let [embedding, outer @ ..] = &outer_shapes(spec)[..] else { unreachable!("an embedding comes first") };
+    let mut out = vec![declare(spec, None, None, embedding)];
+    for (index, layer) in spec.layers.iter().enumerate() {
+        for shape in layer_shapes(spec, layer) {
+            match shape.cut {
+                Cut::Expert { of, .. } => {
+                    out.extend((0..of).map(|expert| declare(spec, Some(index), Some(expert), &shape)));
+                }
+                _ => out.push(declare(spec, Some(index), None, &shape)),
+            }
+        }
+    }
+    out.extend(outer.iter().map(|shape| declare(spec, None, None, shape)));
+    out
+}
+
+fn declare(spec: &ModelSpec, layer: Option<usize>, expert: Option<usize>, shape: &Shape) -> TensorDecl {
+    let id = TensorId { layer, role: shape.role, expert };
+    let cut = match (shape.cut, expert) {
+        (Cut::Expert { of, within, .. }, Some(id)) => Cut::Expert { id, of, within },
+        (cut, _) => cut,
+    };
+    TensorDecl { id, source: names::source(spec, &id), rows: shape.rows, cols: shape.cols, cut }
+}
+
+/// Whether pipeline stage `stage` of `stages` holds a tensor: layers by their range, the embedding first (and last,
+/// where the head is tied to it), final norm and head last.
+pub fn on_stage(spec: &ModelSpec, id: &TensorId, stages: &[Range<usize>], stage: usize) -> bool {
+    let last = stage + 1 == stages.len();
+    match (id.layer, id.role) {
+        (Some(layer), _) => stages[stage].contains(&layer),
+        (None, Role::Embedding) => stage == 0 || (last && spec.head.tied),
+        (None, _) => last,
+    }
+}
+
+/// What `rank` holds: each of its tensors with the slice of it, in the order of [`tensors`]. Empty slices (vocabulary
+/// rows past the end) are left out.
+pub fn held(spec: &ModelSpec, mesh: &Mesh, stages: &[Range<usize>], rank: RankId) -> Vec<(TensorDecl, Slice)> {
+    assert_eq!(stages.len(), mesh.pipeline, "one range of layers for each stage");
+    let stage = mesh.place(rank).stage;
+    let here = tensors(spec).into_iter().filter(|decl| on_stage(spec, &decl.id, stages, stage));
+    let cut = here.filter_map(|decl| {
+        let slice = cut::slice(decl.cut, decl.rows, decl.cols, mesh, rank)?;
+        Some((decl, slice))
+    });
+    cut.filter(|(_, slice)| !slice.rows.is_empty() && !slice.cols.is_empty()).collect()
+}
+
+#[cfg(test)]
+mod tests;

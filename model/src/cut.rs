@@ -4,7 +4,9 @@
 //! and the segment sums are added by a fixed balanced binary tree. A rank of a power-of-two mesh owns a subtree, so
 //! every mesh adds the same numbers in the same order.
 
+use crate::error::SpecError;
 use crate::mesh::{Mesh, RankId};
+use crate::spec::{Branch, Mixer, ModelSpec};
 
 /// Most segments a sum is divided into, and so the widest tensor cut.
 pub const SEGMENTS_MAX: usize = 8;
@@ -126,4 +128,93 @@ pub fn vocab_rows(rows: usize, tensor: usize, slice: usize) -> std::ops::Range<u
     let each = SEGMENTS_MAX / tensor;
     let at = |s: usize| (s * segment).min(rows);
     at(slice * each)..at((slice + 1) * each)
+}
+
+/// Whether `tensor` ranks (a power of two) cut every layer of `spec` into whole canonical segments.
+pub fn tensor_fits(spec: &ModelSpec, tensor: usize) -> bool {
+    tensor_obstacle(spec, tensor).is_none()
+}
+
+/// The tensor sizes that work for `spec`, ascending; 1 always does.
+pub fn tensor_sizes(spec: &ModelSpec) -> Vec<usize> {
+    (0..=SEGMENTS_MAX.trailing_zeros()).map(|log| 1 << log).filter(|t| tensor_fits(spec, *t)).collect()
+}
+
+/// The most ways the experts of every mixture are spread: each way must be whole canonical id-segments, so that the
+/// pre-sum it sends is a subtree. 1 without experts.
+pub fn expert_segments(spec: &ModelSpec) -> usize {
+    spec.mixtures().map(|m| segments(m.experts)).min().unwrap_or(1)
+}
+
+/// Refuses a mesh whose cuts would not be whole canonical segments of `spec`. [`slice`] asserts what this lets through.
+pub fn check(spec: &ModelSpec, mesh: &Mesh) -> Result<(), SpecError> {
+    let bad = |what: &str, why: String| Err(SpecError::Cut { what: what.to_string(), why });
+    if mesh.pipeline > spec.layers.len() {
+        let why = format!("{} layers are fewer than pp {}", spec.layers.len(), mesh.pipeline);
+        return bad("the layers", why);
+    }
+    if let Some((what, why)) = tensor_obstacle(spec, mesh.tensor) {
+        let sizes: Vec<String> = tensor_sizes(spec).iter().map(ToString::to_string).collect();
+        let why = format!("{why}; tp {} would work, with dp or pp for the other ranks", sizes.join(", "));
+        return bad(what, why);
+    }
+    if mesh.expert > 1 {
+        let most = expert_segments(spec);
+        if spec.mixtures().next().is_none() {
+            return bad("the experts", format!("ep {} was asked of a model without experts; use ep 1", mesh.expert));
+        }
+        if !most.is_multiple_of(mesh.expert) {
+            let experts = spec.mixtures().map(|m| m.experts).min().unwrap_or(0);
+            let why = format!("{experts} experts have {most} equal segments, ep {} must divide that", mesh.expert);
+            return bad("the experts", why);
+        }
+    }
+    let cut = mesh.expert_cut();
+    for moe in spec.mixtures() {
+        let most = segments(moe.intermediate);
+        if cut > most {
+            let why = format!(
+                "{} intermediate channels have {most} equal segments, fewer than the {cut} ranks that share an expert \
+                 in {mesh}; a larger ep shares an expert among fewer",
+                moe.intermediate
+            );
+            return bad("an expert", why);
+        }
+    }
+    Ok(())
+}
+
+/// What keeps `tensor` ranks from cutting `spec`, and why.
+fn tensor_obstacle(spec: &ModelSpec, tensor: usize) -> Option<(&'static str, String)> {
+    let short = |what: &'static str, units: usize, name: &str| {
+        let most = segments(units);
+        (tensor > most).then(|| (what, format!("{units} {name} have {most} equal segments, fewer than tp {tensor}")))
+    };
+    if tensor > SEGMENTS_MAX {
+        return Some(("the model", format!("tp {tensor} is more than the {SEGMENTS_MAX} segments of a sum")));
+    }
+    for layer in &spec.layers {
+        if let Some(obstacle) = short("attention", layer.mixer.heads(), "query heads") {
+            return Some(obstacle);
+        }
+        if let Mixer::Grouped(g) = &layer.mixer
+            && !g.kv_heads.is_multiple_of(tensor)
+            && !tensor.is_multiple_of(g.kv_heads)
+        {
+            let why = format!("neither of {} key/value heads and tp {tensor} divides the other", g.kv_heads);
+            return Some(("attention", why));
+        }
+        for branch in &layer.branches {
+            let dense = match branch {
+                Branch::Dense(d) => Some(d),
+                Branch::Moe(m) => m.shared.as_ref(),
+            };
+            if let Some(d) = dense
+                && let Some(obstacle) = short("the feed-forward", d.intermediate, "intermediate channels")
+            {
+                return Some(obstacle);
+            }
+        }
+    }
+    None
 }

@@ -1,7 +1,7 @@
 //! Why a model description was refused.
 
 /// A checkpoint's description that cannot become a [`crate::ModelSpec`], or a spec that cannot be cut as asked.
-#[derive(Debug, thiserror::Error, PartialEq)]
+#[derive(Debug, Clone, thiserror::Error, PartialEq)]
 pub enum SpecError {
     #[error("config.json is not valid JSON: {0}")]
     Json(String),
@@ -15,4 +15,10 @@ pub enum SpecError {
     Unread(String),
     #[error("{what} cannot be cut: {why}")]
     Cut { what: String, why: String },
+}
+
+impl SpecError {
+    pub(crate) fn bad(key: impl ToString, value: impl ToString, why: impl ToString) -> SpecError {
+        SpecError::Bad { key: key.to_string(), value: value.to_string(), why: why.to_string() }
+    }
 }

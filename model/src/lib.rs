@@ -1,6 +1,7 @@
 //! What a model is and how it is cut. Pure: no I/O beyond parsing bytes given, no async, no device.
 //!
 //! * [`spec`]: a model as data, [`spec::ModelSpec`]; [`hf`] and [`gguf`] make one from a checkpoint's own description.
+//! * [`bounds`]: what every spec must satisfy.
 //! * [`rope`]: the rotary frequencies of every scaling dialect.
 //! * [`catalog`]: every tensor of a spec, declared once: its names in a checkpoint, its shape and its cut.
 //! * [`cut`]: how one tensor is divided over ranks, and the canonical segments that keep one answer.
@@ -13,6 +14,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bounds;
 pub mod catalog;
 pub mod cut;
 pub mod error;

@@ -1,1 +1,230 @@
-//! Bytes of weights, cache and workspace a rank.
+//! Bytes of weights, cache and workspace a rank. The same declarations that the loader cuts by are counted here.
+
+use crate::catalog::{self, Role, Shape};
+use crate::cut::{self, Cut};
+use crate::mesh::{Mesh, Place};
+use crate::plan::{BLOCK_TOKENS, Limits};
+use crate::quant::{Dtype, Format};
+use crate::rope::Rope;
+use crate::spec::{Branch, Dense, Layer, Mixer, ModelSpec, Moe};
+use std::ops::Range;
+
+/// Rows of a packed matrix come in panels of this many, the last one padded.
+pub const PANEL_ROWS: usize = 16;
+
+/// What one rank needs, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RankBytes {
+    pub weights: u64,
+    /// Of one block ([`BLOCK_TOKENS`] positions) through all layers of the rank's stage.
+    pub cache_per_block: u64,
+    /// Activations of one step.
+    pub workspace: u64,
+    /// Cosines and sines by position.
+    pub rope: u64,
+}
+
+impl RankBytes {
+    /// All but the cache.
+    pub fn fixed(&self) -> u64 {
+        self.weights + self.workspace + self.rope
+    }
+
+    /// Everything, with `blocks` blocks of cache.
+    pub fn total(&self, blocks: u64) -> u64 {
+        self.fixed() + self.cache_per_block * blocks
+    }
+}
+
+/// What matrices are kept in and what is computed in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Precision {
+    pub matrices: Dtype,
+    pub compute: Dtype,
+}
+
+impl Precision {
+    /// Matrices stored as bf16 stay so, whatever is computed in; every other format is widened (or rounded) to the
+    /// compute dtype at load. With mixed formats the wider of the two is assumed for all.
+    pub fn new(stored: &[Format], compute: Dtype) -> Precision {
+        let narrow = !stored.is_empty() && stored.iter().all(|f| *f == Format::Bf16);
+        Precision { matrices: if narrow { Dtype::Bf16 } else { compute }, compute }
+    }
+}
+
+/// What the rank at `place` needs of `spec` under `mesh`, where its stage holds `layers`.
+pub fn rank(
+    spec: &ModelSpec,
+    mesh: &Mesh,
+    place: Place,
+    layers: Range<usize>,
+    precision: Precision,
+    limits: &Limits,
+) -> RankBytes {
+    let outer = Outer::of(mesh, place.stage, spec);
+    let mut bytes = RankBytes { weights: outer_weights(spec, mesh, place, outer, precision), ..RankBytes::default() };
+    let mut widest = 0;
+    let mut ropes: Vec<&Rope> = Vec::new();
+    for (layer, repeats) in runs(&spec.layers[layers]) {
+        bytes.weights += repeats * layer_weights(spec, layer, mesh, place, precision);
+        bytes.cache_per_block += repeats * block_bytes(layer, mesh, place, precision.compute);
+        widest = widest.max(layer_workspace(spec, layer, mesh, precision.compute, limits));
+        if let Some(rope) = layer.mixer.rope()
+            && !ropes.contains(&rope)
+        {
+            ropes.push(rope);
+            bytes.rope += (limits.model_len_max * rope.dims * 4) as u64;
+        }
+    }
+    bytes.workspace = widest + stream_workspace(spec, mesh, outer, precision.compute, limits);
+    bytes
+}
+
+/// Equal neighbours counted: models repeat a layer dozens of times.
+pub fn runs(layers: &[Layer]) -> Vec<(&Layer, u64)> {
+    let mut out: Vec<(&Layer, u64)> = Vec::new();
+    for layer in layers {
+        match out.last_mut() {
+            Some((last, repeats)) if *last == layer => *repeats += 1,
+            _ => out.push((layer, 1)),
+        }
+    }
+    out
+}
+
+/// Which tensors outside layers a stage holds.
+#[derive(Debug, Clone, Copy)]
+struct Outer {
+    embedding: bool,
+    head: bool,
+}
+
+impl Outer {
+    fn of(mesh: &Mesh, stage: usize, spec: &ModelSpec) -> Outer {
+        let head = stage + 1 == mesh.pipeline;
+        Outer { embedding: stage == 0 || (head && spec.head.tied), head }
+    }
+}
+
+fn outer_weights(spec: &ModelSpec, mesh: &Mesh, place: Place, outer: Outer, precision: Precision) -> u64 {
+    let here = |shape: &&Shape| if shape.role == Role::Embedding { outer.embedding } else { outer.head };
+    let shapes = catalog::outer_shapes(spec);
+    shapes.iter().filter(here).map(|shape| shape_bytes(shape, mesh, place, precision)).sum()
+}
+
+/// Weights of one layer on the rank at `place`.
+pub fn layer_weights(spec: &ModelSpec, layer: &Layer, mesh: &Mesh, place: Place, precision: Precision) -> u64 {
+    catalog::layer_shapes(spec, layer).iter().map(|shape| shape_bytes(shape, mesh, place, precision)).sum()
+}
+
+/// Bytes of one shape on a rank: all the experts that it holds, where it is an expert's.
+fn shape_bytes(shape: &Shape, mesh: &Mesh, place: Place, precision: Precision) -> u64 {
+    let rank = mesh.rank(place);
+    let (cut, count) = match shape.cut {
+        Cut::Expert { of, within, .. } => {
+            let each = of / mesh.expert;
+            let (share, _) = mesh.expert_share(rank);
+            (Cut::Expert { id: share * each, of, within }, each)
+        }
+        cut => (cut, 1),
+    };
+    let Some(slice) = cut::slice(cut, shape.rows, shape.cols, mesh, rank) else { return 0 };
+    (count * stored_bytes(shape.role, slice.rows.len(), slice.cols.len(), precision)) as u64
+}
+
+/// Bytes of `rows x cols` values of a tensor as the engine keeps it: vectors in f32, matrices in padded panels.
+pub fn stored_bytes(role: Role, rows: usize, cols: usize, precision: Precision) -> usize {
+    if is_vector(role) {
+        rows * cols * Dtype::F32.bytes()
+    } else {
+        rows.next_multiple_of(PANEL_ROWS) * cols * precision.matrices.bytes()
+    }
+}
+
+/// Norms, biases and corrections, which are kept in f32.
+pub fn is_vector(role: Role) -> bool {
+    matches!(
+        role,
+        Role::FinalNorm
+            | Role::MixerNorm
+            | Role::BranchNorm
+            | Role::QueryBias
+            | Role::KeyBias
+            | Role::ValueBias
+            | Role::OutputBias
+            | Role::QueryNorm
+            | Role::KeyNorm
+            | Role::QueryDownNorm
+            | Role::KvDownNorm
+            | Role::GateBias
+            | Role::UpBias
+            | Role::DownBias
+            | Role::RouterCorrection
+    )
+}
+
+/// One block's bytes of one layer: keys and values of the rank's heads, or the latent, which every slice keeps whole.
+fn block_bytes(layer: &Layer, mesh: &Mesh, place: Place, dtype: Dtype) -> u64 {
+    let channels = match &layer.mixer {
+        Mixer::Grouped(g) => 2 * cut::kv_heads(g.kv_heads, mesh.tensor, place.slice).len() * g.head_dim,
+        Mixer::Latent(l) => l.kv_rank + l.rope_dim,
+    };
+    (BLOCK_TOKENS * channels * dtype.bytes()) as u64
+}
+
+const F32: usize = 4;
+
+/// Buffers that live through a step: the residual stream and a branch's output (f32), the normed input, and what the
+/// head needs (the sampled rows and their logits, whole ones for requests that look at all of them).
+fn stream_workspace(spec: &ModelSpec, mesh: &Mesh, outer: Outer, dtype: Dtype, limits: &Limits) -> u64 {
+    let stream = limits.step_tokens_max * spec.hidden * (2 * F32 + dtype.bytes());
+    let vocab = spec.vocab.div_ceil(mesh.tensor) + spec.vocab;
+    let head = limits.step_sequences_max * (spec.hidden * (F32 + dtype.bytes()) + vocab * F32);
+    (stream + if outer.head { head } else { 0 }) as u64
+}
+
+/// The largest of a layer's own buffers: those of mixer and branches take turns.
+fn layer_workspace(spec: &ModelSpec, layer: &Layer, mesh: &Mesh, dtype: Dtype, limits: &Limits) -> u64 {
+    let tokens = limits.step_tokens_max;
+    let branches = layer.branches.iter().map(|b| match b {
+        Branch::Dense(d) => dense_workspace(d, tokens, mesh, dtype),
+        Branch::Moe(m) => moe_workspace(spec, m, tokens, mesh, dtype),
+    });
+    mixer_workspace(&layer.mixer, tokens, mesh, dtype).max(branches.max().unwrap_or(0)) as u64
+}
+
+fn mixer_workspace(mixer: &Mixer, tokens: usize, mesh: &Mesh, dtype: Dtype) -> usize {
+    let row = match mixer {
+        Mixer::Grouped(g) => {
+            // `[q | k | v]` in f32, the attended values in the compute dtype.
+            let heads = g.heads / mesh.tensor;
+            let kv_heads = cut::kv_heads(g.kv_heads, mesh.tensor, 0).len();
+            (heads + 2 * kv_heads) * g.head_dim * F32 + heads * g.head_dim * dtype.bytes()
+        }
+        Mixer::Latent(l) => {
+            let heads = l.heads / mesh.tensor;
+            let down = l.query_rank.map_or(0, |rank| rank * (F32 + dtype.bytes()));
+            let query = heads * (l.nope_dim + l.rope_dim) * F32;
+            // Absorbed queries and latent results of one head group at a time stay in registers and cache lines.
+            down + query + (l.kv_rank + l.rope_dim) * F32 + heads * l.value_dim * dtype.bytes()
+        }
+    };
+    tokens * row
+}
+
+fn dense_workspace(d: &Dense, tokens: usize, mesh: &Mesh, dtype: Dtype) -> usize {
+    // Gate and up in f32, their product in the compute dtype.
+    tokens * d.intermediate / mesh.tensor * (2 * F32 + dtype.bytes())
+}
+
+/// Router logits, choices, and one row for each (token, expert) pair that can meet on the rank: input, gate and up,
+/// their product, output. Spread experts see the tokens of every lane.
+fn moe_workspace(spec: &ModelSpec, m: &Moe, tokens: usize, mesh: &Mesh, dtype: Dtype) -> usize {
+    let seen = if mesh.expert > 1 { tokens * mesh.data } else { tokens };
+    let pairs = seen * m.active.min(m.experts / mesh.expert);
+    let cut = m.intermediate / mesh.expert_cut();
+    let pair = spec.hidden * (F32 + dtype.bytes()) + cut * (2 * F32 + dtype.bytes());
+    let routing = tokens * (m.experts * F32 + m.active * 8);
+    let shared = m.shared.as_ref().map_or(0, |d| dense_workspace(d, tokens, mesh, dtype) + tokens * spec.hidden * F32);
+    routing + pairs * pair + shared
+}

@@ -1,0 +1,120 @@
+//! Shapes and cuts of one layer's tensors, and of those outside layers. Nothing here depends on a layer's number, so
+//! planner arithmetic does not walk thousands of experts.
+
+use super::Role;
+use crate::cut::{Cut, ExpertCut};
+use crate::spec::{Branch, Dense, Grouped, Latent, Layer, Mixer, ModelSpec, Moe};
+
+/// One tensor without its name. That of a routed expert stands for all `of` experts ([`Cut::Expert`] with id 0).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    pub role: Role,
+    pub rows: usize,
+    pub cols: usize,
+    pub cut: Cut,
+}
+
+const BY_ROW: Cut = Cut::Columns { unit: 1 };
+const BY_COLUMN: Cut = Cut::Rows { unit: 1 };
+
+/// Embedding first, then final norm and (unless tied) head.
+pub fn outer_shapes(spec: &ModelSpec) -> Vec<Shape> {
+    let table = |role| Shape { role, rows: spec.vocab, cols: spec.hidden, cut: Cut::Vocab };
+    let mut out = vec![table(Role::Embedding), vector(Role::FinalNorm, spec.hidden)];
+    if !spec.head.tied {
+        out.push(table(Role::Head));
+    }
+    out
+}
+
+pub fn layer_shapes(spec: &ModelSpec, layer: &Layer) -> Vec<Shape> {
+    let mut out = vec![vector(Role::MixerNorm, spec.hidden)];
+    match &layer.mixer {
+        Mixer::Grouped(g) => grouped(g, spec.hidden, &mut out),
+        Mixer::Latent(l) => latent(l, spec.hidden, &mut out),
+    }
+    out.push(vector(Role::BranchNorm, spec.hidden));
+    for branch in &layer.branches {
+        match branch {
+            Branch::Dense(d) => dense(d, spec.hidden, &mut out),
+            Branch::Moe(m) => moe(m, spec.hidden, &mut out),
+        }
+    }
+    out
+}
+
+fn vector(role: Role, cols: usize) -> Shape {
+    Shape { role, rows: 1, cols, cut: Cut::Replicate }
+}
+
+fn grouped(g: &Grouped, hidden: usize, out: &mut Vec<Shape>) {
+    let (q, kv) = (g.heads * g.head_dim, g.kv_heads * g.head_dim);
+    let by_head = Cut::Columns { unit: g.head_dim };
+    let by_kv_head = Cut::KvHeads { heads: g.kv_heads };
+    out.push(Shape { role: Role::Query, rows: q, cols: hidden, cut: by_head });
+    out.push(Shape { role: Role::Key, rows: kv, cols: hidden, cut: by_kv_head });
+    out.push(Shape { role: Role::Value, rows: kv, cols: hidden, cut: by_kv_head });
+    if g.qkv_bias {
+        out.push(Shape { role: Role::QueryBias, rows: q, cols: 1, cut: by_head });
+        out.push(Shape { role: Role::KeyBias, rows: kv, cols: 1, cut: by_kv_head });
+        out.push(Shape { role: Role::ValueBias, rows: kv, cols: 1, cut: by_kv_head });
+    }
+    if g.qk_norm.is_some() {
+        out.push(vector(Role::QueryNorm, g.head_dim));
+        out.push(vector(Role::KeyNorm, g.head_dim));
+    }
+    out.push(Shape { role: Role::Output, rows: hidden, cols: q, cut: Cut::Rows { unit: g.head_dim } });
+    if g.out_bias {
+        out.push(vector(Role::OutputBias, hidden));
+    }
+}
+
+fn latent(l: &Latent, hidden: usize, out: &mut Vec<Shape>) {
+    let query = l.nope_dim + l.rope_dim;
+    let (rows, cut) = (l.heads * query, Cut::Columns { unit: query });
+    match l.query_rank {
+        Some(rank) => {
+            out.push(Shape { role: Role::QueryDown, rows: rank, cols: hidden, cut: Cut::Replicate });
+            out.push(vector(Role::QueryDownNorm, rank));
+            out.push(Shape { role: Role::QueryUp, rows, cols: rank, cut });
+        }
+        None => out.push(Shape { role: Role::Query, rows, cols: hidden, cut }),
+    }
+    out.push(Shape { role: Role::KvDown, rows: l.kv_rank + l.rope_dim, cols: hidden, cut: Cut::Replicate });
+    out.push(vector(Role::KvDownNorm, l.kv_rank));
+    let up = l.nope_dim + l.value_dim;
+    out.push(Shape { role: Role::KvUp, rows: l.heads * up, cols: l.kv_rank, cut: Cut::Columns { unit: up } });
+    let value = l.heads * l.value_dim;
+    out.push(Shape { role: Role::Output, rows: hidden, cols: value, cut: Cut::Rows { unit: l.value_dim } });
+}
+
+fn dense(d: &Dense, hidden: usize, out: &mut Vec<Shape>) {
+    gated([Role::Gate, Role::Up, Role::Down], d.intermediate, hidden, (BY_ROW, BY_COLUMN), out);
+    if d.bias {
+        out.push(Shape { role: Role::GateBias, rows: d.intermediate, cols: 1, cut: BY_ROW });
+        out.push(Shape { role: Role::UpBias, rows: d.intermediate, cols: 1, cut: BY_ROW });
+        out.push(vector(Role::DownBias, hidden));
+    }
+}
+
+fn moe(m: &Moe, hidden: usize, out: &mut Vec<Shape>) {
+    out.push(Shape { role: Role::Router, rows: m.experts, cols: hidden, cut: Cut::Replicate });
+    if m.router.correction_bias {
+        out.push(vector(Role::RouterCorrection, m.experts));
+    }
+    if let Some(shared) = &m.shared {
+        let roles = [Role::SharedGate, Role::SharedUp, Role::SharedDown];
+        gated(roles, shared.intermediate, hidden, (BY_ROW, BY_COLUMN), out);
+    }
+    let expert = |within| Cut::Expert { id: 0, of: m.experts, within };
+    let roles = [Role::ExpertGate, Role::ExpertUp, Role::ExpertDown];
+    gated(roles, m.intermediate, hidden, (expert(ExpertCut::Columns), expert(ExpertCut::Rows)), out);
+}
+
+/// Gate and up `[intermediate, hidden]`, down `[hidden, intermediate]`.
+fn gated(roles: [Role; 3], intermediate: usize, hidden: usize, (wide, narrow): (Cut, Cut), out: &mut Vec<Shape>) {
+    let [gate, up, down] = roles;
+    out.push(Shape { role: gate, rows: intermediate, cols: hidden, cut: wide });
+    out.push(Shape { role: up, rows: intermediate, cols: hidden, cut: wide });
+    out.push(Shape { role: down, rows: hidden, cols: intermediate, cut: narrow });
+}

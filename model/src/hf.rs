@@ -1,1 +1,0 @@
-//! `config.json` to [`crate::ModelSpec`].

@@ -1,0 +1,90 @@
+//! DeepSeek-V3 and R1, Kimi K2: latent attention, the first layers dense, then mixtures with a shared expert.
+
+use super::{Common, Keys, dense, layer, rope};
+use crate::bounds::{EXPERTS_MAX, HEAD_DIM_MAX, HEADS_MAX, HIDDEN_MAX, INTERMEDIATE_MAX, LAYERS_MAX};
+use crate::error::SpecError;
+use crate::rope::Layout;
+use crate::spec::{Activation, Branch, Dense, ExpertGroups, Latent, Layer, Mixer, Moe, Norm, Router, Score};
+
+pub(super) fn layers(keys: &Keys<'_>, common: &Common) -> Result<Vec<Layer>, SpecError> {
+    let mixer = Mixer::Latent(latent(keys, common)?);
+    let (dense, mixture) = (dense(keys, false)?, mixture(keys)?);
+    let first = keys.optional_count("first_k_dense_replace")?.unwrap_or(3);
+    let every = keys.optional_size("moe_layer_freq", LAYERS_MAX)?.unwrap_or(1);
+    // Heads that predict tokens further on are extra layers in the file; the catalogue passes over them.
+    keys.optional_count("num_nextn_predict_layers")?;
+    keys.optional_count("num_mtp_layers")?;
+    let branch = |index: usize| {
+        let sparse = index >= first && index.is_multiple_of(every);
+        if sparse { mixture.clone() } else { dense.clone() }
+    };
+    Ok((0..common.layers).map(|index| layer(common, mixer.clone(), branch(index))).collect())
+}
+
+fn latent(keys: &Keys<'_>, common: &Common) -> Result<Latent, SpecError> {
+    keys.only("attention_bias", false, "latent projections have no bias")?;
+    let heads = keys.size("num_attention_heads", HEADS_MAX)?;
+    let kv_heads = keys.optional_size("num_key_value_heads", HEADS_MAX)?.unwrap_or(heads);
+    if kv_heads != heads {
+        let why = format!("latent attention expands the latent for each of its {heads} heads");
+        return Err(SpecError::bad("num_key_value_heads", kv_heads, why));
+    }
+    let nope_dim = keys.size("qk_nope_head_dim", HEAD_DIM_MAX)?;
+    let rope_dim = keys.size("qk_rope_head_dim", HEAD_DIM_MAX)?;
+    // Derived sizes that newer files repeat.
+    for (key, derived) in [("head_dim", rope_dim), ("qk_head_dim", nope_dim + rope_dim)] {
+        if let Some(stated) = keys.optional_size(key, 2 * HEAD_DIM_MAX)?
+            && stated != derived
+        {
+            return Err(SpecError::bad(key, stated, format!("the parts of a head make {derived}")));
+        }
+    }
+    let layout = if keys.flag("rope_interleave", true)? { Layout::Interleaved } else { Layout::Half };
+    let stretch = rope::attention_stretch(keys, common)?;
+    Ok(Latent {
+        heads,
+        query_rank: keys.optional_size("q_lora_rank", HIDDEN_MAX)?,
+        kv_rank: keys.size("kv_lora_rank", HIDDEN_MAX)?,
+        nope_dim,
+        rope_dim,
+        value_dim: keys.size("v_head_dim", HEAD_DIM_MAX)?,
+        latent_norm: Norm { eps: 1e-6 },
+        rope: rope::read(keys, common, rope_dim, 1e4, layout)?,
+        scale: (stretch * stretch / ((nope_dim + rope_dim) as f64).sqrt()) as f32,
+    })
+}
+
+fn mixture(keys: &Keys<'_>) -> Result<Branch, SpecError> {
+    keys.only("scoring_func", "sigmoid", "experts are scored by a sigmoid")?;
+    keys.only("topk_method", "noaux_tc", "experts are chosen by corrected scores within the best groups")?;
+    let experts = keys.size("n_routed_experts", EXPERTS_MAX)?;
+    if let Some(stated) = keys.optional_size("num_local_experts", EXPERTS_MAX)?
+        && stated != experts
+    {
+        return Err(SpecError::bad("num_local_experts", stated, format!("n_routed_experts says {experts}")));
+    }
+    let count = keys.optional_size("n_group", EXPERTS_MAX)?.unwrap_or(8);
+    let kept = keys.optional_size("topk_group", EXPERTS_MAX)?.unwrap_or(4);
+    let intermediate = keys.size("moe_intermediate_size", INTERMEDIATE_MAX)?;
+    let shared = keys.optional_count("n_shared_experts")?.unwrap_or(1);
+    if shared > EXPERTS_MAX {
+        return Err(SpecError::bad("n_shared_experts", shared, format!("at most {EXPERTS_MAX}")));
+    }
+    let shared = Dense { intermediate: shared * intermediate, activation: Activation::Silu, bias: false };
+    Ok(Branch::Moe(Moe {
+        experts,
+        active: keys.optional_size("num_experts_per_tok", EXPERTS_MAX)?.unwrap_or(8),
+        intermediate,
+        activation: Activation::Silu,
+        router: Router {
+            score: Score::Sigmoid,
+            correction_bias: true,
+            // Keeping every group restricts nothing.
+            groups: (kept != count).then_some(ExpertGroups { count, kept }),
+            renormalise: keys.flag("norm_topk_prob", true)?,
+            renormalise_eps: 1e-20,
+            scale: keys.optional_float("routed_scaling_factor")?.unwrap_or(2.5) as f32,
+        },
+        shared: (shared.intermediate > 0).then_some(shared),
+    }))
+}
