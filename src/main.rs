@@ -1,1 +1,85 @@
-fn main() {}
+//! The `conclave` command: one file a subcommand, results on stdout, logs on stderr.
+//! Exit codes: 0 done, 1 failed, 2 wrong usage.
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+mod bench;
+mod client;
+mod coordinator_command;
+mod plan;
+mod progress;
+mod quickstart;
+mod serve;
+mod signals;
+mod status;
+mod workers;
+mod worker_command;
+
+/// Serves giant mixture-of-experts language models from many machines as if they were one.
+#[derive(Parser)]
+#[command(name = "conclave", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve the built-in demo model with two workers and show an answer
+    Quickstart(quickstart::Args),
+    /// Serve a model from this host: coordinator and workers as processes
+    Serve(serve::Args),
+    /// Run one coordinator of a cluster
+    Coordinator(coordinator_command::Args),
+    /// Run one worker of a cluster
+    Worker(worker_command::Args),
+    /// Show how a model would be cut over devices, without any device
+    Plan(plan::Args),
+    /// Show a running cluster: members, epoch, mesh, memory, load
+    Status(status::Args),
+    /// Measure a running server
+    Bench(bench::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("CONCLAVE_LOG").unwrap_or_else(|_| default_filter(&cli.command)),
+        )
+        .with_target(false)
+        .init();
+    let outcome = match cli.command {
+        Command::Quickstart(args) => quickstart::run(args),
+        Command::Serve(args) => serve::run(args),
+        Command::Coordinator(args) => coordinator_command::run(args),
+        Command::Worker(args) => worker_command::run(args),
+        Command::Plan(args) => plan::run(args),
+        Command::Status(args) => status::run(args),
+        Command::Bench(args) => bench::run(args),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Commands with a person in front say little; the long-running parts of a cluster log their doings.
+fn default_filter(command: &Command) -> tracing_subscriber::EnvFilter {
+    let level = match command {
+        Command::Coordinator(_) => "info",
+        Command::Worker(args) if !args.until_stdin_closes => "info",
+        _ => "warn",
+    };
+    tracing_subscriber::EnvFilter::new(level)
+}
+
+/// Version and commit: a step's bits are promised among equal builds only.
+fn build() -> String {
+    format!("{} ({})", env!("CARGO_PKG_VERSION"), env!("CONCLAVE_COMMIT"))
+}

@@ -1,0 +1,297 @@
+//! The shell around the cluster's core: what comes from the wire becomes events, what the core decides becomes
+//! messages, store writes and groups for the scheduler. Everything here runs on the engine's thread.
+
+use super::event::{Action, Event};
+use super::service::{Notice, Said, StepStream};
+use super::state::{Cluster, Phase, Planner};
+use super::store::{Expect, Revision, Store, StoreError};
+use crate::api::view::{self, ClusterView, MemberView};
+use crate::group::{Answer, GrpcGroup, ORDERS_MAX};
+use model::fault::{Fault, FaultKind};
+use model::plan::{Epoch, Plan, WorkerId};
+use proto::cluster::v1 as wire;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, watch};
+
+/// How often silence and pauses are looked at.
+const TICK: Duration = Duration::from_millis(100);
+
+/// What the scheduler's loop is told.
+pub enum Turn {
+    Serve { plan: Arc<Plan>, group: GrpcGroup },
+    Halt,
+}
+
+/// Told by the scheduler's loop.
+pub struct GroupEnded {
+    pub epoch: Epoch,
+    pub fault: Fault,
+}
+
+/// What the shell is built from.
+pub struct Parts<S, P> {
+    pub store: S,
+    pub cluster: Cluster<P>,
+    pub notices: mpsc::Receiver<Notice>,
+    pub turns: mpsc::Sender<Turn>,
+    pub ended: mpsc::Receiver<GroupEnded>,
+    pub view: watch::Sender<ClusterView>,
+    /// Where workers find the model, and what proves that they read the same.
+    pub model_path: String,
+    pub identity: Vec<u8>,
+    /// The plan as people read it.
+    pub explain: Box<dyn Fn(&Plan) -> String + Send>,
+}
+
+pub struct Shell<S, P> {
+    parts: Parts<S, P>,
+    began: Instant,
+    connections: BTreeMap<WorkerId, Connection>,
+    opening: Option<Opening>,
+    plan_revision: Option<Revision>,
+}
+
+struct Connection {
+    number: u64,
+    commands: mpsc::Sender<Result<wire::Command, tonic::Status>>,
+    proven: Option<Epoch>,
+}
+
+/// The step streams of the epoch that is being loaded.
+struct Opening {
+    plan: Arc<Plan>,
+    streams: BTreeMap<WorkerId, StepStream>,
+    answers: mpsc::Sender<Answer>,
+    queue: Option<mpsc::Receiver<Answer>>,
+}
+
+/// Where the store keeps the group's plan.
+const PLAN_KEY: &str = "groups/0/plan";
+
+impl<S: Store, P: Planner> Shell<S, P> {
+    pub fn new(parts: Parts<S, P>) -> Shell<S, P> {
+        Shell { parts, began: Instant::now(), connections: BTreeMap::new(), opening: None, plan_revision: None }
+    }
+
+    /// Runs until the service is gone.
+    pub async fn run(mut self) {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                notice = self.parts.notices.recv() => match notice {
+                    Some(notice) => self.notice(notice).await,
+                    None => return,
+                },
+                Some(GroupEnded { epoch, fault }) = self.parts.ended.recv() => {
+                    tracing::warn!("epoch {} ended: {fault}", epoch.0);
+                    self.feed(Event::GroupFault { epoch, fault }).await;
+                }
+                _ = tick.tick() => self.feed(Event::Tick).await,
+            }
+            self.publish();
+        }
+    }
+
+    async fn notice(&mut self, notice: Notice) {
+        match notice {
+            Notice::Joined { connection, offer, commands } => {
+                tracing::info!("{} joined from {} with {} device(s)", offer.worker.0, offer.host, offer.devices.len());
+                let id = offer.worker.clone();
+                // Feed first: a worker of the same name is expelled from its old connection before the new one counts.
+                let actions = self.parts.cluster.handle(self.began.elapsed(), Event::Joined { offer });
+                self.connections.remove(&id);
+                self.connections.insert(id, Connection { number: connection, commands, proven: None });
+                self.perform(actions).await;
+            }
+            Notice::Gone { connection, worker, why } => {
+                if self.is_current(&worker, connection) {
+                    tracing::warn!("{} is gone: {why}", worker.0);
+                    self.feed(Event::Lost { worker, why }).await;
+                }
+            }
+            Notice::Said { connection, worker, message } => {
+                if self.is_current(&worker, connection) {
+                    self.said(worker, message).await;
+                }
+            }
+            Notice::StepsOpened { worker, epoch, stream, accept } => {
+                let proven = self.connections.get(&worker).is_some_and(|c| c.proven == Some(epoch));
+                let Some(opening) = self.opening.as_mut().filter(|o| proven && o.plan.epoch == epoch) else {
+                    return; // dropping `accept` refuses the stream
+                };
+                if accept.send(opening.answers.clone()).is_ok() {
+                    opening.streams.insert(worker.clone(), stream);
+                    self.feed(Event::Ready { worker, epoch }).await;
+                }
+            }
+        }
+    }
+
+    async fn said(&mut self, worker: WorkerId, message: Said) {
+        let event = match message {
+            Said::Beat(beat) => Event::Beat { worker, beat },
+            Said::Loading { epoch, bytes_done, bytes_total } => Event::Loading { worker, epoch, bytes_done, bytes_total },
+            Said::Failed { epoch, fault } => {
+                tracing::error!("{}: {fault}", worker.0);
+                let serving = matches!(self.parts.cluster.phase(), Phase::Serving(p) if p.epoch == epoch);
+                if serving { Event::GroupFault { epoch, fault } } else { Event::LoadFailed { worker, epoch, fault } }
+            }
+            Said::Leaving => Event::Lost { worker, why: "it left".into() },
+            Said::Loaded { epoch, identity } => {
+                if identity == self.parts.identity {
+                    if let Some(connection) = self.connections.get_mut(&worker) {
+                        connection.proven = Some(epoch);
+                    }
+                    return;
+                }
+                let text = "its model files differ from the coordinator's".to_string();
+                Event::LoadFailed { worker, epoch, fault: Fault::new(FaultKind::Incompatible, text) }
+            }
+        };
+        self.feed(event).await;
+    }
+
+    fn is_current(&self, worker: &WorkerId, connection: u64) -> bool {
+        self.connections.get(worker).is_some_and(|c| c.number == connection)
+    }
+
+    async fn feed(&mut self, event: Event) {
+        let actions = self.parts.cluster.handle(self.began.elapsed(), event);
+        self.perform(actions).await;
+    }
+
+    /// Performs actions; those that answer at once (the store) feed the core again.
+    async fn perform(&mut self, actions: Vec<Action>) {
+        let mut queue: std::collections::VecDeque<Action> = actions.into();
+        while let Some(action) = queue.pop_front() {
+            if let Some(event) = self.one(action).await {
+                queue.extend(self.parts.cluster.handle(self.began.elapsed(), event));
+            }
+        }
+    }
+
+    async fn one(&mut self, action: Action) -> Option<Event> {
+        use wire::command::Body;
+        match action {
+            Action::Commit { plan } => return Some(self.commit(&plan).await),
+            Action::Load { worker, plan } => {
+                if self.opening.as_ref().is_none_or(|o| o.plan.epoch != plan.epoch) {
+                    let (answers, queue) = mpsc::channel(ORDERS_MAX * plan.members.len());
+                    self.opening =
+                        Some(Opening { plan: plan.clone(), streams: BTreeMap::new(), answers, queue: Some(queue) });
+                }
+                let load = wire::Load {
+                    plan: Some(proto::convert::plan_to_wire(&plan)),
+                    model_path: self.parts.model_path.clone(),
+                    model_identity: self.parts.identity.clone(),
+                };
+                self.command(&worker, Body::Load(load));
+            }
+            Action::Release { worker, epoch } => {
+                self.command(&worker, Body::Release(wire::Release { epoch: epoch.0 }));
+            }
+            Action::Expel { worker, why } => {
+                tracing::warn!("{} is no member any more: {why}", worker.0);
+                self.connections.remove(&worker);
+            }
+            Action::Serve { plan } => {
+                let opening = self.opening.as_mut().expect("ready workers opened their streams");
+                let streams = std::mem::take(&mut opening.streams);
+                let queue = opening.queue.take().expect("an epoch is served once");
+                let group = GrpcGroup::new(plan.as_ref().clone(), streams, queue);
+                tracing::info!("serving epoch {}: {}", plan.epoch.0, plan.mesh);
+                self.turn(Turn::Serve { plan, group }).await;
+            }
+            Action::Halt { epoch, why } => {
+                tracing::warn!("epoch {} is halted: {why}", epoch.0);
+                self.opening = None;
+                self.turn(Turn::Halt).await;
+            }
+        }
+        None
+    }
+
+    async fn turn(&self, turn: Turn) {
+        // The scheduler's loop ends only when the coordinator stops.
+        let _ = self.parts.turns.send(turn).await;
+    }
+
+    async fn commit(&mut self, plan: &Plan) -> Event {
+        let expect = self.plan_revision.map_or(Expect::Absent, Expect::At);
+        let value = plan.epoch.0.to_le_bytes();
+        match self.parts.store.put_if(PLAN_KEY, &value, expect).await {
+            Ok(revision) => {
+                self.plan_revision = Some(revision);
+                Event::Committed { epoch: plan.epoch }
+            }
+            Err(StoreError::Conflict { found, .. }) => {
+                let (epoch, why) = match self.parts.store.get(PLAN_KEY).await {
+                    Ok(Some(entry)) => {
+                        self.plan_revision = Some(entry.revision);
+                        let bytes = entry.value.as_slice().try_into().unwrap_or([0; 8]);
+                        (Epoch(u64::from_le_bytes(bytes)), format!("another plan is at {found:?}"))
+                    }
+                    _ => (plan.epoch, "another plan was there and is gone".to_string()),
+                };
+                Event::CommitFailed { found: epoch, why }
+            }
+            Err(other) => Event::CommitFailed { found: plan.epoch, why: other.to_string() },
+        }
+    }
+
+    fn command(&self, worker: &WorkerId, body: wire::command::Body) {
+        if let Some(connection) = self.connections.get(worker) {
+            // A worker that does not read its commands goes silent, and silence is noticed.
+            let _ = connection.commands.try_send(Ok(wire::Command { body: Some(body) }));
+        }
+    }
+
+    fn publish(&self) {
+        let cluster = &self.parts.cluster;
+        let plan = cluster.plan();
+        let phase = match cluster.phase() {
+            Phase::Gathering if self.plan_revision.is_some() => view::Phase::Recovering,
+            Phase::Gathering => view::Phase::Gathering,
+            Phase::Committing(_) => view::Phase::Planning,
+            Phase::Loading(_) => view::Phase::Loading,
+            Phase::Serving(_) => view::Phase::Serving,
+        };
+        let members: Vec<MemberView> = cluster
+            .workers()
+            .iter()
+            .map(|(id, w)| MemberView {
+                id: id.0.clone(),
+                host: w.offer.host.clone(),
+                ranks: plan
+                    .into_iter()
+                    .flat_map(|p| &p.members)
+                    .filter(|m| m.worker == *id)
+                    .flat_map(|m| m.ranks.iter().map(|r| r.0))
+                    .collect(),
+                memory_bytes: w.offer.devices.iter().map(|d| d.memory_bytes).sum(),
+                used_bytes: w.beat.resident_bytes,
+                phase: match (w.loading, w.ready) {
+                    (Some((done, total)), _) if total > 0 => format!("loading {}%", done * 100 / total),
+                    (Some(_), _) => "loading".into(),
+                    (None, Some(_)) => "ready".into(),
+                    (None, None) => "idle".into(),
+                },
+            })
+            .collect();
+        self.parts.view.send_if_modified(|view| {
+            let epoch = cluster.epoch().0;
+            if view.epoch != epoch || view.mesh.is_empty() {
+                view.mesh = plan.map(|p| p.mesh.to_string()).unwrap_or_default();
+                view.plan = plan.map(|p| (self.parts.explain)(p)).unwrap_or_default();
+            }
+            let reasons: Vec<String> =
+                Some(cluster.reason().to_string()).filter(|r| !r.is_empty()).into_iter().collect();
+            let changed = view.phase != phase || view.epoch != epoch || view.members != members || view.reasons != reasons;
+            (view.phase, view.epoch, view.members, view.reasons) = (phase, epoch, members, reasons);
+            changed
+        });
+    }
+}

@@ -1,0 +1,101 @@
+//! What a coordinator is told: one struct, one file, one page. Flags and environment are read by the command, not here.
+
+use model::quant::Dtype;
+use serde::{Deserialize, Deserializer};
+use std::path::PathBuf;
+
+/// A coordinator's settings (`deploy/config/coordinator.toml` has every key).
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// A directory in Hugging Face's layout, or a `.gguf` file.
+    pub model: PathBuf,
+    /// The name that clients ask for; by default the directory's.
+    #[serde(default)]
+    pub served_model_name: Option<String>,
+    /// OpenAI API, `ip:port`.
+    #[serde(default = "api_listen")]
+    pub listen: String,
+    /// Node plane, `ip:port`; workers connect here.
+    #[serde(default = "node_listen")]
+    pub node_listen: String,
+    /// The cluster's shared secret; better in the environment variable `CONCLAVE_TOKEN`.
+    #[serde(default)]
+    pub token: String,
+    /// Keys that the API accepts; none opens it to whoever reaches the address.
+    #[serde(default)]
+    pub api_keys: Vec<String>,
+    /// Workers to wait for before planning.
+    #[serde(default = "one")]
+    pub workers: usize,
+    /// Plan on fewer workers after this long without a newcomer; 0 waits for all.
+    #[serde(default)]
+    pub settle_ms: u64,
+    #[serde(default)]
+    pub tensor_parallel_size: Option<usize>,
+    #[serde(default)]
+    pub data_parallel_size: Option<usize>,
+    #[serde(default)]
+    pub pipeline_parallel_size: Option<usize>,
+    #[serde(default)]
+    pub expert_parallel_size: Option<usize>,
+    /// `auto` (the checkpoint's: bf16 unless it is f32), `f32` or `bf16`.
+    #[serde(default, deserialize_with = "dtype")]
+    pub dtype: Option<Dtype>,
+    /// Longest sequence; by default the model's own, as far as the cache holds one.
+    #[serde(default)]
+    pub max_model_len: Option<usize>,
+    /// Cache a rank, in bytes; by default what memory leaves.
+    #[serde(default)]
+    pub kv_cache_memory_bytes: Option<u64>,
+    /// Tokens in a lane's part of a step.
+    #[serde(default = "step_tokens")]
+    pub max_num_batched_tokens: usize,
+    /// Sequences in a lane's part of a step.
+    #[serde(default = "step_sequences")]
+    pub max_num_seqs: usize,
+    /// Requests that may wait before new ones are refused.
+    #[serde(default = "queue")]
+    pub max_waiting: usize,
+    /// Largest request body in bytes.
+    #[serde(default = "body")]
+    pub body_bytes_max: usize,
+}
+
+fn api_listen() -> String {
+    "127.0.0.1:8080".into()
+}
+
+fn node_listen() -> String {
+    "127.0.0.1:7070".into()
+}
+
+fn one() -> usize {
+    1
+}
+
+fn step_tokens() -> usize {
+    512
+}
+
+fn step_sequences() -> usize {
+    128
+}
+
+fn queue() -> usize {
+    1024
+}
+
+fn body() -> usize {
+    16 << 20
+}
+
+/// `auto` is `None`.
+pub fn parse_dtype(text: &str) -> Result<Option<Dtype>, String> {
+    if text == "auto" { Ok(None) } else { text.parse().map(Some) }
+}
+
+fn dtype<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Dtype>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    parse_dtype(&text).map_err(serde::de::Error::custom)
+}

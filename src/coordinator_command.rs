@@ -1,0 +1,42 @@
+//! `conclave coordinator`: one coordinator of a cluster.
+
+use crate::signals;
+use anyhow::{Context, Result};
+use coordinator::config::Config;
+use std::path::PathBuf;
+use tokio::net::TcpListener;
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Settings as TOML
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let file = args.config.display().to_string();
+    let text = std::fs::read_to_string(&args.config).with_context(|| format!("{file} can't be read"))?;
+    let mut config: Config = toml::from_str(&text).with_context(|| format!("{file} is wrong"))?;
+    if let Ok(token) = std::env::var("CONCLAVE_TOKEN") {
+        config.token = token;
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(async {
+        let listen = async |address: &str, what: &str| {
+            TcpListener::bind(address).await.with_context(|| format!("{what} can't listen on {address}"))
+        };
+        let (api, node) = (listen(&config.listen, "the API").await?, listen(&config.node_listen, "the node plane").await?);
+        let node_address = node.local_addr()?;
+        anyhow::ensure!(
+            node_address.ip().is_loopback() || !config.token.is_empty(),
+            "the node plane on {node_address} needs a token: others than this host can reach it"
+        );
+        let coordinator = coordinator::run::start(config, api, node, crate::build())?;
+        tokio::select! {
+            stopped = signals::asked_to_stop() => stopped?,
+            ended = coordinator.ended() => ended?,
+        }
+        coordinator.stop().await;
+        Ok(())
+    })
+}

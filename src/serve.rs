@@ -1,0 +1,153 @@
+//! `conclave serve`: a whole cluster on this host.
+
+use crate::workers::{Share, Workers};
+use crate::{progress, signals};
+use anyhow::{Context, Result};
+use coordinator::config::{Config, parse_dtype};
+use coordinator::plan::parse_bytes;
+use model::quant::Dtype;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use tokio::net::TcpListener;
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// A directory in Hugging Face's layout, or a .gguf file
+    model: PathBuf,
+    #[command(flatten)]
+    pub options: Options,
+}
+
+#[derive(clap::Args, Clone)]
+pub struct Options {
+    /// Worker processes; by default one, or one a rank where the mesh is given
+    #[arg(long)]
+    pub workers: Option<usize>,
+    #[arg(long, visible_alias = "tp")]
+    pub tensor_parallel_size: Option<usize>,
+    #[arg(long, visible_alias = "dp")]
+    pub data_parallel_size: Option<usize>,
+    #[arg(long, visible_alias = "pp")]
+    pub pipeline_parallel_size: Option<usize>,
+    #[arg(long, visible_alias = "ep")]
+    pub expert_parallel_size: Option<usize>,
+    /// auto, f32 or bf16
+    #[arg(long, default_value = "auto", value_parser = parse_dtype)]
+    pub dtype: Setting<Dtype>,
+    /// auto or cpu
+    #[arg(long, default_value = "auto", value_parser = ["auto", "cpu"])]
+    pub backend: String,
+    /// Where the API listens
+    #[arg(long, default_value = "127.0.0.1:8080")]
+    pub listen: SocketAddr,
+    /// Longest sequence in tokens, prompt and answer together
+    #[arg(long)]
+    pub max_model_len: Option<usize>,
+    /// Cache of each rank, e.g. 2GiB
+    #[arg(long, value_parser = parse_bytes)]
+    pub kv_cache_memory: Option<u64>,
+    /// The name that clients ask for
+    #[arg(long)]
+    pub served_model_name: Option<String>,
+    /// Key that clients must send; better in the environment variable CONCLAVE_API_KEY
+    #[arg(long)]
+    pub api_key: Option<String>,
+    /// Tokens in a step
+    #[arg(long)]
+    pub max_num_batched_tokens: Option<usize>,
+    /// Sequences in a step
+    #[arg(long)]
+    pub max_num_seqs: Option<usize>,
+    /// Threads of all workers together
+    #[arg(long)]
+    pub threads: Option<usize>,
+}
+
+/// `auto`, or a value.
+type Setting<T> = Option<T>;
+
+/// How a cluster is laid over this host's cores and memory.
+struct Layout {
+    workers: usize,
+    share: Share,
+}
+
+impl Options {
+    fn layout(&self) -> Result<Layout> {
+        let ranks = [self.tensor_parallel_size, self.data_parallel_size, self.pipeline_parallel_size];
+        let ranks = ranks.into_iter().flatten().try_fold(1usize, usize::checked_mul).context("the mesh is absurd")?;
+        let workers = self.workers.unwrap_or(ranks);
+        anyhow::ensure!((1..=256).contains(&workers), "--workers {workers}: 1 to 256 on one host");
+        anyhow::ensure!(ranks > 0 && ranks <= 1024, "a mesh of {ranks} ranks: 1 to 1024 on one host");
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = self.threads.unwrap_or(cores);
+        let share = Share {
+            devices: ranks.div_ceil(workers),
+            threads: (threads / workers).max(1),
+            memory_bytes: worker::config::memory_available() / 10 * 9 / workers as u64,
+        };
+        Ok(Layout { workers, share })
+    }
+
+    pub fn config(&self, model: PathBuf, workers: usize, token: String) -> Config {
+        let defaults: Config = toml::from_str("model = \"\"").expect("every other key has a default");
+        let api_keys = self.api_key.clone().or_else(|| std::env::var("CONCLAVE_API_KEY").ok());
+        Config {
+            model,
+            served_model_name: self.served_model_name.clone(),
+            listen: self.listen.to_string(),
+            token,
+            api_keys: api_keys.into_iter().collect(),
+            workers,
+            // A worker that dies is started again at once; should that fail, serve on with those that are left.
+            settle_ms: 5_000,
+            tensor_parallel_size: self.tensor_parallel_size,
+            data_parallel_size: self.data_parallel_size,
+            pipeline_parallel_size: self.pipeline_parallel_size,
+            expert_parallel_size: self.expert_parallel_size,
+            dtype: self.dtype,
+            max_model_len: self.max_model_len,
+            kv_cache_memory_bytes: self.kv_cache_memory,
+            max_num_batched_tokens: self.max_num_batched_tokens.unwrap_or(defaults.max_num_batched_tokens),
+            max_num_seqs: self.max_num_seqs.unwrap_or(defaults.max_num_seqs),
+            ..defaults
+        }
+    }
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(serve(args.model, args.options, |_| async { Ok(()) }))
+}
+
+/// Serves until told to stop; `ready` runs once when the API answers, with its address.
+pub async fn serve<F: Future<Output = Result<()>>>(
+    model: PathBuf, options: Options, ready: impl FnOnce(SocketAddr) -> F,
+) -> Result<()> {
+    let layout = options.layout()?;
+    let token = coordinator::run::random_token();
+    let config = options.config(model, layout.workers, token.clone());
+    let api = TcpListener::bind(options.listen).await;
+    let api = api.with_context(|| format!("the API can't listen on {}", options.listen))?;
+    let node = TcpListener::bind("127.0.0.1:0").await.context("no free port on loopback")?;
+    let (api_address, node_address) = (api.local_addr()?, node.local_addr()?);
+    let coordinator = coordinator::run::start(config, api, node, crate::build())?;
+    let workers = Workers::start(layout.workers, &layout.share, node_address, &token)?;
+    let view = coordinator.view();
+    let life = async {
+        if progress::until_serving(view.clone()).await {
+            println!("{}", view.borrow().plan);
+            println!("serving on http://{api_address} (API under /v1, chat page at /); Ctrl-C ends it");
+            ready(api_address).await?;
+        }
+        std::future::pending::<Result<()>>().await
+    };
+    let outcome = tokio::select! {
+        outcome = life => outcome,
+        stopped = signals::asked_to_stop() => stopped.map_err(Into::into),
+        ended = coordinator.ended() => ended.map_err(Into::into),
+    };
+    coordinator.stop().await;
+    workers.stop().await;
+    outcome
+}

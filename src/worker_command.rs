@@ -1,0 +1,102 @@
+//! `conclave worker`: one worker of a cluster.
+
+use crate::signals;
+use anyhow::{Context, Result};
+use model::plan::WorkerId;
+use std::path::PathBuf;
+use worker::agent::driver::Identity;
+use worker::config::{Config, host_name, memory_available};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Settings as TOML; flags go before it
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The coordinator's node plane, host:port
+    #[arg(long, required_unless_present = "config")]
+    coordinator: Option<String>,
+    /// This worker's name, unique in the cluster
+    #[arg(long)]
+    name: Option<String>,
+    /// Where peers reach its ranks' data, ip:port
+    #[arg(long)]
+    data_listen: Option<String>,
+    /// Devices to offer
+    #[arg(long)]
+    devices: Option<usize>,
+    /// Threads of all CPU devices together
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Memory to offer in bytes, all devices together
+    #[arg(long)]
+    memory_bytes: Option<u64>,
+    /// End when standard input ends (set by `serve` for its children)
+    #[arg(long, hide = true)]
+    pub until_stdin_closes: bool,
+}
+
+fn config(args: &Args) -> Result<Config> {
+    let text = match &args.config {
+        Some(file) => std::fs::read_to_string(file).with_context(|| format!("{} can't be read", file.display()))?,
+        None => format!("coordinator = {:?}", args.coordinator.as_deref().unwrap_or_default()),
+    };
+    let mut config: Config = toml::from_str(&text).context("the worker's settings are wrong")?;
+    let set = |slot: &mut String, value: &Option<String>| {
+        if let Some(value) = value {
+            slot.clone_from(value);
+        }
+    };
+    set(&mut config.coordinator, &args.coordinator);
+    set(&mut config.name, &args.name);
+    set(&mut config.data_listen, &args.data_listen);
+    config.devices = args.devices.unwrap_or(config.devices);
+    config.threads = args.threads.unwrap_or(config.threads);
+    config.memory_bytes = args.memory_bytes.unwrap_or(config.memory_bytes);
+    if let Ok(token) = std::env::var("CONCLAVE_TOKEN") {
+        config.token = token;
+    }
+    if config.name.is_empty() {
+        config.name = format!("{}-{}", host_name(), std::process::id());
+    }
+    anyhow::ensure!(config.devices > 0 && config.devices <= 1024, "devices = {}: 1 to 1024", config.devices);
+    Ok(config)
+}
+
+fn identity(config: &Config) -> Identity {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let threads = if config.threads == 0 { cores } else { config.threads };
+    let memory = if config.memory_bytes == 0 { memory_available() / 10 * 9 } else { config.memory_bytes };
+    let device = proto::cluster::v1::Device {
+        memory_bytes: memory / config.devices as u64,
+        threads: (threads / config.devices).max(1) as u32,
+    };
+    Identity {
+        name: WorkerId(config.name.clone()),
+        build: crate::build(),
+        host: host_name(),
+        families: worker::backend::cpu::families(),
+        devices: vec![device; config.devices],
+    }
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let config = config(&args)?;
+    let identity = identity(&config);
+    // One thread for control and steps: they are small, and hopping between threads costs more than they do.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let outcome = runtime.block_on(async {
+        let shutdown = async {
+            if args.until_stdin_closes {
+                signals::stdin_closed().await;
+            } else if let Err(e) = signals::asked_to_stop().await {
+                tracing::error!("no signals: {e}");
+            }
+        };
+        worker::agent::driver::run(config, identity, shutdown).await
+    });
+    if outcome.is_ok() {
+        // Rank threads may be deep in a step that nobody wants any more.
+        std::process::exit(0);
+    }
+    Ok(outcome?)
+}

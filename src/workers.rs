@@ -1,0 +1,120 @@
+//! The worker processes that `serve` starts on this host. They end with this process, however it ends: each holds the
+//! read end of a pipe whose other end only we hold.
+
+use anyhow::{Context, Result};
+use std::net::SocketAddr;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+use tokio::process::{Child, Command};
+
+/// What each worker is given.
+#[derive(Debug, Clone)]
+pub struct Share {
+    pub devices: usize,
+    pub threads: usize,
+    pub memory_bytes: u64,
+}
+
+/// A worker that ends sooner than this after its start has not really run.
+const SHORT_LIFE: Duration = Duration::from_secs(5);
+
+/// Short lives in a row after which a worker is given up.
+const SHORT_LIVES_MAX: u32 = 5;
+
+/// Time for a worker to end by itself when asked.
+const GRACE: Duration = Duration::from_secs(3);
+
+/// Keeps `count` workers running until dropped; a worker that dies is started again.
+pub struct Workers {
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+    stop: tokio::sync::watch::Sender<bool>,
+}
+
+impl Workers {
+    pub fn start(count: usize, share: &Share, coordinator: SocketAddr, token: &str) -> Result<Workers> {
+        let (stop, _) = tokio::sync::watch::channel(false);
+        let program = std::env::current_exe().context("this program's own path is unknown")?;
+        let tasks = (0..count)
+            .map(|index| {
+                let keeper = Keeper {
+                    program: program.clone(),
+                    name: format!("worker-{index}"),
+                    share: share.clone(),
+                    coordinator,
+                    token: token.into(),
+                };
+                tokio::spawn(keeper.keep(stop.subscribe()))
+            })
+            .collect();
+        Ok(Workers { tasks, stop })
+    }
+
+    /// Ends all workers and waits for them.
+    pub async fn stop(self) {
+        let _ = self.stop.send(true);
+        for task in self.tasks {
+            let _ = task.await;
+        }
+    }
+}
+
+struct Keeper {
+    program: std::path::PathBuf,
+    name: String,
+    share: Share,
+    coordinator: SocketAddr,
+    token: String,
+}
+
+impl Keeper {
+    async fn keep(self, mut stop: tokio::sync::watch::Receiver<bool>) {
+        let mut short_lives = 0;
+        loop {
+            let began = Instant::now();
+            let mut child = match self.spawn() {
+                Ok(child) => child,
+                Err(e) => {
+                    tracing::error!("{} could not be started: {e}", self.name);
+                    return;
+                }
+            };
+            tokio::select! {
+                _ = stop.wait_for(|&stop| stop) => return end(child).await,
+                status = child.wait() => {
+                    let how = status.map_or_else(|e| e.to_string(), |s| s.to_string());
+                    tracing::warn!("{} ended ({how})", self.name);
+                }
+            }
+            short_lives = if began.elapsed() < SHORT_LIFE { short_lives + 1 } else { 0 };
+            if short_lives >= SHORT_LIVES_MAX {
+                tracing::error!("{} ended {short_lives} times within {SHORT_LIFE:?} of its start: given up", self.name);
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50 << short_lives)).await;
+        }
+    }
+
+    fn spawn(&self) -> std::io::Result<Child> {
+        Command::new(&self.program)
+            .args(["worker", "--until-stdin-closes", "--name", &self.name])
+            .args(["--coordinator", &self.coordinator.to_string()])
+            .args(["--devices", &self.share.devices.to_string()])
+            .args(["--threads", &self.share.threads.to_string()])
+            .args(["--memory-bytes", &self.share.memory_bytes.to_string()])
+            // Not an argument: those are for everyone on this host to read.
+            .env("CONCLAVE_TOKEN", &self.token)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            // Ctrl-C in a terminal is for us; we end the workers.
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
+    }
+}
+
+async fn end(mut child: Child) {
+    drop(child.stdin.take());
+    if tokio::time::timeout(GRACE, child.wait()).await.is_err() {
+        let _ = child.kill().await;
+    }
+}
