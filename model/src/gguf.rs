@@ -1,1 +1,5 @@
 //! GGUF metadata to [`crate::ModelSpec`].
+
+pub mod file;
+
+pub use file::{Gguf, TensorInfo, Value};
