@@ -13,6 +13,9 @@ pub enum SpecError {
     Bad { key: String, value: String, why: String },
     #[error("the model's config has keys that nothing reads: {0}; refusing to guess what they change")]
     Unread(String),
+    /// More of the file is needed; where only a prefix was given, come back with more.
+    #[error("the file's header needs {wanted} bytes or more, {bytes} are there")]
+    Truncated { bytes: u64, wanted: u64 },
     #[error("{what} cannot be cut: {why}")]
     Cut { what: String, why: String },
 }

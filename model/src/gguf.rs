@@ -3,6 +3,10 @@
 //! Keys of the architecture (`llama.*`) are read, harmless, or an error, as in a `config.json`; the `general`,
 //! `tokenizer`, `quantize` and `split` ones describe the file and its text.
 
+pub mod file;
+
+pub use file::{Gguf, TensorInfo, Value};
+
 use crate::bounds::{self, EXPERTS_MAX, HEAD_DIM_MAX, HEADS_MAX, HIDDEN_MAX, INTERMEDIATE_MAX, LAYERS_MAX};
 use crate::bounds::{POSITIONS_MAX, VOCAB_MAX, within};
 use crate::error::SpecError;
@@ -12,17 +16,6 @@ use crate::spec::{
 };
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
-
-/// A metadata value; the widths of GGUF's numbers do not matter here.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Value {
-    U64(u64),
-    I64(i64),
-    F64(f64),
-    Bool(bool),
-    Text(String),
-    List(Vec<Value>),
-}
 
 /// The tensor whose values go into `spec`'s `rope_factors`.
 pub const ROPE_FACTORS: &str = "rope_freqs.weight";

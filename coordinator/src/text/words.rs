@@ -1,0 +1,99 @@
+//! How byte-level BPE vocabularies cut a text into words before merging. A GGUF file only names its family's way;
+//! the expressions are those of the families' own tokenizers.
+
+/// One family's way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Words {
+    /// Applied in order: each cuts the pieces that the one before left, and both matches and gaps become pieces.
+    pub patterns: &'static [&'static str],
+    /// A whole word that is a token is taken as it is, even where no chain of merges makes it.
+    pub whole_words: bool,
+    /// Texts begin with the begin token unless the file says otherwise.
+    pub adds_begin: bool,
+}
+
+const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
+const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN35: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const DEEPSEEK3: &str = r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##;
+const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const BAILING: &str =
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
+const SEED: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// The way of a name in `tokenizer.ggml.pre`; none for a name that is not known, which must not be guessed.
+pub fn named(name: &str) -> Option<Words> {
+    let plain = |patterns| Some(Words { patterns, whole_words: false, adds_begin: false });
+    match name {
+        "default" => plain(&[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"]),
+        "gpt-2" | "phi-2" | "mpt" | "olmo" | "jais" | "trillion" | "exaone4" | "gigachat" | "a.x-4.0" | "mellum"
+        | "granite-docling" => plain(&[GPT2]),
+        "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone" | "minerva-7b" | "mellum2" => {
+            plain(&[r"\p{N}", GPT2])
+        }
+        "llama3" | "llama-v3" | "llama-bpe" | "falcon3" | "falcon-h1" | "pixtral" | "midm-2.0" | "lfm2" => {
+            Some(Words { patterns: &[LLAMA3], whole_words: true, adds_begin: true })
+        }
+        "dbrx" | "smaug-bpe" | "glm4" | "chatglm-bpe" => plain(&[LLAMA3]),
+        "qwen2" | "deepseek-r1-qwen" | "kormo" | "megrez" | "stablelm2" | "hunyuan" | "solar-open" | "grok-2" => {
+            plain(&[QWEN2])
+        }
+        "qwen35" => plain(&[QWEN35]),
+        "deepseek-v3" | "hunyuan-dense" | "joyai-llm" => plain(&[r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK3]),
+        "deepseek-coder" => plain(&[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"]),
+        "falcon" => plain(&[r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]"]),
+        "tekken" => Some(Words { patterns: &[TEKKEN], whole_words: true, adds_begin: true }),
+        "gpt-4o" | "llama4" | "kanana2" | "minimax-m2" => plain(&[GPT4O]),
+        "bailingmoe" | "bailingmoe2" | "llada-moe" => plain(&[BAILING]),
+        "seed-coder" => plain(&[SEED]),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, SplitDelimiterBehavior};
+
+    fn cut(name: &str, text: &str) -> Vec<String> {
+        let mut pieces = PreTokenizedString::from(text);
+        for pattern in named(name).unwrap().patterns {
+            let split =
+                Split::new(SplitPattern::Regex(pattern.to_string()), SplitDelimiterBehavior::Isolated, false).unwrap();
+            split.pre_tokenize(&mut pieces).unwrap();
+        }
+        let splits = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
+        splits.iter().map(|(piece, _, _)| piece.to_string()).collect()
+    }
+
+    #[test]
+    fn each_family_cuts_its_own_way() {
+        let check = |name: &str, text: &str, expected: &[&str]| assert_eq!(cut(name, text), expected, "{name}");
+        check("gpt-2", "it's 2024 ok  x", &["it", "'s", " 2024", " ok", " ", " x"]);
+        check("smollm", "it's 2024", &["it", "'s", " ", "2", "0", "2", "4"]);
+        check("llama-bpe", "IT'S 2024!\n\n", &["IT", "'S", " ", "202", "4", "!\n\n"]);
+        check("qwen2", "IT'S 24", &["IT", "'S", " ", "2", "4"]);
+        check("deepseek-v3", "1234 世界a", &["123", "4", " ", "世界", "a"]);
+        check("gpt-4o", "HelloWorld's", &["Hello", "World's"]);
+        check("tekken", "HelloWorld 12", &["Hello", "World", " ", "1", "2"]);
+        check("bailingmoe", "we'LL go!", &["we", "'LL", " go", "!"]);
+        check("default", "a$1234", &["a", "$", "123", "4"]);
+    }
+
+    #[test]
+    fn every_expression_compiles() {
+        for name in ["deepseek-coder", "falcon", "qwen35", "seed-coder", "command-r", "dbrx"] {
+            assert!(!cut(name, "a b").is_empty(), "{name}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_name_is_not_guessed() {
+        assert_eq!(named("martian"), None);
+    }
+}
