@@ -1,3 +1,15 @@
-//! From requests to steps. [`job`] is the door for the API; the scheduler itself is pure and takes time as an argument.
+//! From requests to steps. [`job`] is the door for the API; [`scheduler`] decides and is pure, time is its argument;
+//! [`driver`] is the shell that feeds it jobs and a group's answers.
 
+mod admit;
+mod answer;
+pub mod blocks;
+pub mod driver;
 pub mod job;
+mod lane;
+pub mod load;
+mod pack;
+pub mod scheduler;
+mod sequence;
+
+pub use admit::Settings;

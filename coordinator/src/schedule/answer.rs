@@ -1,0 +1,193 @@
+//! Taking a step's answer: checked as a whole first, since it comes from another machine, then applied.
+
+use std::time::Instant;
+
+use model::fault::{Fault, FaultKind};
+use model::step::{LaneResult, PromptScores, Sample, StepId, StepResult};
+
+use super::job::{DoneReason, Output};
+use super::lane::Flown;
+use super::scheduler::{Delivery, Scheduler};
+use super::sequence::{Age, Fate, Slot};
+use model::plan::BLOCK_TOKENS;
+
+impl Scheduler {
+    /// Applies the answer of the oldest step in flight. An answer that does not fit what was asked is a fault of the group
+    /// and changes nothing.
+    pub fn complete(&mut self, now: Instant, step: StepId, result: StepResult) -> Result<Vec<Delivery>, Fault> {
+        self.check_answer(step, &result)?;
+        let flight = self.flights.pop_front().expect("a checked answer has its step");
+        self.load.stepping += now.saturating_duration_since(flight.since);
+        let mut deliveries = Vec::new();
+        for (lane, (flown, answer)) in flight.lanes.into_iter().zip(result.lanes).enumerate() {
+            for scores in answer.prompt_scores {
+                self.collect_scores(&flown, scores);
+            }
+            let mut samples = answer.samples.into_iter();
+            for chunk in flown {
+                let sample = if chunk.sample { samples.next() } else { None };
+                self.land(lane, chunk, sample, &mut deliveries);
+            }
+        }
+        Ok(deliveries)
+    }
+
+    fn check_answer(&self, step: StepId, result: &StepResult) -> Result<(), Fault> {
+        let diverged = |text: String| Err(Fault::new(FaultKind::Diverged, text));
+        let Some(flight) = self.flights.front() else {
+            return diverged(format!("step {} is answered, none is in flight", step.0));
+        };
+        if flight.step != step || flight.lanes.len() != result.lanes.len() {
+            let (lanes, answered) = (flight.lanes.len(), result.lanes.len());
+            let asked = flight.step.0;
+            return diverged(format!("step {asked} of {lanes} lanes is answered by step {} of {answered}", step.0));
+        }
+        for (lane, (flown, answer)) in flight.lanes.iter().zip(&result.lanes).enumerate() {
+            let asked = flown.iter().filter(|chunk| chunk.sample).map(|chunk| chunk.seq);
+            if !asked.eq(answer.samples.iter().map(|sample| sample.seq)) {
+                return diverged(format!("step {}, lane {lane}: the samples are not those that were asked", step.0));
+            }
+            self.check_scores(flown, answer)?;
+        }
+        Ok(())
+    }
+
+    /// Prompt scores continue those before without a gap, and are all there when the prompt is.
+    fn check_scores(&self, flown: &[Flown], answer: &LaneResult) -> Result<(), Fault> {
+        let diverged = |text: String| Err(Fault::new(FaultKind::Diverged, text));
+        for scores in &answer.prompt_scores {
+            if !flown.iter().any(|chunk| chunk.seq == scores.seq) {
+                return diverged(format!("sequence {} has prompt scores but no chunk", scores.seq.0));
+            }
+        }
+        for chunk in flown {
+            let Some(sequence) = self.roster.wanted(chunk.slot, chunk.seq) else { continue };
+            // Only a prompt in work can be scored; a plain decode is through here at once.
+            if sequence.place().computed >= sequence.prompt_len {
+                continue;
+            }
+            let request = self.requests.get(&sequence.age.job).expect("a wanted sequence has a request");
+            let mut known = request.scores.len();
+            for scores in answer.prompt_scores.iter().filter(|scores| scores.seq == chunk.seq) {
+                if scores.start as usize != known + 1 || known + scores.scores.len() >= sequence.prompt_len {
+                    let (start, count) = (scores.start, scores.scores.len());
+                    return diverged(format!("{count} prompt scores from {start} follow {known} others"));
+                }
+                known += scores.scores.len();
+            }
+            let owed = request.scored_choice() == Some(sequence.age.choice) && chunk.end >= sequence.prompt_len;
+            if owed && known + 1 != sequence.prompt_len {
+                return diverged(format!("{known} prompt scores came for {} tokens", sequence.prompt_len));
+            }
+        }
+        Ok(())
+    }
+
+    fn collect_scores(&mut self, flown: &[Flown], scores: PromptScores) {
+        let chunk = flown.iter().find(|chunk| chunk.seq == scores.seq).expect("a checked score has its chunk");
+        let Some(sequence) = self.roster.wanted(chunk.slot, chunk.seq) else { return };
+        let request = self.requests.get_mut(&sequence.age.job).expect("a wanted sequence has a request");
+        if request.scored_choice() == Some(sequence.age.choice) {
+            request.scores.extend(scores.scores);
+        }
+    }
+
+    /// A chunk was computed: its blocks may be shared, its token goes out, and the sequence goes on, ends or leaves.
+    fn land(&mut self, lane: usize, chunk: Flown, sample: Option<Sample>, deliveries: &mut Vec<Delivery>) {
+        let slot = chunk.slot;
+        let sequence = self.roster.get_mut(slot);
+        let place = sequence.place_mut();
+        assert_eq!(place.seq, chunk.seq, "a sequence with chunks in flight keeps its slot");
+        place.chunks_in_flight -= 1;
+        place.computed = chunk.end;
+        let (fate, landed) = (place.fate, place.chunks_in_flight == 0);
+        if chunk.end / BLOCK_TOKENS > place.offered && self.settings.prefix_cache {
+            sequence.extend_hashes(self.settings.block_hash);
+            self.lanes[lane].offer(sequence);
+        }
+        if fate == Fate::Dropped {
+            if landed {
+                self.lanes[lane].vacate(sequence);
+                self.roster.remove(slot);
+            }
+            return;
+        }
+        if chunk.end >= sequence.prompt_len && chunk.end == sequence.tokens.len() {
+            // Only the chunk that completes the prompt, not each decode, can be the first to get here.
+            if sequence.tokens.len() == sequence.prompt_len {
+                self.start(slot, deliveries);
+            }
+            if self.extend(slot, sample, deliveries) {
+                self.retire(lane, slot);
+                return;
+            }
+        }
+        let sequence = self.roster.get_mut(slot);
+        if fate == Fate::Preempted {
+            if landed {
+                self.lanes[lane].vacate(sequence);
+                self.requeue(slot);
+            }
+        } else if chunk.sample {
+            self.lanes[lane].ready.push_back((slot, chunk.seq));
+        }
+    }
+
+    /// The prompt was computed: tells so once a job, and lets the choices go that waited for its blocks.
+    fn start(&mut self, slot: Slot, deliveries: &mut Vec<Delivery>) {
+        let job = self.roster.get(slot).age.job;
+        let request = self.requests.get_mut(&job).expect("a wanted sequence has a request");
+        if request.started {
+            return;
+        }
+        request.started = true;
+        let mut deliver = |output| deliveries.push(Delivery { job, output, last: false });
+        deliver(Output::Started { cached_tokens: request.cached_tokens });
+        if request.sampling.prompt_logprobs.is_some() {
+            deliver(Output::PromptScores(std::mem::take(&mut request.scores)));
+        }
+        for held in std::mem::take(&mut request.held) {
+            self.waiting.insert(self.roster.get(held).age, held);
+        }
+    }
+
+    /// Adds a token, if one was drawn, and says whether the answer has ended.
+    fn extend(&mut self, slot: Slot, sample: Option<Sample>, deliveries: &mut Vec<Delivery>) -> bool {
+        let sequence = self.roster.get_mut(slot);
+        let Age { job, choice } = sequence.age;
+        let mut reason = None;
+        if let Some(Sample { token, score, .. }) = sample {
+            sequence.tokens.push(token);
+            self.load.tokens_generated += 1;
+            deliveries.push(Delivery { job, output: Output::Token { choice, token, score }, last: false });
+            if sequence.end_tokens.contains(&token) {
+                reason = Some(DoneReason::End);
+            }
+        }
+        if reason.is_none() && sequence.tokens.len() >= sequence.len_max {
+            reason = Some(DoneReason::Length);
+        }
+        let Some(reason) = reason else { return false };
+        let done = |choice| Delivery { job, output: Output::Done { choice, reason }, last: false };
+        if sequence.len_max == sequence.prompt_len {
+            // Nothing was to be drawn: the other choices never ran.
+            let choices = self.requests[&job].choices;
+            deliveries.extend((0..choices).map(done));
+        } else {
+            deliveries.push(done(choice));
+        }
+        let request = self.requests.get_mut(&job).expect("a wanted sequence has a request");
+        request.slots.retain(|other| *other != slot);
+        if request.slots.is_empty() {
+            self.requests.remove(&job);
+            self.load.jobs_finished += 1;
+            deliveries.last_mut().expect("a choice was just done").last = true;
+        }
+        true
+    }
+
+    fn retire(&mut self, lane: usize, slot: Slot) {
+        self.lanes[lane].vacate(self.roster.get_mut(slot));
+        self.roster.remove(slot);
+    }
+}

@@ -1,0 +1,207 @@
+//! Packing a step: decodes first, then prompts already begun, then new sequences, within the token budget.
+
+use std::time::Instant;
+
+use model::plan::{BLOCK_TOKENS, Limits};
+use model::step::{Begin, BlockId, Sampling, SeqId, StepBatch, StepId};
+
+use super::blocks::Parent;
+use super::lane::{Pack, Room};
+use super::scheduler::{Flight, Scheduler};
+use super::sequence::{Fate, Place, Slot};
+
+/// What one more sequence costs a lane, in tokens to prefill: a prefix hit draws a sequence to its lane, but not past
+/// this many tokens a sequence that the lane has more than the others.
+const SEQUENCE_COST_TOKENS: usize = BLOCK_TOKENS;
+
+/// A lane that can take a sequence, and the part of its prompt found there.
+struct Offer {
+    lane: usize,
+    cached: Vec<BlockId>,
+    chain: Parent,
+}
+
+impl Scheduler {
+    /// The next step, if there is anything to compute and a step may be added to those in flight. With no step in flight
+    /// and any job in work there always is.
+    pub fn next(&mut self, now: Instant) -> Option<(StepId, StepBatch)> {
+        if self.flights.len() >= self.settings.steps_in_flight_max {
+            return None;
+        }
+        let mut packs: Vec<Pack> = self.lanes.iter().map(|_| Pack::default()).collect();
+        for (lane, pack) in packs.iter_mut().enumerate() {
+            self.pack_decodes(lane, pack);
+            self.pack_prefills(lane, pack);
+        }
+        self.admit(now, &mut packs);
+        if packs.iter().all(|pack| pack.flown.is_empty()) {
+            return None;
+        }
+        let step = StepId(self.steps_next);
+        self.steps_next += 1;
+        self.load.steps += 1;
+        let mut flight = Flight { step, since: now, lanes: Vec::with_capacity(packs.len()) };
+        let mut batch = StepBatch { lanes: Vec::with_capacity(packs.len()) };
+        for (lane, mut pack) in self.lanes.iter_mut().zip(packs) {
+            pack.batch.ended = std::mem::take(&mut lane.ended);
+            batch.lanes.push(pack.batch);
+            flight.lanes.push(pack.flown);
+        }
+        self.flights.push_back(flight);
+        Some((step, batch))
+    }
+
+    /// One token for each sequence that is ready, the longest waiting first. With several steps in flight each gets its
+    /// share, so that no pipeline stage runs dry while another has everything.
+    fn pack_decodes(&mut self, lane: usize, pack: &mut Pack) {
+        let share = self.lanes[lane].decoding().div_ceil(self.settings.steps_in_flight_max);
+        let rows_max = share.min(self.settings.limits.step_sequences_max).min(self.settings.limits.step_tokens_max);
+        let mut preempted = Vec::new();
+        let mut stalled = Vec::new();
+        while pack.flown.len() < rows_max {
+            let Some((slot, seq)) = self.lanes[lane].ready.pop_front() else { break };
+            let Some(sequence) = self.roster.running(slot, seq) else { continue };
+            if sequence.tokens.len() > sequence.place().blocks.len() * BLOCK_TOKENS {
+                match self.lanes[lane].make_room(&mut self.roster, slot, &mut preempted) {
+                    Room::Made => {}
+                    Room::Later => {
+                        stalled.push((slot, seq));
+                        continue;
+                    }
+                    Room::PreemptedItself => continue,
+                }
+            }
+            self.lanes[lane].fly(self.roster.get_mut(slot), slot, 1, pack);
+        }
+        for entry in stalled.into_iter().rev() {
+            self.lanes[lane].ready.push_front(entry);
+        }
+        for slot in preempted {
+            self.requeue(slot);
+        }
+    }
+
+    /// Chunks of prompts that were begun before, the oldest first.
+    fn pack_prefills(&mut self, lane: usize, pack: &mut Pack) {
+        while let Some((_, &slot)) = self.lanes[lane].prefilling.first_key_value()
+            && has_room(&self.settings.limits, pack)
+        {
+            self.prefill(lane, slot, pack);
+        }
+    }
+
+    /// Admits waiting sequences, strictly the oldest first: where the head does not fit nobody passes it.
+    fn admit(&mut self, now: Instant, packs: &mut [Pack]) {
+        while let Some((_, &slot)) = self.waiting.first_key_value() {
+            let Some(offer) = self.best_lane(slot, packs) else { break };
+            let lane = offer.lane;
+            self.place(now, slot, offer, &mut packs[lane]);
+            self.prefill(lane, slot, &mut packs[lane]);
+        }
+    }
+
+    /// The lane where a sequence costs least: tokens left to prefill, and sequences already there.
+    fn best_lane(&mut self, slot: Slot, packs: &[Pack]) -> Option<Offer> {
+        let sequence = self.roster.get(slot);
+        let request = self.requests.get(&sequence.age.job).expect("a waiting sequence has a request");
+        let computes_all = request.scored_choice() == Some(sequence.age.choice);
+        let blocks = sequence.tokens.len().div_ceil(BLOCK_TOKENS);
+        let mut best: Option<((usize, usize), Offer)> = None;
+        for (number, lane) in self.lanes.iter_mut().enumerate() {
+            let full = lane.running.len() >= self.settings.lane_sequences_max();
+            if full || !has_room(&self.settings.limits, &packs[number]) || lane.too_full_for == Some(sequence.age) {
+                continue;
+            }
+            let (cached, chain) = if self.settings.prefix_cache && !computes_all {
+                let hashes = &sequence.hashes[..sequence.blocks_reusable()];
+                lane.pool.longest_prefix(sequence.salt, hashes, &sequence.tokens)
+            } else {
+                (Vec::new(), Parent::Root { salt: sequence.salt })
+            };
+            let needed = blocks - cached.len() + lane.pool.unheld(&cached) + lane.headroom();
+            if needed > lane.pool.available() {
+                lane.too_full_for = Some(sequence.age);
+                continue;
+            }
+            let tokens = sequence.tokens.len() - cached.len() * BLOCK_TOKENS;
+            let cost = (tokens + lane.running.len() * SEQUENCE_COST_TOKENS, lane.pool.used());
+            if best.as_ref().is_none_or(|(least, _)| cost < *least) {
+                best = Some((cost, Offer { lane: number, cached, chain }));
+            }
+        }
+        best.map(|(_, offer)| offer)
+    }
+
+    /// Moves a sequence from the queue to a lane: takes the blocks of all its tokens and announces it to the ranks.
+    fn place(&mut self, now: Instant, slot: Slot, offer: Offer, pack: &mut Pack) {
+        let sequence = self.roster.get_mut(slot);
+        let lane = &mut self.lanes[offer.lane];
+        let request = self.requests.get_mut(&sequence.age.job).expect("a waiting sequence has a request");
+        self.waiting.remove(&sequence.age);
+        let hits = offer.cached.len();
+        let mut blocks = offer.cached;
+        blocks.iter().for_each(|block| lane.pool.share(*block));
+        for _ in hits..sequence.tokens.len().div_ceil(BLOCK_TOKENS) {
+            blocks.push(lane.pool.allocate().expect("an offer counts the blocks"));
+        }
+        let start = hits * BLOCK_TOKENS;
+        let seq = SeqId(self.seqs_next);
+        self.seqs_next += 1;
+
+        self.load.prefix_queried_tokens += sequence.tokens.len() as u64;
+        self.load.prefix_hits_tokens += start as u64;
+        if !request.admitted {
+            request.admitted = true;
+            request.cached_tokens = start.min(sequence.prompt_len) as u32;
+            self.load.jobs_waiting -= 1;
+            self.load.queued += now.saturating_duration_since(request.added);
+        }
+        let choice = sequence.age.choice;
+        let mut sampling = Sampling { choice, ..request.sampling.clone() };
+        if request.scored_choice() == Some(choice) {
+            request.scores.clear();
+        } else {
+            sampling.prompt_logprobs = None;
+        }
+        let history = if sampling.needs_history() { sequence.tokens[..start].to_vec() } else { Vec::new() };
+        pack.batch.begun.push(Begin { seq, sampling, prompt_len: sequence.prompt_len as u32, history });
+        sequence.place = Some(Place {
+            lane: offer.lane,
+            seq,
+            blocks,
+            sent: 0,
+            scheduled: start,
+            computed: start,
+            chunks_in_flight: 0,
+            offered: hits,
+            chain: self.settings.prefix_cache.then_some(offer.chain),
+            fate: Fate::Runs,
+        });
+        lane.running.insert(sequence.age, slot);
+        lane.prefilling.insert(sequence.age, slot);
+    }
+
+    /// As much of a prompt as the step has room for.
+    fn prefill(&mut self, lane: usize, slot: Slot, pack: &mut Pack) {
+        let sequence = self.roster.get_mut(slot);
+        let left = sequence.tokens.len() - sequence.place().scheduled;
+        let count = left.min(self.settings.limits.step_tokens_max - pack.tokens);
+        self.load.tokens_prefilled += count as u64;
+        self.lanes[lane].fly(sequence, slot, count, pack);
+    }
+
+    /// Puts a preempted sequence that has left its lane back into the queue, before everyone younger.
+    pub(super) fn requeue(&mut self, slot: Slot) {
+        let sequence = self.roster.get_mut(slot);
+        assert!(sequence.place.is_none(), "a sequence in a lane does not wait");
+        if self.settings.prefix_cache {
+            sequence.extend_hashes(self.settings.block_hash);
+        }
+        self.waiting.insert(sequence.age, slot);
+        self.load.preemptions += 1;
+    }
+}
+
+fn has_room(limits: &Limits, pack: &Pack) -> bool {
+    pack.tokens < limits.step_tokens_max && pack.flown.len() < limits.step_sequences_max
+}
