@@ -99,3 +99,32 @@ fn dtype<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Dtype>, D:
     let text = String::deserialize(deserializer)?;
     parse_dtype(&text).map_err(serde::de::Error::custom)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documented_settings_are_the_defaults() {
+        let text = include_str!("../../deploy/config/coordinator.toml");
+        let documented: Config = toml::from_str(text).unwrap();
+        let defaults: Config = toml::from_str("model = \"/models/demo\"").unwrap();
+        assert_eq!(format!("{documented:?}"), format!("{defaults:?}"));
+    }
+
+    #[test]
+    fn every_key_has_its_line() {
+        let text = include_str!("../../deploy/config/coordinator.toml");
+        let fields = format!("{:?}", toml::from_str::<Config>("model = \"m\"").unwrap());
+        let fields = fields.trim_start_matches("Config { ").split(", ").filter_map(|f| f.split_once(": "));
+        for (key, _) in fields {
+            assert!(text.contains(&format!("{key} = ")), "{key} is not documented");
+        }
+    }
+
+    #[test]
+    fn an_unknown_key_is_an_error_that_names_it() {
+        let error = toml::from_str::<Config>("model = \"m\"\ntensor_paralel_size = 2").unwrap_err();
+        assert!(error.to_string().contains("tensor_paralel_size"));
+    }
+}

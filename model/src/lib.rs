@@ -5,6 +5,7 @@
 //! * [`rope`]: the rotary frequencies of every scaling dialect.
 //! * [`catalog`]: every tensor of a spec, declared once: its names in a checkpoint, its shape and its cut.
 //! * [`cut`]: how one tensor is divided over ranks, and the canonical segments that keep one answer.
+//! * [`identity`]: what tells whether two processes read the same model.
 //! * [`mesh`]: the ranks and their groups; all rank arithmetic lives here.
 //! * [`quant`]: weight formats and their bytes.
 //! * [`size`]: bytes of weights, cache and workspace a rank.
@@ -21,6 +22,7 @@ pub mod error;
 pub mod fault;
 pub mod gguf;
 pub mod hf;
+pub mod identity;
 pub mod mesh;
 pub mod plan;
 pub mod quant;

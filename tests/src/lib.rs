@@ -1,1 +1,4 @@
-//! placeholder
+//! What the tests share: real processes ([`process`]) and the simulator ([`sim`]).
+
+pub mod process;
+pub mod sim;

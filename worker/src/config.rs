@@ -71,3 +71,16 @@ pub fn host_name() -> String {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     format!("{}/{}", name.trim(), boot.trim().get(..8).unwrap_or("?"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documented_settings_are_the_defaults() {
+        let text = include_str!("../../deploy/config/worker.toml");
+        let documented: Config = toml::from_str(text).unwrap();
+        let defaults: Config = toml::from_str("coordinator = \"127.0.0.1:7070\"").unwrap();
+        assert_eq!(format!("{documented:?}"), format!("{defaults:?}"));
+    }
+}

@@ -1,0 +1,163 @@
+//! The model as the coordinator sees it: its description and the formats of its weights, never the weights themselves.
+
+use model::gguf::{self, Gguf, TensorInfo};
+use model::identity::identity;
+use model::quant::Format;
+use model::{ModelSpec, SpecError, hf};
+use std::collections::BTreeSet;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+/// A checkpoint's description.
+#[derive(Debug)]
+pub struct Source {
+    /// Absolute, so that worker processes of this host find it.
+    pub path: PathBuf,
+    pub spec: ModelSpec,
+    /// Formats that its matrices are stored in.
+    pub formats: Vec<Format>,
+    /// What workers must read too (see [`model::identity`]).
+    pub identity: Vec<u8>,
+    /// Bytes of all weight files.
+    pub bytes: u64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    #[error("{}: {why}", path.display())]
+    Read { path: PathBuf, why: String },
+    #[error("{}: {source}", path.display())]
+    Spec { path: PathBuf, source: SpecError },
+}
+
+/// Largest header that is read: the longest published ones (thousands of experts) take a few MiB.
+const HEADER_BYTES_MAX: u64 = 256 << 20;
+
+impl Source {
+    /// From a directory in Hugging Face's layout, or a `.gguf` file.
+    pub fn open(path: &Path) -> Result<Source, SourceError> {
+        let path = std::fs::canonicalize(path)
+            .map_err(|e| SourceError::Read { path: path.into(), why: format!("no such model: {e}") })?;
+        if path.is_dir() { Source::from_directory(path) } else { Source::from_gguf(path) }
+    }
+
+    fn from_directory(path: PathBuf) -> Result<Source, SourceError> {
+        let config = read(&path.join("config.json"))?;
+        let generation = std::fs::read_to_string(path.join("generation_config.json")).ok();
+        let text = String::from_utf8(config).map_err(|e| bad(&path.join("config.json"), e.to_string()))?;
+        let spec = hf::spec(&text, generation.as_deref())
+            .map_err(|source| SourceError::Spec { path: path.join("config.json"), source })?;
+        let mut files = Vec::new();
+        let mut formats = BTreeSet::new();
+        for entry in std::fs::read_dir(&path).map_err(|e| bad(&path, e.to_string()))?.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.ends_with(".safetensors") {
+                let file = entry.path();
+                let bytes = std::fs::metadata(&file).map_err(|e| bad(&file, e.to_string()))?.len();
+                formats.extend(safetensors_formats(&file)?);
+                files.push((name, bytes));
+            }
+        }
+        if files.is_empty() {
+            return Err(bad(&path, "there is no .safetensors file".into()));
+        }
+        let bytes = files.iter().map(|(_, bytes)| bytes).sum();
+        let identity = identity(text.as_bytes(), files);
+        Ok(Source { path, spec, formats: formats.into_iter().collect(), identity, bytes })
+    }
+
+    fn from_gguf(path: PathBuf) -> Result<Source, SourceError> {
+        let (header, file, bytes) = gguf_header(&path)?;
+        let has = |name: &str| file.tensors.iter().any(|t| t.name == name);
+        let factors = rope_factors(&path, &file)?;
+        let spec = gguf::spec(&file.metadata, &has, factors.as_deref())
+            .map_err(|source| SourceError::Spec { path: path.clone(), source })?;
+        // Vectors (norms, biases) do not decide what matrices are kept in.
+        let formats: BTreeSet<Format> =
+            file.tensors.iter().filter(|t| t.dims.len() > 1).filter_map(TensorInfo::format).collect();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let identity = identity(&header, vec![(name, bytes)]);
+        Ok(Source { path, spec, formats: formats.into_iter().collect(), identity, bytes })
+    }
+
+    /// What clients call the model where nothing else was said.
+    pub fn name(&self) -> String {
+        let name = self.path.file_name().unwrap_or_default().to_string_lossy();
+        name.strip_suffix(".gguf").unwrap_or(&name).to_string()
+    }
+}
+
+fn bad(path: &Path, why: String) -> SourceError {
+    SourceError::Read { path: path.into(), why }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, SourceError> {
+    std::fs::read(path).map_err(|e| bad(path, e.to_string()))
+}
+
+/// The formats of the matrices in a safetensors file, from its header alone. What is no known format is left to the
+/// loader, which names the tensor.
+fn safetensors_formats(path: &Path) -> Result<BTreeSet<Format>, SourceError> {
+    let mut file = std::fs::File::open(path).map_err(|e| bad(path, e.to_string()))?;
+    let mut length = [0; 8];
+    file.read_exact(&mut length).map_err(|_| bad(path, "shorter than its 8-byte header length".into()))?;
+    let length = u64::from_le_bytes(length);
+    if length > HEADER_BYTES_MAX {
+        return Err(bad(path, format!("a header of {length} bytes, at most {HEADER_BYTES_MAX} make sense")));
+    }
+    let mut header = Vec::new();
+    file.take(length).read_to_end(&mut header).map_err(|e| bad(path, e.to_string()))?;
+    if (header.len() as u64) < length {
+        return Err(bad(path, format!("truncated: a header of {length} bytes, {} are there", header.len())));
+    }
+    let header: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(&header).map_err(|e| bad(path, format!("the header is not JSON: {e}")))?;
+    let is_matrix = |t: &&serde_json::Value| t["shape"].as_array().is_some_and(|s| s.len() > 1);
+    let format = |t: &serde_json::Value| match t["dtype"].as_str() {
+        Some("F32") => Some(Format::F32),
+        Some("F16") => Some(Format::F16),
+        Some("BF16") => Some(Format::Bf16),
+        _ => None,
+    };
+    Ok(header.values().filter(is_matrix).filter_map(format).collect())
+}
+
+/// The header's bytes, what they say, and the file's length.
+fn gguf_header(path: &Path) -> Result<(Vec<u8>, Gguf, u64), SourceError> {
+    let file = std::fs::File::open(path).map_err(|e| bad(path, e.to_string()))?;
+    let bytes = file.metadata().map_err(|e| bad(path, e.to_string()))?.len();
+    let mut wanted = 16 << 20;
+    loop {
+        let mut head = Vec::new();
+        let mut reader = &file;
+        std::io::Seek::rewind(&mut reader).map_err(|e| bad(path, e.to_string()))?;
+        reader.take(wanted).read_to_end(&mut head).map_err(|e| bad(path, e.to_string()))?;
+        match gguf::file::parse(&head) {
+            Ok(gguf) => {
+                head.truncate(gguf.data_offset as usize);
+                return Ok((head, gguf, bytes));
+            }
+            Err(SpecError::Truncated { wanted: least, .. })
+                if head.len() as u64 == wanted && wanted < HEADER_BYTES_MAX =>
+            {
+                wanted = least.max(wanted * 2).min(HEADER_BYTES_MAX);
+            }
+            Err(source) => return Err(SourceError::Spec { path: path.into(), source }),
+        }
+    }
+}
+
+/// The frequency factors that some files keep as a tensor of f32.
+fn rope_factors(path: &Path, file: &Gguf) -> Result<Option<Vec<f32>>, SourceError> {
+    let Some(tensor) = file.tensors.iter().find(|t| t.name == gguf::ROPE_FACTORS) else { return Ok(None) };
+    let count = tensor.dims.first().copied().unwrap_or(0);
+    if tensor.format() != Some(Format::F32) || count > 4096 {
+        return Err(bad(path, format!("{} holds {count} values of kind {}", tensor.name, tensor.kind)));
+    }
+    let mut reader = std::fs::File::open(path).map_err(|e| bad(path, e.to_string()))?;
+    let mut values = vec![0; count as usize * 4];
+    std::io::Seek::seek(&mut reader, std::io::SeekFrom::Start(file.data_offset + tensor.offset))
+        .and_then(|_| reader.read_exact(&mut values))
+        .map_err(|e| bad(path, format!("{}: {e}", tensor.name)))?;
+    Ok(Some(values.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()))
+}
