@@ -1,0 +1,3 @@
+//! Weights from checkpoint files to a backend.
+
+pub mod widen;
