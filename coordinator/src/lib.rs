@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod api;
 pub mod group;
+pub mod metrics;
 pub mod schedule;
 pub mod text;
