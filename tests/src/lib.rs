@@ -1,1 +1,3 @@
-//! placeholder
+//! Shared by the test binaries.
+
+pub mod sim;
