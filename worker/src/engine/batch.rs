@@ -30,6 +30,8 @@ pub struct Resolved {
     pub ids: Vec<u32>,
     /// The rows whose logits somebody wants, ascending.
     pub wanted: Vec<Wanted>,
+    /// Prompt tokens that logits held since an earlier step foretold.
+    pub foretold: Vec<Foretold>,
 }
 
 impl Resolved {
@@ -56,4 +58,12 @@ pub struct Wanted {
 pub enum PromptRow {
     Token(u32),
     Held,
+}
+
+/// A prompt token whose score waited for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Foretold {
+    pub seq: SeqId,
+    pub position: usize,
+    pub token: u32,
 }

@@ -1,7 +1,7 @@
 //! What a rank keeps of each sequence between steps: its block table, how far it is computed, and on the leader what
 //! sampling needs. A step's message says only what changed; here it is checked and made whole.
 
-use super::batch::{Batch, PromptRow, Resolved, Sequence, Wanted};
+use super::batch::{Foretold, PromptRow, Resolved, Sequence, Wanted};
 use super::sample::{History, Moment};
 use model::fault::{Fault, FaultKind};
 use model::plan::{BLOCK_TOKENS, Limits};
@@ -41,6 +41,10 @@ impl Sequences {
         Sequences { states: BTreeMap::new(), limits, vocab }
     }
 
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
     pub fn get(&mut self, seq: SeqId) -> Result<&mut State, Fault> {
         self.states.get_mut(&seq).ok_or_else(|| wrong(format!("sequence {} was never begun", seq.0)))
     }
@@ -62,7 +66,7 @@ impl Sequences {
         if tokens > most {
             return Err(wrong(format!("{tokens} tokens in a step, {most} are possible")));
         }
-        let mut resolved = Resolved { batch: Batch::default(), ids: Vec::with_capacity(tokens), wanted: Vec::new() };
+        let mut resolved = Resolved::default();
         for (index, chunk) in lane.chunks.iter().enumerate() {
             if lane.chunks[..index].iter().any(|c| c.seq == chunk.seq) {
                 return Err(wrong(format!("sequence {} has two chunks in a step", chunk.seq.0)));
@@ -124,6 +128,9 @@ impl Sequences {
             for (position, &token) in (start..).zip(&chunk.tokens) {
                 state.history.note(token, position >= state.prompt_len);
             }
+        }
+        if state.held.is_some() {
+            resolved.foretold.push(Foretold { seq: chunk.seq, position: start, token: chunk.tokens[0] });
         }
         let row = resolved.rows();
         resolved.ids.extend_from_slice(&chunk.tokens);

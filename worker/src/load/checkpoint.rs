@@ -1,7 +1,7 @@
 //! One [`Checkpoint`] over the two layouts models are published in: a Hugging Face directory (`config.json` beside one
 //! or many safetensors files) and a single `.gguf` file. The files stay mapped; a tensor is a slice of them.
 
-use super::{Encoding, Entry, bad, gguf, safetensors, widen};
+use super::{Encoding, Entry, bad, gguf, safetensors};
 use crate::backend::MatrixView;
 use memmap2::Mmap;
 use model::fault::Fault;
@@ -140,7 +140,7 @@ impl Checkpoint {
         let cols = stored.shape.iter().product();
         let view =
             MatrixView { format: stored.format, bytes: stored.bytes, stored_cols: cols, row: 0, rows: 1, col: 0, cols };
-        Ok(widen::widen(&view))
+        Ok(super::values(&view))
     }
 
     /// All names, sorted.

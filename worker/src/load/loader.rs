@@ -1,7 +1,7 @@
 //! What one rank reads of a checkpoint: the windows of the declared tensors that its place in the mesh holds.
 
 use super::checkpoint::{Checkpoint, Stored};
-use super::{bad, widen};
+use super::{bad, values};
 use crate::backend::MatrixView;
 use model::catalog::{self, Part, TensorDecl, TensorId};
 use model::cut::{self, Cut, ExpertCut};
@@ -12,6 +12,7 @@ use model::spec::ModelSpec;
 use sha2::{Digest, Sha256};
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 /// Called with bytes done and bytes in all.
 pub type Progress<'a> = &'a dyn Fn(u64, u64);
@@ -77,7 +78,7 @@ impl<'a> Loader<'a> {
     /// This rank's part of a tensor as f32 values, row-major: norms, biases, and what must be rearranged.
     pub fn values(&self, id: TensorId) -> Result<Vec<f32>, Fault> {
         let view = self.window(id)?;
-        Ok(widen::widen(&view))
+        Ok(values(&view))
     }
 
     /// How many segments this rank's part of a matrix sums apart: its share of the canonical ones.
@@ -99,9 +100,14 @@ impl<'a> Loader<'a> {
         Ok(all / ranks)
     }
 
-    /// First vocabulary row of this rank's part of the embedding and the head.
-    pub fn vocab_first(&self, vocab: usize) -> usize {
-        cut::vocab_rows(vocab, self.mesh.tensor, self.mesh.place(self.rank).slice).start
+    /// The vocabulary rows of this rank's part of embedding and head.
+    pub fn vocab_rows(&self, vocab: usize) -> Result<Range<usize>, Fault> {
+        let rows = cut::vocab_rows(vocab, self.mesh.tensor, self.mesh.place(self.rank).slice);
+        if rows.is_empty() {
+            let why = format!("a vocabulary of {vocab} leaves none for rank {} of {}", self.rank.0, self.mesh);
+            return Err(Fault::new(FaultKind::Incompatible, why));
+        }
+        Ok(rows)
     }
 }
 

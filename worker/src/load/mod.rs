@@ -2,6 +2,7 @@
 //!
 //! * [`checkpoint`]: one [`checkpoint::Checkpoint`] over a Hugging Face directory or a GGUF file, mapped, never copied.
 //! * [`safetensors`], [`gguf`]: the two containers' headers; every number in them is checked before it is believed.
+//! * [`widen`]: stored values as f32.
 //! * [`loader`]: what a rank reads: the windows of the declared tensors that its place in the mesh holds.
 
 pub mod checkpoint;
@@ -10,6 +11,7 @@ pub mod loader;
 pub mod safetensors;
 pub mod widen;
 
+use crate::backend::MatrixView;
 use model::fault::{Fault, FaultKind};
 use model::quant::Format;
 use std::ops::Range;
@@ -53,4 +55,15 @@ fn bytes_of(name: &str, format: Format, shape: &[usize]) -> Result<usize, Fault>
     (values / format.block())
         .checked_mul(format.block_bytes())
         .ok_or_else(|| bad(format!("tensor {name}: shape {shape:?} has too many bytes")))
+}
+
+/// All values of a window, row-major.
+fn values(view: &MatrixView<'_>) -> Vec<f32> {
+    let mut values = vec![0.0; view.rows * view.cols];
+    if view.cols > 0 {
+        for (row, out) in values.chunks_exact_mut(view.cols).enumerate() {
+            widen::widen(view, row, out);
+        }
+    }
+    values
 }
