@@ -45,6 +45,8 @@ pub struct ShardConfig<'a> {
     pub communicators: Communicators,
     /// Threads of a CPU rank.
     pub threads: usize,
+    /// How long they wait awake, see [`CpuConfig::spin`].
+    pub spin: u32,
     /// See [`Assignment::progress`].
     pub progress: Arc<AtomicU64>,
     /// See [`Assignment::loading`].
@@ -58,7 +60,7 @@ pub fn load_shard(config: ShardConfig<'_>) -> Result<Box<dyn Shard>, Fault> {
 
 /// Loads a rank on the CPU.
 pub fn load_cpu(config: ShardConfig<'_>) -> Result<Engine<CpuBackend>, Fault> {
-    let ShardConfig { spec, plan, rank, checkpoint, communicators, threads, progress, loading } = config;
-    let backend = CpuBackend::new(CpuConfig { dtype: plan.dtype, family: plan.family, threads })?;
+    let ShardConfig { spec, plan, rank, checkpoint, communicators, threads, spin, progress, loading } = config;
+    let backend = CpuBackend::new(CpuConfig { dtype: plan.dtype, family: plan.family, threads, spin })?;
     Engine::new(backend, Assignment { spec, plan, rank, checkpoint, communicators, progress, loading })
 }

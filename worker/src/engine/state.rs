@@ -58,11 +58,11 @@ impl Sequences {
         for begin in &lane.begun {
             self.begin(begin)?;
         }
-        let (most, tokens) = (self.limits.step_sequences_max, lane.chunks.iter().map(|c| c.tokens.len()).sum());
+        let most = self.limits.step_sequences_max;
         if lane.chunks.len() > most {
             return Err(wrong(format!("{} chunks in a step, {most} are possible", lane.chunks.len())));
         }
-        let most = self.limits.step_tokens_max;
+        let (tokens, most) = (lane.chunks.iter().map(|c| c.tokens.len()).sum::<usize>(), self.limits.step_tokens_max);
         if tokens > most {
             return Err(wrong(format!("{tokens} tokens in a step, {most} are possible")));
         }
