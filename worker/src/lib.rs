@@ -3,3 +3,4 @@
 pub mod backend;
 pub mod collective;
 pub mod engine;
+pub mod load;

@@ -4,6 +4,9 @@
 //! Numerics every backend keeps (ARCHITECTURE.md, "One answer"): a row's result depends on that row alone, sums run in
 //! one fixed order, and inputs of multiplications are rounded once to the compute dtype.
 
+pub mod cpu;
+pub mod suite;
+
 use crate::engine::batch::Batch;
 use model::fault::Fault;
 use model::quant::Format;

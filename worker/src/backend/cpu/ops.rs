@@ -1,0 +1,397 @@
+//! [`Backend`] for the CPU: checks at the door, then kernels.
+
+use super::buffer::{Buffer, Data, ensure, wrong};
+use super::simd::grouped;
+use super::simd::latent;
+use super::simd::panel::{self, Source};
+use super::simd::rows::{Add, Norm, Silu};
+use super::{Cache, CpuBackend, Matrix, Meta, Place, Vector, combine, route, weights};
+use crate::backend::{Backend, GroupedShape, Grouping, HostSlice, Kind, LatentShape, MatrixView, Routing};
+use crate::engine::batch::Batch;
+use model::fault::Fault;
+use model::quant::Dtype;
+use model::rope::{Rope, Table};
+use model::spec::{Activation, CacheKind, Router};
+
+/// Values that make one task of a row-wise operation.
+const TASK_VALUES: usize = 8192;
+
+fn grain(cols: usize) -> usize {
+    (TASK_VALUES / cols.max(1)).max(1)
+}
+
+/// Runs `$body` with `$a`, `$b`.. bound to slices of one dtype, or refuses buffers of different dtypes.
+macro_rules! by_dtype {
+    ([$($name:ident = $data:expr),+] => $body:expr) => {
+        match ($($data,)+) {
+            ($(Data::F32($name),)+) => $body,
+            ($(Data::Bf16($name),)+) => $body,
+            #[allow(unreachable_patterns)] // where there is one operand
+            _ => return Err(wrong("operands of different dtypes")),
+        }
+    };
+}
+
+impl CpuBackend {
+    fn input<'a>(&self, x: &'a Buffer) -> Result<&'a Data, Fault> {
+        let fits = matches!((&x.data, self.dtype), (Data::F32(_), Dtype::F32) | (Data::Bf16(_), Dtype::Bf16));
+        if fits { Ok(&x.data) } else { Err(wrong("an Input buffer is needed, a Full one was given")) }
+    }
+
+    /// A grouped multiplication; `picks` names each pair's source row.
+    fn experts(
+        &mut self,
+        x: &Buffer,
+        w: &[Matrix],
+        grouping: &Grouping,
+        picks: Option<&[u32]>,
+        out: &mut Buffer,
+    ) -> Result<(), Fault> {
+        let pairs = grouping.rows.len();
+        let offsets = &grouping.offsets;
+        let whole = offsets.len() == w.len() + 1
+            && offsets.first() == Some(&0)
+            && offsets.last() == Some(&(pairs as u32))
+            && offsets.is_sorted();
+        ensure(whole, || format!("offsets of {} experts, {pairs} pairs, {} matrices", offsets.len(), w.len()))?;
+        let Some(first) = w.first() else { return Ok(()) };
+        let (rows, cols) = (first.0.rows, first.0.cols);
+        ensure(w.iter().all(|m| m.0.rows == rows && m.0.cols == cols), || "experts differ in shape".into())?;
+        ensure(x.cols == cols && out.cols == rows, || {
+            format!("[{}] inputs, [{rows}, {cols}] weights, [{}] outputs", x.cols, out.cols)
+        })?;
+        let most = picks.map_or(pairs, |p| p.iter().max().map_or(0, |r| *r as usize + 1));
+        x.check(most)?;
+        let active = &mut self.scratch.active;
+        active.clear();
+        active.extend((0..w.len()).filter(|e| offsets[e + 1] > offsets[*e]).map(|e| e as u32));
+        let active = &self.scratch.active;
+        let out = out.full_mut(pairs)?;
+        by_dtype!([x = self.input(x)?] => {
+            let x = Source { values: x, start: 0, stride: cols, picks };
+            panel::multiply_experts(&self.pool, self.level, self.family, x, w, offsets, active, out)
+        });
+        Ok(())
+    }
+
+    fn norm_of(
+        &self,
+        x: &Buffer,
+        first: usize,
+        weight: &Vector,
+        eps: f32,
+        n: usize,
+        out: &mut Buffer,
+    ) -> Result<(), Fault> {
+        let (width, stride) = (weight.0.len(), x.cols);
+        ensure(first + width <= stride && out.cols == width, || {
+            format!("columns {first}.. of {stride}, a norm of {width}, {} outputs", out.cols)
+        })?;
+        out.check(n)?;
+        let x = x.full(n)?;
+        let level = self.level;
+        by_dtype!([out = &mut out.data] => self.pool.rows(out, width, n, grain(width), &|row, out| {
+            level.run(Norm { x: &x[row * stride + first..][..width], weight: &weight.0, eps, out });
+        }));
+        Ok(())
+    }
+
+    fn grouped_layout(&self, shape: &GroupedShape, meta: &Meta, cache: &Cache) -> Result<(), Fault> {
+        let layout = grouped::Layout { kv_heads: shape.kv_heads, head_dim: shape.head_dim };
+        ensure(cache.place == Place::Grouped(layout), || format!("{:?} can't serve {layout:?}", cache.place))?;
+        ensure(shape.kv_heads > 0 && shape.heads.is_multiple_of(shape.kv_heads), || {
+            format!("{} heads share {} key/value heads", shape.heads, shape.kv_heads)
+        })?;
+        meta.fits(cache.blocks)
+    }
+
+    fn latent_layout(&self, shape: &LatentShape, meta: &Meta, cache: &Cache) -> Result<(), Fault> {
+        let layout = latent::Layout { kv_rank: shape.kv_rank, rope_dim: shape.rope_dim };
+        ensure(cache.place == Place::Latent(layout), || format!("{:?} can't serve {layout:?}", cache.place))?;
+        meta.fits(cache.blocks)
+    }
+}
+
+/// A rotation table that covers a batch and fits in `width` channels.
+fn check_table(table: &Table, meta: &Meta, width: usize) -> Result<(), Fault> {
+    let positions = table.cos.len().checked_div(table.pairs).unwrap_or(usize::MAX);
+    let most = meta.rows.iter().map(|r| r.position + 1).max().unwrap_or(0);
+    ensure(most <= positions && 2 * table.pairs <= width, || {
+        format!("a table of {positions} positions and {} pairs for {most} and {width} channels", table.pairs)
+    })
+}
+
+impl Backend for CpuBackend {
+    type Matrix = Matrix;
+    type Vector = Vector;
+    type Buffer = Buffer;
+    type Cache = Cache;
+    type Meta = Meta;
+    type RopeTable = Table;
+
+    fn matrix(&self, parts: &[MatrixView<'_>], segments: usize) -> Result<Matrix, Fault> {
+        weights::pack(&self.pool, self.dtype, self.family, parts, segments)
+    }
+
+    fn matrix_f32(&self, values: &[f32], rows: usize, cols: usize, segments: usize) -> Result<Matrix, Fault> {
+        weights::pack_f32(&self.pool, self.dtype, self.family, values, (rows, cols), segments)
+    }
+
+    fn vector(&self, values: &[f32]) -> Result<Vector, Fault> {
+        Ok(Vector(values.to_vec()))
+    }
+
+    fn buffer(&self, rows: usize, cols: usize, kind: Kind) -> Result<Buffer, Fault> {
+        let dtype = if kind == Kind::Full { Dtype::F32 } else { self.dtype };
+        let len = rows.checked_mul(cols).ok_or_else(|| wrong(format!("{rows} x {cols} overflows")))?;
+        Ok(Buffer { rows, cols, data: Data::zeroed(dtype, len)? })
+    }
+
+    fn cache(&self, kind: CacheKind, blocks: usize) -> Result<Cache, Fault> {
+        Cache::new(kind, blocks, self.dtype)
+    }
+
+    fn rope_table(&self, rope: &Rope, positions: usize) -> Result<Table, Fault> {
+        Ok(rope.table(positions))
+    }
+
+    fn meta(&self, batch: &Batch) -> Result<Meta, Fault> {
+        Meta::new(batch)
+    }
+
+    fn host<'a>(&'a mut self, buffer: &'a mut Buffer, rows: usize) -> Result<HostSlice<'a>, Fault> {
+        buffer.check(rows)?;
+        let count = rows * buffer.cols;
+        Ok(match &mut buffer.data {
+            Data::F32(v) => HostSlice::F32(&mut v[..count]),
+            Data::Bf16(v) => HostSlice::Bf16(&mut v[..count]),
+        })
+    }
+
+    fn host_done(&mut self, buffer: &mut Buffer, rows: usize) -> Result<(), Fault> {
+        buffer.check(rows)
+    }
+
+    fn embed(&mut self, table: &Matrix, first: u32, ids: &[u32], out: &mut Buffer) -> Result<(), Fault> {
+        let (rows, cols) = (table.0.rows, table.0.cols);
+        ensure(out.cols == cols, || format!("embeddings of {cols} in rows of {}", out.cols))?;
+        let n = ids.len();
+        self.pool.rows(out.full_mut(n)?, cols, n, 1, &|row, out| match ids[row]
+            .checked_sub(first)
+            .map(|id| id as usize)
+            .filter(|id| *id < rows)
+        {
+            Some(id) => table.0.row(id, out),
+            None => out.fill(0.0),
+        });
+        Ok(())
+    }
+
+    fn norm(&mut self, x: &Buffer, weight: &Vector, eps: f32, n: usize, out: &mut Buffer) -> Result<(), Fault> {
+        ensure(x.cols == weight.0.len(), || format!("a norm of {} on rows of {}", weight.0.len(), x.cols))?;
+        self.norm_of(x, 0, weight, eps, n, out)
+    }
+
+    fn norm_columns(
+        &mut self,
+        x: &Buffer,
+        first: usize,
+        weight: &Vector,
+        eps: f32,
+        n: usize,
+        out: &mut Buffer,
+    ) -> Result<(), Fault> {
+        self.norm_of(x, first, weight, eps, n, out)
+    }
+
+    fn matmul(
+        &mut self,
+        x: &Buffer,
+        w: &Matrix,
+        bias: Option<&Vector>,
+        n: usize,
+        out: &mut Buffer,
+    ) -> Result<(), Fault> {
+        let w = &w.0;
+        ensure(x.cols == w.cols && out.cols == w.rows, || {
+            format!("[{}] inputs, [{}, {}] weights, [{}] outputs", x.cols, w.rows, w.cols, out.cols)
+        })?;
+        ensure(bias.is_none_or(|b| b.0.len() == w.rows), || format!("{} outputs and another bias", w.rows))?;
+        x.check(n)?;
+        let (out, bias) = (out.full_mut(n)?, bias.map(|b| &b.0[..]));
+        by_dtype!([x = self.input(x)?] => {
+            let x = Source { values: x, start: 0, stride: w.cols, picks: None };
+            panel::multiply(&self.pool, self.level, self.family, x, w, bias, n, out)
+        });
+        Ok(())
+    }
+
+    fn add(&mut self, x: &mut Buffer, y: &Buffer, bias: Option<&Vector>, n: usize) -> Result<(), Fault> {
+        let cols = x.cols;
+        ensure(y.cols == cols && bias.is_none_or(|b| b.0.len() == cols), || format!("{cols} += {}", y.cols))?;
+        let (y, bias, level) = (y.full(n)?, bias.map(|b| &b.0[..]), self.level);
+        self.pool.rows(x.full_mut(n)?, cols, n, grain(cols), &|row, x| {
+            level.run(Add { x, y: &y[row * cols..][..cols], bias });
+        });
+        Ok(())
+    }
+
+    fn activate(&mut self, x: &Buffer, activation: Activation, n: usize, out: &mut Buffer) -> Result<(), Fault> {
+        let width = out.cols;
+        ensure(x.cols == 2 * width, || format!("{} gates and ups for {width} outputs", x.cols))?;
+        out.check(n)?;
+        let (x, level) = (x.full(n)?, self.level);
+        by_dtype!([out = &mut out.data] => self.pool.rows(out, width, n, grain(width), &|row, out| {
+            let (gate, up) = x[row * 2 * width..][..2 * width].split_at(width);
+            match activation {
+                Activation::Silu => level.run(Silu { gate, up, out }),
+            }
+        }));
+        Ok(())
+    }
+
+    fn grouped_prepare(
+        &mut self,
+        shape: &GroupedShape,
+        qkv: &mut Buffer,
+        norms: Option<(&Vector, &Vector, f32)>,
+        rope: Option<&Table>,
+        meta: &Meta,
+        cache: &mut Cache,
+    ) -> Result<(), Fault> {
+        self.grouped_layout(shape, meta, cache)?;
+        let step = grouped::Step { pool: &self.pool, level: self.level, shape, meta };
+        ensure(qkv.cols == step.width(), || format!("rows of {} for {}", qkv.cols, step.width()))?;
+        let dim = shape.head_dim;
+        ensure(norms.is_none_or(|(q, k, _)| q.0.len() == dim && k.0.len() == dim), || format!("norms not of {dim}"))?;
+        if let Some(table) = rope {
+            check_table(table, meta, dim)?;
+        }
+        let norms = norms.map(|(q, k, eps)| (&q.0[..], &k.0[..], eps));
+        let qkv = qkv.full_mut(meta.rows())?;
+        by_dtype!([cache = &mut cache.data] => step.prepare(qkv, norms, rope, cache));
+        Ok(())
+    }
+
+    fn grouped_attention(
+        &mut self,
+        shape: &GroupedShape,
+        qkv: &Buffer,
+        meta: &Meta,
+        cache: &Cache,
+        out: &mut Buffer,
+    ) -> Result<(), Fault> {
+        self.grouped_layout(shape, meta, cache)?;
+        let step = grouped::Step { pool: &self.pool, level: self.level, shape, meta };
+        ensure(qkv.cols == step.width() && out.cols == shape.heads * shape.head_dim, || {
+            format!("rows of {} to {} for {} heads of {}", qkv.cols, out.cols, shape.heads, shape.head_dim)
+        })?;
+        out.check(meta.rows())?;
+        let (qkv, tiles) = (qkv.full(meta.rows())?, &mut self.scratch.tiles);
+        by_dtype!([cache = &cache.data, out = &mut out.data] => step.attend(qkv, cache, tiles, out));
+        Ok(())
+    }
+
+    fn latent_prepare(
+        &mut self,
+        shape: &LatentShape,
+        q: &mut Buffer,
+        kv: &mut Buffer,
+        norm: (&Vector, f32),
+        rope: &Table,
+        meta: &Meta,
+        cache: &mut Cache,
+    ) -> Result<(), Fault> {
+        self.latent_layout(shape, meta, cache)?;
+        let head = shape.nope_dim + shape.rope_dim;
+        ensure(q.cols == shape.heads * head && kv.cols == shape.kv_rank + shape.rope_dim, || {
+            format!("rows of {} and {} for {shape:?}", q.cols, kv.cols)
+        })?;
+        ensure(norm.0.0.len() == shape.kv_rank, || format!("a norm of {} for {shape:?}", norm.0.0.len()))?;
+        check_table(rope, meta, shape.rope_dim)?;
+        let step = latent::Step { pool: &self.pool, level: self.level, family: self.family, shape, meta };
+        let (q, kv) = (q.full_mut(meta.rows())?, kv.full_mut(meta.rows())?);
+        by_dtype!([cache = &mut cache.data] => step.prepare(q, kv, (&norm.0.0, norm.1), rope, cache));
+        Ok(())
+    }
+
+    fn latent_attention(
+        &mut self,
+        shape: &LatentShape,
+        q: &Buffer,
+        absorb: &[Matrix],
+        expand: &[Matrix],
+        meta: &Meta,
+        cache: &Cache,
+        out: &mut Buffer,
+    ) -> Result<(), Fault> {
+        self.latent_layout(shape, meta, cache)?;
+        let all =
+            |w: &[Matrix], rows, cols| w.len() == shape.heads && w.iter().all(|m| (m.0.rows, m.0.cols) == (rows, cols));
+        let fit = all(absorb, shape.kv_rank, shape.nope_dim) && all(expand, shape.value_dim, shape.kv_rank);
+        ensure(fit && shape.heads > 0, || format!("absorbing and expanding matrices do not fit {shape:?}"))?;
+        ensure(q.cols == shape.heads * (shape.nope_dim + shape.rope_dim), || {
+            format!("rows of {} for {shape:?}", q.cols)
+        })?;
+        ensure(out.cols == shape.heads * shape.value_dim, || format!("outputs of {} for {shape:?}", out.cols))?;
+        out.check(meta.rows())?;
+        let step = latent::Step { pool: &self.pool, level: self.level, family: self.family, shape, meta };
+        let (inputs, products, packed) = step.scratch();
+        self.scratch.inputs.reserve(inputs)?;
+        self.scratch.products.reserve(products)?;
+        self.scratch.packed.reserve(packed)?;
+        let (Data::F32(products), Data::F32(packed)) = (&mut self.scratch.products, &mut self.scratch.packed) else {
+            return Err(wrong("scratch memory of products is not f32"));
+        };
+        let q = q.full(meta.rows())?;
+        by_dtype!([cache = &cache.data, inputs = &mut self.scratch.inputs, out = &mut out.data] => {
+            step.attend(q, absorb, expand, cache, latent::Scratch { inputs, products, packed }, out)
+        });
+        Ok(())
+    }
+
+    fn route(
+        &mut self,
+        logits: &Buffer,
+        router: &Router,
+        active: usize,
+        correction: Option<&Vector>,
+        n: usize,
+    ) -> Result<Routing, Fault> {
+        let experts = (logits.full(n)?, logits.cols);
+        route::route(&self.pool, self.level, experts, router, active, correction.map(|c| &c.0[..]), n)
+    }
+
+    fn expert_matmul(&mut self, x: &Buffer, w: &[Matrix], grouping: &Grouping, out: &mut Buffer) -> Result<(), Fault> {
+        self.experts(x, w, grouping, Some(&grouping.rows), out)
+    }
+
+    fn pair_matmul(&mut self, x: &Buffer, w: &[Matrix], grouping: &Grouping, out: &mut Buffer) -> Result<(), Fault> {
+        self.experts(x, w, grouping, None, out)
+    }
+
+    fn combine(
+        &mut self,
+        pairs: &Buffer,
+        grouping: &Grouping,
+        segments: usize,
+        n: usize,
+        out: &mut Buffer,
+    ) -> Result<(), Fault> {
+        let cols = out.cols;
+        ensure(pairs.cols == cols, || format!("pairs of {} in rows of {cols}", pairs.cols))?;
+        let pairs = pairs.full(grouping.rows.len())?;
+        let (out, index) = (out.full_mut(n)?, &mut self.scratch.index);
+        combine::combine(&self.pool, self.level, index, pairs, grouping, segments, (n, cols), out)
+    }
+
+    fn select(&mut self, x: &Buffer, rows: &[u32], out: &mut Buffer) -> Result<(), Fault> {
+        let cols = x.cols;
+        ensure(out.cols == cols, || format!("rows of {cols} into rows of {}", out.cols))?;
+        let x = x.full(rows.iter().max().map_or(0, |r| *r as usize + 1))?;
+        self.pool.rows(out.full_mut(rows.len())?, cols, rows.len(), grain(cols), &|row, out| {
+            out.copy_from_slice(&x[rows[row] as usize * cols..][..cols]);
+        });
+        Ok(())
+    }
+}

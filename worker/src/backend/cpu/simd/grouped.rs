@@ -1,0 +1,377 @@
+//! Grouped-query attention over the paged cache.
+//!
+//! ```text
+//! one kv head of a block:  K [head_dim][32 positions]   V [32 positions][head_dim in whole vectors]
+//! ```
+//! Scores have positions in their lanes, outputs have channels: no sum crosses lanes but that of a span's weights
+//! (lane i + lane i+16, then +8, +4, +2, +1).
+
+use super::attention::{Answers, Join, QUERIES, Values, WIDTH_MAX, Weights, apply, merge};
+use super::lanes::{Element, Kernel, LANES, Lanes};
+use super::pool::Pool;
+use super::rows::{NormInPlace, Positions, Rotate};
+use super::{Level, math, shared::Shared};
+use crate::backend::GroupedShape;
+use crate::backend::cpu::meta::Meta;
+use crate::engine::batch::Sequence;
+use model::plan::BLOCK_TOKENS;
+use model::rope::Table;
+use model::spec::Span;
+use model::step::BlockId;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+/// The place of things in a paged cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Layout {
+    pub kv_heads: usize,
+    pub head_dim: usize,
+}
+
+impl Layout {
+    /// Elements of a value row.
+    fn value_stride(&self) -> usize {
+        self.head_dim.next_multiple_of(LANES)
+    }
+
+    fn head_elements(&self) -> usize {
+        BLOCK_TOKENS * (self.head_dim + self.value_stride())
+    }
+
+    pub fn block_elements(&self) -> usize {
+        self.kv_heads * self.head_elements()
+    }
+
+    /// First element of a head's keys; its values follow.
+    fn head_start(&self, block: BlockId, head: usize) -> usize {
+        block.0 as usize * self.block_elements() + head * self.head_elements()
+    }
+
+    fn values_start(&self, block: BlockId, head: usize) -> usize {
+        self.head_start(block, head) + BLOCK_TOKENS * self.head_dim
+    }
+}
+
+/// Writes one position's keys and values of one head.
+pub struct Write<'a, T> {
+    pub layout: Layout,
+    pub cache: &'a Shared<'a, T>,
+    pub block: BlockId,
+    pub slot: usize,
+    pub head: usize,
+    pub key: &'a [f32],
+    pub value: &'a [f32],
+}
+
+impl<T: Element> Kernel for Write<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let dim = self.layout.head_dim;
+        assert!(self.key.len() == dim && self.value.len() == dim && self.slot < BLOCK_TOKENS && dim <= WIDTH_MAX);
+        let keys = self.layout.head_start(self.block, self.head);
+        let values = self.layout.values_start(self.block, self.head) + self.slot * self.layout.value_stride();
+        assert!(self.head < self.layout.kv_heads && values + dim <= self.cache.len());
+        let mut rounded = [T::default(); WIDTH_MAX];
+        for i in (0..dim).step_by(LANES) {
+            // SAFETY: below `dim`, which both ends hold; a (slot, head) belongs to one row and so to one task.
+            unsafe {
+                let n = dim - i;
+                T::store_up_to::<L>(rounded.as_mut_ptr().add(i), f32::load_up_to::<L>(self.key.as_ptr().add(i), n), n);
+                let v = f32::load_up_to::<L>(self.value.as_ptr().add(i), n);
+                T::store_up_to::<L>(self.cache.pointer().add(values + i), v, n);
+            }
+        }
+        for (channel, key) in rounded[..dim].iter().enumerate() {
+            // SAFETY: inside the head's keys.
+            unsafe { *self.cache.pointer().add(keys + channel * BLOCK_TOKENS + self.slot) = *key };
+        }
+    }
+}
+
+/// Up to [`QUERIES`] queries of one sequence that share a key/value head.
+pub struct Attend<'a, T> {
+    pub layout: Layout,
+    pub cache: &'a [T],
+    pub blocks: &'a [BlockId],
+    pub kv_head: usize,
+    /// Each query's channels, f32.
+    pub queries: &'a [*const f32],
+    /// The positions each query sees.
+    pub sees: &'a [Range<usize>],
+    pub scale: f32,
+    /// Where each query's `head_dim` outputs go.
+    pub outputs: &'a [*mut T],
+}
+
+struct Running {
+    most: [f32; QUERIES],
+    total: [f32; QUERIES],
+    old_scale: [f32; QUERIES],
+    new_scale: [f32; QUERIES],
+}
+
+impl<T: Element> Kernel for Attend<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let (count, dim) = (self.queries.len(), self.layout.head_dim);
+        assert!(count <= QUERIES && count == self.sees.len() && count == self.outputs.len() && dim <= WIDTH_MAX);
+        let stride = self.layout.value_stride();
+        let mut outputs = MaybeUninit::<[f32; QUERIES * WIDTH_MAX]>::uninit();
+        let outputs = outputs.as_mut_ptr().cast::<f32>();
+        let mut running = Running {
+            most: [f32::NEG_INFINITY; QUERIES],
+            total: [0.0; QUERIES],
+            old_scale: [0.0; QUERIES],
+            new_scale: [0.0; QUERIES],
+        };
+        // SAFETY: `count * stride` fits by the bounds above; blocks and cache are checked span by span.
+        unsafe {
+            std::ptr::write_bytes(outputs, 0, count * stride);
+            let first = self.sees.iter().map(|s| s.start).min().unwrap_or(0) / BLOCK_TOKENS;
+            let end = self.sees.iter().map(|s| s.end).max().unwrap_or(0).div_ceil(BLOCK_TOKENS);
+            for span in first..end {
+                self.span::<L>(span, &mut running, outputs);
+            }
+            for q in 0..count {
+                let inverse = L::splat(1.0 / running.total[q]);
+                for i in (0..dim).step_by(LANES) {
+                    let v = L::mul(L::load(outputs.add(q * stride + i)), inverse);
+                    T::store_up_to::<L>(self.outputs[q].add(i), v, dim - i);
+                }
+            }
+        }
+    }
+}
+
+impl<T: Element> Attend<'_, T> {
+    #[inline(always)]
+    unsafe fn span<L: Lanes>(&self, span: usize, running: &mut Running, outputs: *mut f32) {
+        let count = self.queries.len();
+        let start = span * BLOCK_TOKENS;
+        let mut weights = [[0.0f32; BLOCK_TOKENS]; QUERIES];
+        let mut seen: [Range<usize>; QUERIES] = std::array::from_fn(|_| 0..0);
+        let block = self.blocks[span];
+        let head = self.layout.head_start(block, self.kv_head);
+        let keys = &self.cache[head..head + self.layout.head_elements()];
+        let values = keys[BLOCK_TOKENS * self.layout.head_dim..].as_ptr();
+        unsafe {
+            self.scores::<L>(keys.as_ptr(), &mut weights);
+            for q in 0..count {
+                let from = self.sees[q].start.max(start);
+                let to = self.sees[q].end.min(start + BLOCK_TOKENS);
+                if from >= to {
+                    continue;
+                }
+                seen[q] = from - start..to - start;
+                let (most, total) = self.weigh::<L>(&mut weights[q], seen[q].clone());
+                let (most, total, old, new) = merge::<L>(running.most[q], running.total[q], most, total);
+                (running.most[q], running.total[q]) = (most, total);
+                (running.old_scale[q], running.new_scale[q]) = (old, new);
+            }
+            let stride = self.layout.value_stride();
+            let v = Values { rows: values, stride, width: self.layout.head_dim };
+            let together = seen[..count].iter().all(|s| *s == seen[0] && !s.is_empty());
+            let step = if together { count } else { 1 };
+            for q in (0..count).step_by(step) {
+                if seen[q].is_empty() {
+                    continue;
+                }
+                let p = Weights { p: weights[q].as_ptr(), query_step: BLOCK_TOKENS, position_step: 1 };
+                let join =
+                    Join { old_scale: running.old_scale.as_ptr().add(q), new_scale: running.new_scale.as_ptr().add(q) };
+                let out = Answers { outputs: outputs.add(q * stride), stride };
+                apply::<L, T>(step, seen[q].clone(), p, v, join, out);
+            }
+        }
+    }
+
+    /// Products of all queries with a block's keys; those of slots not written yet are never looked at.
+    #[inline(always)]
+    unsafe fn scores<L: Lanes>(&self, keys: *const T, out: &mut [[f32; BLOCK_TOKENS]; QUERIES]) {
+        let mut first = 0;
+        while first < self.queries.len() {
+            unsafe {
+                first += match self.queries.len() - first {
+                    8.. => self.score_tile::<L, 8>(keys, first, out),
+                    4.. => self.score_tile::<L, 4>(keys, first, out),
+                    2.. => self.score_tile::<L, 2>(keys, first, out),
+                    _ => self.score_tile::<L, 1>(keys, first, out),
+                };
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn score_tile<L: Lanes, const Q: usize>(
+        &self,
+        keys: *const T,
+        first: usize,
+        out: &mut [[f32; BLOCK_TOKENS]; QUERIES],
+    ) -> usize {
+        unsafe {
+            let mut sums = [[L::splat(0.0); 2]; Q];
+            let mut queries = [self.queries[first]; Q];
+            queries.copy_from_slice(&self.queries[first..first + Q]);
+            for d in 0..self.layout.head_dim {
+                let key = [T::load::<L>(keys.add(d * BLOCK_TOKENS)), T::load::<L>(keys.add(d * BLOCK_TOKENS + LANES))];
+                for q in 0..Q {
+                    let x = L::splat(*queries[q].add(d));
+                    sums[q][0] = L::fma(x, key[0], sums[q][0]);
+                    sums[q][1] = L::fma(x, key[1], sums[q][1]);
+                }
+            }
+            for q in 0..Q {
+                L::store(out[first + q].as_mut_ptr(), sums[q][0]);
+                L::store(out[first + q].as_mut_ptr().add(LANES), sums[q][1]);
+            }
+        }
+        Q
+    }
+
+    /// Products to weights of the positions seen, zero elsewhere; returns the span's maximum and sum.
+    #[inline(always)]
+    unsafe fn weigh<L: Lanes>(&self, p: &mut [f32; BLOCK_TOKENS], seen: Range<usize>) -> (f32, f32) {
+        unsafe {
+            let (from, to) = (L::splat(seen.start as f32), L::splat(seen.end as f32));
+            let lanes = [Positions::<L>::first(), L::add(Positions::<L>::first(), L::splat(LANES as f32))];
+            let only = |lane: L::F, v: L::F, other: L::F| {
+                L::select_less(lane, from, other, L::select_less(lane, to, v, other))
+            };
+            let (scale, none, zero) = (L::splat(self.scale), L::splat(f32::NEG_INFINITY), L::splat(0.0));
+            let low = only(lanes[0], L::mul(L::load(p.as_ptr()), scale), none);
+            let high = only(lanes[1], L::mul(L::load(p.as_ptr().add(LANES)), scale), none);
+            let most = L::greatest(L::max(low, high));
+            let low = only(lanes[0], math::exp::<L>(L::sub(low, L::splat(most))), zero);
+            let high = only(lanes[1], math::exp::<L>(L::sub(high, L::splat(most))), zero);
+            L::store(p.as_mut_ptr(), low);
+            L::store(p.as_mut_ptr().add(LANES), high);
+            (most, L::sum(L::add(low, high)))
+        }
+    }
+}
+
+/// The step of one attention, beside its cache.
+#[derive(Clone, Copy)]
+pub struct Step<'a> {
+    pub pool: &'a Pool,
+    pub level: Level,
+    pub shape: &'a GroupedShape,
+    pub meta: &'a Meta,
+}
+
+impl Step<'_> {
+    fn layout(&self) -> Layout {
+        Layout { kv_heads: self.shape.kv_heads, head_dim: self.shape.head_dim }
+    }
+
+    /// Columns of `[q | k | v]`.
+    pub fn width(&self) -> usize {
+        (self.shape.heads + 2 * self.shape.kv_heads) * self.shape.head_dim
+    }
+
+    /// Norms and rotates queries and keys of `qkv`, and writes keys and values.
+    pub fn prepare<T: Element>(
+        &self,
+        qkv: &mut [f32],
+        norms: Option<(&[f32], &[f32], f32)>,
+        rope: Option<&Table>,
+        cache: &mut [T],
+    ) {
+        let (shape, dim) = (self.shape, self.shape.head_dim);
+        let cache = Shared::new(cache);
+        self.pool.rows(qkv, self.width(), self.meta.rows.len(), 4, &|index, row| {
+            let at = self.meta.rows[index];
+            let (queries_keys, values) = row.split_at_mut((shape.heads + shape.kv_heads) * dim);
+            for (head, x) in queries_keys.chunks_exact_mut(dim).enumerate() {
+                if let Some((query, key, eps)) = norms {
+                    let weight = if head < shape.heads { query } else { key };
+                    self.level.run(NormInPlace { x: &mut *x, weight, eps });
+                }
+                if let (Some(table), Some(rope)) = (rope, &shape.rope) {
+                    let of = at.position * table.pairs..(at.position + 1) * table.pairs;
+                    let (cos, sin) = (&table.cos[of.clone()], &table.sin[of]);
+                    self.level.run(Rotate { x: &mut x[..2 * table.pairs], cos, sin, layout: rope.layout });
+                }
+            }
+            let keys = &queries_keys[shape.heads * dim..];
+            for (head, (key, value)) in keys.chunks_exact(dim).zip(values.chunks_exact(dim)).enumerate() {
+                let (block, slot) = (at.block, at.slot);
+                self.level.run(Write { layout: self.layout(), cache: &cache, block, slot, head, key, value });
+            }
+        });
+    }
+
+    /// Attention of prepared queries; `tiles` is memory kept between calls.
+    pub fn attend<T: Element>(&self, qkv: &[f32], cache: &[T], tiles: &mut Vec<u32>, out: &mut [T]) {
+        let (shape, meta) = (self.shape, self.meta);
+        let group = shape.heads / shape.kv_heads;
+        let (heads_each, rows_each) = (group.min(QUERIES), (QUERIES / group).max(1));
+        let head_tiles = group.div_ceil(heads_each);
+        tiles.clear();
+        tiles.push(0);
+        for sequence in &meta.sequences {
+            tiles.push(tiles[tiles.len() - 1] + sequence.rows.div_ceil(rows_each) as u32);
+        }
+        let tiles = &*tiles;
+        let row_tiles = tiles[tiles.len() - 1] as usize;
+        let out = Shared::new(out);
+        self.pool.run(row_tiles * shape.kv_heads * head_tiles, &|task| {
+            // The last tiles of a prompt see most and go first.
+            let tile = row_tiles - 1 - task / (shape.kv_heads * head_tiles);
+            let (kv_head, head_tile) = (task / head_tiles % shape.kv_heads, task % head_tiles);
+            let index = tiles.partition_point(|t| *t as usize <= tile) - 1;
+            let sequence = &meta.sequences[index];
+            let first = (tile - tiles[index] as usize) * rows_each;
+            let rows = sequence.row + first..sequence.row + sequence.rows.min(first + rows_each);
+            let start = kv_head * group + head_tile * heads_each;
+            let heads = start..(start + heads_each).min((kv_head + 1) * group);
+            self.tile(qkv, cache, sequence, rows, heads, kv_head, &out);
+        });
+    }
+
+    #[allow(clippy::too_many_arguments)] // one tile's place in everything
+    fn tile<T: Element>(
+        &self,
+        qkv: &[f32],
+        cache: &[T],
+        sequence: &Sequence,
+        rows: Range<usize>,
+        heads: Range<usize>,
+        kv_head: usize,
+        out: &Shared<'_, T>,
+    ) {
+        let (dim, width) = (self.shape.head_dim, self.width());
+        let mut queries = [std::ptr::null::<f32>(); QUERIES];
+        let mut outputs = [std::ptr::null_mut::<T>(); QUERIES];
+        let mut sees: [Range<usize>; QUERIES] = std::array::from_fn(|_| 0..0);
+        let mut count = 0;
+        for row in rows {
+            let end = self.meta.rows[row].position + 1;
+            let start = match self.shape.span {
+                Span::Full => 0,
+                Span::Window(window) => end.saturating_sub(window),
+            };
+            for head in heads.clone() {
+                queries[count] = qkv[row * width + head * dim..][..dim].as_ptr();
+                let at = (row * self.shape.heads + head) * dim;
+                assert!(at + dim <= out.len());
+                // SAFETY: inside the output; each (row, head) belongs to one task.
+                outputs[count] = unsafe { out.pointer().add(at) };
+                sees[count] = start..end;
+                count += 1;
+            }
+        }
+        self.level.run(Attend {
+            layout: self.layout(),
+            cache,
+            blocks: &sequence.blocks,
+            kv_head,
+            queries: &queries[..count],
+            sees: &sees[..count],
+            scale: self.shape.scale,
+            outputs: &outputs[..count],
+        });
+    }
+}

@@ -1,0 +1,112 @@
+//! Packed matrices, from windows of a checkpoint or from rearranged rows.
+
+use super::buffer::ensure;
+use super::simd::pack::{Packed, Rows, Widened};
+use super::simd::pool::Pool;
+use crate::backend::MatrixView;
+use crate::load::widen;
+use model::fault::Fault;
+use model::plan::KernelFamily;
+use model::quant::{Dtype, Format};
+
+/// A packed weight matrix `[out, in]`.
+pub struct Matrix(pub(super) Packed);
+
+impl Matrix {
+    /// Bytes that it takes.
+    pub fn bytes(&self) -> usize {
+        self.0.bytes()
+    }
+
+    pub fn rows(&self) -> usize {
+        self.0.rows
+    }
+
+    pub fn cols(&self) -> usize {
+        self.0.cols
+    }
+}
+
+impl AsRef<Packed> for Matrix {
+    fn as_ref(&self) -> &Packed {
+        &self.0
+    }
+}
+
+/// Windows stacked over each other.
+struct Stack<'a> {
+    parts: &'a [MatrixView<'a>],
+}
+
+impl Stack<'_> {
+    fn find(&self, mut row: usize) -> (&MatrixView<'_>, usize) {
+        for part in self.parts {
+            if row < part.rows {
+                return (part, row);
+            }
+            row -= part.rows;
+        }
+        unreachable!("the matrix has as many rows as its parts")
+    }
+}
+
+impl Rows for Stack<'_> {
+    fn read(&self, row: usize, out: &mut [f32]) {
+        let (part, row) = self.find(row);
+        widen::widen(part, row, out);
+    }
+
+    fn halves(&self, row: usize) -> Option<&[u8]> {
+        let (part, row) = self.find(row);
+        widen::halves(part, row)
+    }
+}
+
+/// Segments of AMX's bf16 order end with whole tiles.
+fn unit(family: KernelFamily, wide: bool) -> usize {
+    if family == KernelFamily::Amx && !wide { 16 } else { 1 }
+}
+
+pub(super) fn pack(
+    pool: &Pool,
+    dtype: Dtype,
+    family: KernelFamily,
+    parts: &[MatrixView<'_>],
+    segments: usize,
+) -> Result<Matrix, Fault> {
+    let cols = parts.first().map_or(0, |p| p.cols);
+    ensure(cols > 0, || "a matrix without parts or columns".into())?;
+    for part in parts {
+        check(part, cols)?;
+    }
+    let rows = parts.iter().map(|p| p.rows).sum();
+    let wide = dtype == Dtype::F32 && parts.iter().any(|p| p.format != Format::Bf16);
+    Packed::new(pool, &Stack { parts }, (rows, cols), segments, wide, unit(family, wide)).map(Matrix)
+}
+
+pub(super) fn pack_f32(
+    pool: &Pool,
+    dtype: Dtype,
+    family: KernelFamily,
+    values: &[f32],
+    (rows, cols): (usize, usize),
+    segments: usize,
+) -> Result<Matrix, Fault> {
+    ensure(values.len() == rows * cols && cols > 0, || format!("{} values are not {rows} x {cols}", values.len()))?;
+    let wide = dtype == Dtype::F32;
+    Packed::new(pool, &Widened { values, cols }, (rows, cols), segments, wide, unit(family, wide)).map(Matrix)
+}
+
+fn check(part: &MatrixView<'_>, cols: usize) -> Result<(), Fault> {
+    ensure(part.cols == cols, || format!("parts of {} and {cols} columns can't be stacked", part.cols))?;
+    ensure(part.stored_cols.is_multiple_of(part.format.block()), || {
+        format!("rows of {} values are not whole blocks of {:?}", part.stored_cols, part.format)
+    })?;
+    let inside = part.col + part.cols <= part.stored_cols
+        && (part.row + part.rows)
+            .checked_mul(part.format.bytes(part.stored_cols))
+            .is_some_and(|n| n <= part.bytes.len());
+    ensure(inside, || {
+        format!("a window of {} x {} at {}, {} leaves its tensor", part.rows, part.cols, part.row, part.col)
+    })
+}

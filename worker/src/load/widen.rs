@@ -1,0 +1,197 @@
+//! Rows of stored tensors as f32, bit for bit as ggml dequantises them. A window may start and end inside a block.
+
+use crate::backend::MatrixView;
+use half::{bf16, f16};
+use model::quant::Format;
+
+/// Writes row `row` of the window to `out`, which holds the window's columns.
+pub fn widen(view: &MatrixView<'_>, row: usize, out: &mut [f32]) {
+    assert!(row < view.rows && out.len() == view.cols, "row {row} of {}, {} columns", view.rows, out.len());
+    assert!(view.col + view.cols <= view.stored_cols, "the window is wider than the tensor");
+    let stored = row_bytes(view, view.row + row);
+    let block = view.format.block();
+    let mut values = [0.0f32; BLOCK_MAX];
+    let mut at = 0;
+    while at < out.len() {
+        let column = view.col + at;
+        if block == 1 {
+            return plain(view.format, &stored[column * view.format.block_bytes()..], out);
+        }
+        let (index, skip) = (column / block, column % block);
+        let count = (block - skip).min(out.len() - at);
+        let bytes = &stored[index * view.format.block_bytes()..][..view.format.block_bytes()];
+        dequantise(view.format, bytes, &mut values);
+        out[at..at + count].copy_from_slice(&values[skip..skip + count]);
+        at += count;
+    }
+}
+
+/// The bytes of a stored row.
+pub fn row_bytes<'a>(view: &MatrixView<'a>, stored_row: usize) -> &'a [u8] {
+    let each = view.format.bytes(view.stored_cols);
+    &view.bytes[stored_row * each..][..each]
+}
+
+const BLOCK_MAX: usize = 256;
+
+fn plain(format: Format, bytes: &[u8], out: &mut [f32]) {
+    match format {
+        Format::F32 => {
+            for (out, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
+                *out = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+            }
+        }
+        Format::Bf16 => {
+            for (out, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                *out = f32::from_bits((u16::from_le_bytes([b[0], b[1]]) as u32) << 16);
+            }
+        }
+        Format::F16 => {
+            for (out, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                *out = half_at(b, 0);
+            }
+        }
+        Format::Q8_0 | Format::Q4_0 | Format::Q4_1 | Format::Q6K => unreachable!("{format:?} has blocks"),
+    }
+}
+
+fn half_at(bytes: &[u8], at: usize) -> f32 {
+    f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
+}
+
+/// One block's values.
+fn dequantise(format: Format, bytes: &[u8], out: &mut [f32; BLOCK_MAX]) {
+    match format {
+        Format::Q8_0 => {
+            let scale = half_at(bytes, 0);
+            for i in 0..32 {
+                out[i] = f32::from(bytes[2 + i] as i8) * scale;
+            }
+        }
+        Format::Q4_0 => {
+            let scale = half_at(bytes, 0);
+            for i in 0..16 {
+                let byte = bytes[2 + i];
+                out[i] = (f32::from(byte & 15) - 8.0) * scale;
+                out[i + 16] = (f32::from(byte >> 4) - 8.0) * scale;
+            }
+        }
+        Format::Q4_1 => {
+            let (scale, minimum) = (half_at(bytes, 0), half_at(bytes, 2));
+            for i in 0..16 {
+                let byte = bytes[4 + i];
+                out[i] = f32::from(byte & 15) * scale + minimum;
+                out[i + 16] = f32::from(byte >> 4) * scale + minimum;
+            }
+        }
+        Format::Q6K => dequantise_q6k(bytes, out),
+        Format::F32 | Format::Bf16 | Format::F16 => unreachable!("{format:?} has no blocks"),
+    }
+}
+
+/// 128 bytes of low nibbles, 64 of high bit pairs, 16 int8 scales, an f16 scale of scales. Each half of 128 weights
+/// holds four rows of 32, whose low bits are the nibbles of two runs of 32 bytes.
+fn dequantise_q6k(bytes: &[u8], out: &mut [f32; BLOCK_MAX]) {
+    let scale = half_at(bytes, 208);
+    for half in 0..2 {
+        let (low, high) = (&bytes[half * 64..][..64], &bytes[128 + half * 32..][..32]);
+        let scales = &bytes[192 + half * 8..][..8];
+        for quarter in 0..4 {
+            for i in 0..32 {
+                let nibble = (low[(quarter % 2) * 32 + i] >> (4 * (quarter / 2))) & 15;
+                let bits = nibble | (((high[i] >> (2 * quarter)) & 3) << 4);
+                let group = scale * f32::from(scales[quarter * 2 + i / 16] as i8);
+                out[half * 128 + quarter * 32 + i] = group * (f32::from(bits) - 32.0);
+            }
+        }
+    }
+}
+
+/// The row's bytes inside the window where they are bf16, which needs no widening.
+pub fn halves<'a>(view: &MatrixView<'a>, row: usize) -> Option<&'a [u8]> {
+    const { assert!(size_of::<bf16>() == 2) };
+    let bytes = (view.format == Format::Bf16).then(|| row_bytes(view, view.row + row))?;
+    Some(&bytes[view.col * 2..(view.col + view.cols) * 2])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn view(format: Format, bytes: &[u8], stored_cols: usize, col: usize, cols: usize) -> MatrixView<'_> {
+        let rows = bytes.len() / format.bytes(stored_cols);
+        MatrixView { format, bytes, stored_cols, row: 0, rows, col, cols }
+    }
+
+    /// Bytes whose scales are small normal halves and whose other bytes run through everything.
+    fn blocks(format: Format, count: usize) -> Vec<u8> {
+        let scales: &[usize] = match format {
+            Format::Q4_1 => &[0, 2],
+            Format::Q6K => &[208],
+            _ => &[0],
+        };
+        let mut bytes = Vec::new();
+        for block in 0..count {
+            let mut b: Vec<u8> =
+                (0..format.block_bytes()).map(|i| ((block * 131 + i * 37 + i * i) % 256) as u8).collect();
+            for (n, at) in scales.iter().enumerate() {
+                b[*at..at + 2].copy_from_slice(&f16::from_f32(0.03 * (block + n + 1) as f32).to_le_bytes());
+            }
+            bytes.extend(b);
+        }
+        bytes
+    }
+
+    #[test]
+    fn a_window_is_a_part_of_the_whole_row_in_every_format() {
+        for format in [Format::F32, Format::Bf16, Format::F16, Format::Q8_0, Format::Q4_0, Format::Q4_1, Format::Q6K] {
+            let cols = 512;
+            let bytes = blocks(format, 2 * cols / format.block());
+            let mut whole = vec![0.0; cols];
+            widen(&view(format, &bytes, cols, 0, cols), 1, &mut whole);
+            for (col, count) in [(0, 1), (5, 40), (31, 2), (100, 300), (511, 1)] {
+                let mut part = vec![0.0; count];
+                widen(&view(format, &bytes, cols, col, count), 1, &mut part);
+                let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&part), bits(&whole[col..col + count]), "{format:?} {col} {count}");
+            }
+        }
+    }
+
+    #[test]
+    fn known_blocks_have_known_values() {
+        let half = f16::from_f32(0.5).to_le_bytes();
+        let mut q8 = half.to_vec();
+        q8.extend((0..32).map(|i| (i as i8 - 16) as u8));
+        let mut out = vec![0.0; 32];
+        widen(&view(Format::Q8_0, &q8, 32, 0, 32), 0, &mut out);
+        assert_eq!((out[0], out[16], out[31]), (-8.0, 0.0, 7.5));
+
+        let mut q4 = half.to_vec();
+        q4.extend((0..16).map(|i| i | ((15 - i) << 4)));
+        widen(&view(Format::Q4_0, &q4, 32, 0, 32), 0, &mut out);
+        assert_eq!((out[0], out[15], out[16], out[31]), (-4.0, 3.5, 3.5, -4.0));
+
+        let mut q41 = half.to_vec();
+        q41.extend(f16::from_f32(-1.0).to_le_bytes());
+        q41.extend((0..16).map(|i| i | ((15 - i) << 4)));
+        widen(&view(Format::Q4_1, &q41, 32, 0, 32), 0, &mut out);
+        assert_eq!((out[0], out[15], out[16], out[31]), (-1.0, 6.5, 6.5, -1.0));
+    }
+
+    #[test]
+    fn six_bit_weights_find_their_bits_and_scales() {
+        // Weight 128 + 2 * 32 + 20: second half, third row: high nibble of low byte 64 + 20, bits 4..6 of high byte
+        // 32 + 20, scale 8 + 5.
+        let mut block = vec![0u8; 210];
+        block[64 + 20] = 0xb0;
+        block[128 + 32 + 20] = 0b0010_0000;
+        block[192 + 8 + 5] = (-3i8) as u8;
+        block[208..].copy_from_slice(&f16::from_f32(0.25).to_le_bytes());
+        let mut out = vec![0.0; 256];
+        widen(&view(Format::Q6K, &block, 256, 0, 256), 0, &mut out);
+        assert_eq!(out[128 + 64 + 20], 0.25 * -3.0 * (0b10_1011 as f32 - 32.0));
+        assert_eq!(out[128 + 64 + 21], 0.25 * -3.0 * -32.0);
+        assert_eq!(out[0], 0.0);
+    }
+}
