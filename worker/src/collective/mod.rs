@@ -1,14 +1,35 @@
-//! How ranks exchange numbers inside a step. One trait, several transports, one contract suite ([`suite`]).
+//! How ranks exchange numbers inside a step. One trait, several transports, one contract suite (`suite`).
+//!
+//! ```text
+//! solo     one member                          nothing to do
+//! local    threads of one process              shared memory, private to it
+//! memfd    processes of one host               shared memory without a name: gone with its last process
+//! tcp      processes of several hosts          a full mesh of sockets
+//! ```
 //!
 //! Bits are part of the contract (*Canonical* level): [`Collective::sum`] adds by the balanced binary tree over ranks
 //! in f32 whatever the transport, so that a rank of a power-of-two communicator continues the tree of segments that
 //! its kernels began (see `model::cut`).
 
+pub mod checked;
+mod inbox;
+pub mod local;
+pub mod memfd;
+mod region;
+mod ring;
+pub mod shared;
+pub mod solo;
+#[cfg(test)]
+mod suite;
+mod tree;
+mod wait;
+
 use model::fault::Fault;
 use std::sync::Arc;
 
 /// One rank's membership in an ordered set of ranks. All members call the same operations in the same order; a member
-/// that fails or is aborted makes every other's pending and later call return a fault, never wait for ever.
+/// that fails or is aborted makes every other's pending and later call return a fault, never wait for ever. A member
+/// that is dropped has left: whoever waits for it, then or later, gets a fault.
 pub trait Collective: Send {
     /// This rank's place among the members, from 0.
     fn rank(&self) -> usize;
@@ -28,10 +49,11 @@ pub trait Collective: Send {
     /// `parts[rank]` comes back as it is. Lengths may differ and be zero.
     fn exchange(&mut self, parts: &[Vec<u8>], received: &mut Vec<Vec<u8>>) -> Result<(), Fault>;
 
-    /// Sends bytes to one member; pairs with its `receive`. Returns once the bytes may be reused.
+    /// Sends bytes to one other member; pairs with its `receive`. Returns once the bytes may be reused. A large message
+    /// may wait for its receiver, but two members may send to each other at once: whoever waits takes in what comes.
     fn send(&mut self, to: usize, bytes: &[u8]) -> Result<(), Fault>;
 
-    /// Receives one message of `from`, replacing `bytes`.
+    /// Receives one message of `from`, another member, replacing `bytes`.
     fn receive(&mut self, from: usize, bytes: &mut Vec<u8>) -> Result<(), Fault>;
 
     /// Wakes and fails every pending and later call of this communicator, on all members, from any thread.
@@ -41,4 +63,44 @@ pub trait Collective: Send {
 /// Ends a communicator from another thread.
 pub trait Abort: Send + Sync {
     fn abort(&self);
+}
+
+impl<C: Collective + ?Sized> Collective for Box<C> {
+    fn rank(&self) -> usize {
+        (**self).rank()
+    }
+
+    fn size(&self) -> usize {
+        (**self).size()
+    }
+
+    fn sum(&mut self, values: &mut [f32]) -> Result<(), Fault> {
+        (**self).sum(values)
+    }
+
+    fn gather(&mut self, mine: &[u8], all: &mut Vec<Vec<u8>>) -> Result<(), Fault> {
+        (**self).gather(mine, all)
+    }
+
+    fn exchange(&mut self, parts: &[Vec<u8>], received: &mut Vec<Vec<u8>>) -> Result<(), Fault> {
+        (**self).exchange(parts, received)
+    }
+
+    fn send(&mut self, to: usize, bytes: &[u8]) -> Result<(), Fault> {
+        (**self).send(to, bytes)
+    }
+
+    fn receive(&mut self, from: usize, bytes: &mut Vec<u8>) -> Result<(), Fault> {
+        (**self).receive(from, bytes)
+    }
+
+    fn abort_handle(&self) -> Arc<dyn Abort> {
+        (**self).abort_handle()
+    }
+}
+
+/// `list` emptied and ready to take one entry a member, keeping its allocations.
+fn reset(list: &mut Vec<Vec<u8>>, size: usize) {
+    list.resize_with(size, Vec::new);
+    list.iter_mut().for_each(Vec::clear);
 }
