@@ -1,6 +1,6 @@
 //! A lane's part of a step, resolved: rows, positions, cache slots and block tables.
 
-use model::step::BlockId;
+use model::step::{BlockId, SeqId};
 
 /// What attention and the cache need to know of a step; row order is chunk order.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -20,4 +20,50 @@ pub struct Sequence {
     pub start: usize,
     /// Its whole block table; position `p` lives in `blocks[p / BLOCK_TOKENS]` at `p % BLOCK_TOKENS`.
     pub blocks: Vec<BlockId>,
+}
+
+/// A lane's part of a step as the engine runs it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Resolved {
+    pub batch: Batch,
+    /// Token of each row.
+    pub ids: Vec<u32>,
+    /// The rows whose logits somebody wants, ascending.
+    pub wanted: Vec<Wanted>,
+    /// Prompt tokens that logits held since an earlier step foretold.
+    pub foretold: Vec<Foretold>,
+}
+
+impl Resolved {
+    pub fn rows(&self) -> usize {
+        self.ids.len()
+    }
+}
+
+/// Why a row's logits are wanted.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Wanted {
+    pub row: u32,
+    pub seq: SeqId,
+    /// Position of the token that the logits foretell.
+    pub next: usize,
+    /// Draw that token.
+    pub sample: bool,
+    /// It is a token of the prompt whose score was asked for.
+    pub prompt: Option<PromptRow>,
+}
+
+/// A prompt token's score: given now, or when the next chunk says which token it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PromptRow {
+    Token(u32),
+    Held,
+}
+
+/// A prompt token whose score waited for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Foretold {
+    pub seq: SeqId,
+    pub position: usize,
+    pub token: u32,
 }

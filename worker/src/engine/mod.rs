@@ -1,3 +1,278 @@
-//! The engine: one decoder loop over [`crate::backend::Backend`] for every model.
+//! The engine: one decoder loop over [`crate::backend::Backend`] for every model, on one rank of the mesh.
+//!
+//! ```text
+//! first stage   embedding, summed over the vocabulary's shards
+//! every stage   per layer: x += mixer(norm(x)); x += branches(norm(x))       ([`grouped`] [`latent`] [`mlp`] [`moe`])
+//! between       f32 residual rows along the pipe
+//! last stage    logits of the wanted rows, scores, samples                   ([`head`] [`score`] [`sample`])
+//! ```
+//! The residual rows are equal on all tensor ranks of a lane. All ranks of a communicator run the same collectives in
+//! the same order: what a step does follows from the batch alone.
 
 pub mod batch;
+pub mod comm;
+mod exchange;
+mod grouped;
+mod head;
+mod latent;
+pub mod math;
+mod mlp;
+mod moe;
+mod pass;
+pub mod random;
+pub mod sample;
+pub mod score;
+pub mod shard;
+pub mod state;
+pub mod trace;
+mod weights;
+
+use crate::backend::{Backend, Kind};
+use crate::load::checkpoint::Checkpoint;
+use crate::load::loader::{Loader, Progress};
+use batch::Resolved;
+use comm::Communicators;
+use head::Head;
+use model::fault::{Fault, FaultKind};
+use model::mesh::{Mesh, Place, RankId};
+use model::plan::Plan;
+use model::rope::Rope;
+use model::spec::ModelSpec;
+use model::step::{LaneBatch, LaneResult, StepBatch};
+use pass::{Pass, Pool};
+use state::Sequences;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use trace::Trace;
+use weights::{BranchWeights, LayerLoader, LayerWeights, MixerWeights, Vocabulary};
+
+/// One rank: its weights, its cache, its sequences.
+pub struct Engine<B: Backend> {
+    backend: B,
+    spec: Arc<ModelSpec>,
+    mesh: Mesh,
+    place: Place,
+    vocabulary: Vocabulary<B>,
+    /// The stage's layers, from `first_layer`.
+    layers: Vec<LayerWeights<B>>,
+    first_layer: usize,
+    caches: Vec<B::Cache>,
+    ropes: Vec<B::RopeTable>,
+    sequences: Sequences,
+    communicators: Communicators,
+    pool: Pool<B>,
+    progress: Arc<AtomicU64>,
+    trace: Option<Trace>,
+}
+
+/// What an engine is made for.
+pub struct Assignment<'a> {
+    pub spec: Arc<ModelSpec>,
+    pub plan: &'a Plan,
+    pub rank: RankId,
+    pub checkpoint: &'a Checkpoint,
+    pub communicators: Communicators,
+    /// Moves at every layer of every step: a watcher's proof of life.
+    pub progress: Arc<AtomicU64>,
+    /// Told of the bytes loaded.
+    pub loading: Progress<'a>,
+}
+
+impl<B: Backend> Engine<B> {
+    /// Loads the rank's weights and reserves its cache.
+    pub fn new(backend: B, assignment: Assignment<'_>) -> Result<Engine<B>, Fault> {
+        let Assignment { spec, plan, rank, checkpoint, communicators, progress, loading } = assignment;
+        let place = plan.mesh.place(rank);
+        check_members(&communicators, &plan.mesh, place)?;
+        let loader = Loader::new(checkpoint, &spec, plan, rank, loading)?;
+        let range = plan.stages[place.stage].clone();
+        let (first, last) = (place.stage == 0, place.stage + 1 == plan.mesh.pipeline);
+        let vocabulary = Vocabulary::load(&backend, &loader, &spec, first, last)?;
+        let kinds = rope_kinds(&spec, range.clone());
+        let mut layers = Vec::with_capacity(range.len());
+        for layer in range.clone() {
+            let from = LayerLoader {
+                backend: &backend,
+                loader: &loader,
+                layer,
+                mesh: plan.mesh,
+                rank,
+                hidden: spec.hidden,
+            };
+            layers.push(from.load(&spec.layers[layer], &kinds)?);
+            progress.fetch_add(1, Ordering::Relaxed);
+        }
+        let caches: Result<Vec<_>, Fault> =
+            layers.iter().map(|l| backend.cache(l.mixer.cache(), plan.limits.blocks)).collect();
+        let ropes: Result<Vec<_>, Fault> =
+            kinds.iter().map(|rope| backend.rope_table(rope, plan.limits.model_len_max)).collect();
+        Ok(Engine {
+            caches: caches?,
+            ropes: ropes?,
+            sequences: Sequences::new(plan.limits, spec.vocab),
+            mesh: plan.mesh,
+            first_layer: range.start,
+            backend,
+            spec,
+            place,
+            vocabulary,
+            layers,
+            communicators,
+            pool: Pool::default(),
+            progress,
+            trace: None,
+        })
+    }
+
+    /// Starts to record, or hands over what was recorded; see [`Trace`].
+    pub fn trace(&mut self, on: bool) -> Option<Trace> {
+        std::mem::replace(&mut self.trace, on.then(Trace::default))
+    }
+
+    /// One forward pass; the answer on the lane's leader. After a fault the engine is done for: cache and peers are in
+    /// no known state.
+    pub fn step(&mut self, batch: &StepBatch) -> Result<Option<LaneResult>, Fault> {
+        if batch.lanes.len() != self.mesh.data {
+            let (lanes, data) = (batch.lanes.len(), self.mesh.data);
+            return Err(Fault::new(FaultKind::Internal, format!("a step of {lanes} lanes for dp{data}")));
+        }
+        self.step_lane(&batch.lanes[self.place.lane])
+    }
+
+    /// The same, from this rank's lane alone.
+    pub fn step_lane(&mut self, lane: &LaneBatch) -> Result<Option<LaneResult>, Fault> {
+        let resolved = self.sequences.resolve(lane, self.trace.is_some())?;
+        let answer = self.forward(&resolved)?;
+        Ok(answer.filter(|_| self.place.slice == 0))
+    }
+
+    fn forward(&mut self, resolved: &Resolved) -> Result<Option<LaneResult>, Fault> {
+        let (rows, hidden) = (resolved.rows(), self.spec.hidden);
+        let (first, last) = (self.place.stage == 0, self.place.stage + 1 == self.mesh.pipeline);
+        let meta = self.backend.meta(&resolved.batch)?;
+        let mut pass = Pass {
+            backend: &mut self.backend,
+            communicators: &mut self.communicators,
+            pool: &mut self.pool,
+            meta: &meta,
+            rows,
+        };
+        let mut x = pass.take(hidden, Kind::Full)?;
+        if rows > 0 && first {
+            embed(&mut pass, &self.vocabulary, &resolved.ids, &mut x)?;
+        } else if rows > 0 {
+            receive(&mut pass, self.place.stage - 1, &mut x)?;
+        }
+        let mut normed = pass.take(hidden, Kind::Input)?;
+        for (index, (layer, cache)) in self.layers.iter().zip(&mut self.caches).enumerate() {
+            if rows > 0 {
+                let (norm, eps) = &layer.mixer_norm;
+                pass.backend.norm(&x, norm, *eps, rows, &mut normed)?;
+                match &layer.mixer {
+                    MixerWeights::Grouped(a) => a.run(&mut pass, &self.ropes, &normed, &mut x, cache)?,
+                    MixerWeights::Latent(a) => a.run(&mut pass, &self.ropes, &normed, &mut x, cache)?,
+                }
+                let (norm, eps) = &layer.branch_norm;
+                pass.backend.norm(&x, norm, *eps, rows, &mut normed)?;
+            }
+            for branch in &layer.branches {
+                match branch {
+                    BranchWeights::Dense(mlp) if rows > 0 => mlp.run(&mut pass, &normed, &mut x)?,
+                    BranchWeights::Moe(moe) if rows > 0 || moe.meets() => {
+                        let routing = moe.run(&mut pass, &mut normed, &mut x)?;
+                        if let Some(trace) = &mut self.trace {
+                            trace.routings.push((self.first_layer + index, routing));
+                        }
+                    }
+                    BranchWeights::Dense(_) | BranchWeights::Moe(_) => {}
+                }
+            }
+            self.progress.fetch_add(1, Ordering::Relaxed);
+        }
+        pass.give(hidden, Kind::Input, normed);
+        let mut answer = None;
+        if last {
+            let mut head = Head {
+                vocabulary: &self.vocabulary,
+                sequences: &mut self.sequences,
+                trace: self.trace.as_mut(),
+                vocab: self.spec.vocab,
+                hidden,
+                leader: self.place.slice == 0,
+            };
+            answer = Some(head.run(&mut pass, resolved, &x)?);
+        } else if rows > 0 {
+            send(&mut pass, self.place.stage + 1, &mut x)?;
+        }
+        pass.give(hidden, Kind::Full, x);
+        Ok(answer)
+    }
+}
+
+/// The rows' embeddings, complete on every tensor rank.
+fn embed<B: Backend>(
+    pass: &mut Pass<'_, B>,
+    vocabulary: &Vocabulary<B>,
+    ids: &[u32],
+    x: &mut B::Buffer,
+) -> Result<(), Fault> {
+    let rows = pass.rows;
+    pass.backend.embed(vocabulary.embedding(), vocabulary.rows.start as u32, ids, x)?;
+    if pass.communicators.tensor.size() > 1 {
+        return comm::sum(pass.backend, &mut *pass.communicators.tensor, x, rows);
+    }
+    // A sum over ranks turns a stored -0 into +0, so one rank must too.
+    comm::full(pass.backend, x, rows)?.iter_mut().for_each(|v| *v += 0.0);
+    pass.backend.host_done(x, rows)
+}
+
+/// Sends the residual rows to the next stage.
+fn send<B: Backend>(pass: &mut Pass<'_, B>, to: usize, x: &mut B::Buffer) -> Result<(), Fault> {
+    let rows = pass.rows;
+    let bytes = comm::bytes(pass.backend, x, rows)?;
+    pass.communicators.pipe.send(to, bytes)
+}
+
+/// Receives them from the stage before.
+fn receive<B: Backend>(pass: &mut Pass<'_, B>, from: usize, x: &mut B::Buffer) -> Result<(), Fault> {
+    let rows = pass.rows;
+    let mut message = Vec::new();
+    pass.communicators.pipe.receive(from, &mut message)?;
+    let target = comm::bytes(pass.backend, x, rows)?;
+    if message.len() != target.len() {
+        let (got, wanted) = (message.len(), target.len());
+        let text = format!("stage {from} sent {got} bytes of residual rows, {rows} rows are {wanted}");
+        return Err(Fault::new(FaultKind::Diverged, text));
+    }
+    target.copy_from_slice(&message);
+    pass.backend.host_done(x, rows)
+}
+
+/// The distinct rotations of some layers, in order of first use.
+fn rope_kinds(spec: &ModelSpec, layers: std::ops::Range<usize>) -> Vec<Rope> {
+    let mut kinds: Vec<Rope> = Vec::new();
+    for rope in spec.layers[layers].iter().filter_map(|l| l.mixer.rope()) {
+        if !kinds.contains(rope) {
+            kinds.push(rope.clone());
+        }
+    }
+    kinds
+}
+
+/// The communicators are those of the rank's place.
+fn check_members(communicators: &Communicators, mesh: &Mesh, place: Place) -> Result<(), Fault> {
+    let Communicators { tensor, lane, pipe } = communicators;
+    let axes = [
+        ("tensor", tensor, place.slice, mesh.tensor),
+        ("lane", lane, place.lane, mesh.data),
+        ("pipe", pipe, place.stage, mesh.pipeline),
+    ];
+    for (name, members, rank, size) in axes {
+        if (members.rank(), members.size()) != (rank, size) {
+            let (r, s) = (members.rank(), members.size());
+            let text = format!("the {name} communicator is member {r} of {s}, the mesh says {rank} of {size}");
+            return Err(Fault::new(FaultKind::Internal, text));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,211 @@
+//! The last stage's end: logits of the wanted rows, gathered over the vocabulary's shards, and what becomes of them.
+//! Where the likeliest token is all that is asked, only each shard's candidate travels.
+
+use super::batch::{PromptRow, Resolved, Wanted};
+use super::comm;
+use super::pass::Pass;
+use super::sample;
+use super::score;
+use super::state::Sequences;
+use super::trace::Trace;
+use super::weights::Vocabulary;
+use crate::backend::{Backend, Kind};
+use model::fault::{Fault, FaultKind};
+use model::step::{LaneResult, PromptScores, Sample, SeqId};
+
+/// Rows whose logits are held at once: bounds the memory that scores of a long prompt take.
+const TILE_ROWS: usize = 32;
+
+/// The step's end on one rank of the last stage.
+pub struct Head<'a, B: Backend> {
+    pub vocabulary: &'a Vocabulary<B>,
+    pub sequences: &'a mut Sequences,
+    pub trace: Option<&'a mut Trace>,
+    pub vocab: usize,
+    pub hidden: usize,
+    /// Samples, scores and keeps what waits; other ranks only compute.
+    pub leader: bool,
+}
+
+impl<B: Backend> Head<'_, B> {
+    /// Answers a step from the residual rows `x`.
+    pub fn run(&mut self, pass: &mut Pass<'_, B>, resolved: &Resolved, x: &B::Buffer) -> Result<LaneResult, Fault> {
+        let mut scores = Scores::default();
+        if self.leader {
+            self.foretold(resolved, &mut scores)?;
+        }
+        let (mut plain, mut whole) = (Vec::new(), Vec::new());
+        for (index, wanted) in resolved.wanted.iter().enumerate() {
+            let list = if self.is_plain(wanted)? { &mut plain } else { &mut whole };
+            list.push((index, wanted));
+        }
+        let mut samples: Vec<(usize, Sample)> = Vec::new();
+        for tile in plain.chunks(TILE_ROWS) {
+            let tokens = self.likeliest(pass, tile, x)?;
+            samples.extend(tile.iter().zip(tokens).map(|(&(index, w), token)| {
+                (index, Sample { seq: w.seq, token, score: None })
+            }));
+        }
+        let mut row = vec![0.0; self.vocab];
+        for tile in whole.chunks(TILE_ROWS) {
+            let shards = self.gathered(pass, tile, x)?;
+            for (i, &(index, wanted)) in tile.iter().enumerate() {
+                self.assemble(&shards, i, tile.len(), &mut row)?;
+                if let Some(trace) = &mut self.trace {
+                    trace.logits.push((wanted.seq, wanted.next - 1, row.clone()));
+                }
+                if self.leader {
+                    samples.extend(self.answer(wanted, &mut row, &mut scores)?.map(|s| (index, s)));
+                }
+            }
+        }
+        samples.sort_by_key(|s| s.0);
+        Ok(LaneResult { samples: samples.into_iter().map(|s| s.1).collect(), prompt_scores: scores.lists })
+    }
+
+    fn is_plain(&mut self, wanted: &Wanted) -> Result<bool, Fault> {
+        let traced = self.trace.is_some();
+        let state = self.sequences.get(wanted.seq)?;
+        let sampling = &state.sampling;
+        let unscored = wanted.prompt.is_none() && sampling.logprobs.is_none();
+        Ok(!traced && wanted.sample && unscored && sample::is_plain(sampling, state.moment(wanted.next)))
+    }
+
+    /// Scores of tokens that this step brought for logits of an earlier one.
+    fn foretold(&mut self, resolved: &Resolved, scores: &mut Scores) -> Result<(), Fault> {
+        for f in &resolved.foretold {
+            let state = self.sequences.get(f.seq)?;
+            let best = state.sampling.prompt_logprobs.unwrap_or(0);
+            if let Some(row) = state.held.take() {
+                scores.push(f.seq, f.position, score::score(&row, f.token, usize::from(best)));
+            }
+        }
+        Ok(())
+    }
+
+    /// This shard's logits of some rows: Full, in a buffer from the pool.
+    fn logits(&self, pass: &mut Pass<'_, B>, tile: &[(usize, &Wanted)], x: &B::Buffer) -> Result<B::Buffer, Fault> {
+        let rows: Vec<u32> = tile.iter().map(|(_, w)| w.row).collect();
+        let n = rows.len();
+        let (norm, eps) = self.vocabulary.final_norm.as_ref().expect("the last stage loads the final norm");
+        let mut picked = pass.pool.take(pass.backend, n, self.hidden, Kind::Full)?;
+        pass.backend.select(x, &rows, &mut picked)?;
+        let mut normed = pass.pool.take(pass.backend, n, self.hidden, Kind::Input)?;
+        pass.backend.norm(&picked, norm, *eps, n, &mut normed)?;
+        pass.pool.give(self.hidden, Kind::Full, n, picked);
+        let mut logits = pass.pool.take(pass.backend, n, self.vocabulary.rows.len(), Kind::Full)?;
+        pass.backend.matmul(&normed, self.vocabulary.head(), None, n, &mut logits)?;
+        pass.pool.give(self.hidden, Kind::Input, n, normed);
+        Ok(logits)
+    }
+
+    /// Each row's likeliest id over all shards; the same on every tensor rank.
+    fn likeliest(&self, pass: &mut Pass<'_, B>, tile: &[(usize, &Wanted)], x: &B::Buffer) -> Result<Vec<u32>, Fault> {
+        let (n, first, width) = (tile.len(), self.vocabulary.rows.start as u32, self.vocabulary.rows.len());
+        let mut logits = self.logits(pass, tile, x)?;
+        let values = comm::full(pass.backend, &mut logits, n)?;
+        let mut mine = Vec::with_capacity(8 * n);
+        for row in values.chunks_exact(width).take(n) {
+            let (id, logit) = score::best(row, first).expect("every shard holds rows");
+            mine.extend_from_slice(&id.to_le_bytes());
+            mine.extend_from_slice(&logit.to_le_bytes());
+        }
+        pass.backend.host_done(&mut logits, n)?;
+        pass.pool.give(width, Kind::Full, n, logits);
+        let mut all = Vec::new();
+        pass.communicators.tensor.gather(&mine, &mut all)?;
+        if all.iter().any(|part| part.len() != 8 * n) {
+            return Err(diverged("candidates", 8 * n, &all));
+        }
+        let candidate = |part: &Vec<u8>, i: usize| {
+            let word = |at: usize| -> [u8; 4] { part[at..at + 4].try_into().expect("four bytes") };
+            (u32::from_le_bytes(word(8 * i)), f32::from_le_bytes(word(8 * i + 4)))
+        };
+        let best = |i: usize| all.iter().map(|part| candidate(part, i)).min_by(|&a, &b| score::better(a, b));
+        Ok((0..n).map(|i| best(i).expect("a communicator has members").0).collect())
+    }
+
+    /// Every shard's logits of some rows.
+    fn gathered(
+        &self,
+        pass: &mut Pass<'_, B>,
+        tile: &[(usize, &Wanted)],
+        x: &B::Buffer,
+    ) -> Result<Vec<Vec<f32>>, Fault> {
+        let (n, width) = (tile.len(), self.vocabulary.rows.len());
+        let mut logits = self.logits(pass, tile, x)?;
+        let values = &comm::full(pass.backend, &mut logits, n)?[..n * width];
+        let shards = if pass.communicators.tensor.size() == 1 {
+            vec![values.to_vec()]
+        } else {
+            let mut all = Vec::new();
+            pass.communicators.tensor.gather(bytemuck::cast_slice(values), &mut all)?;
+            if all.iter().any(|part| !part.len().is_multiple_of(4 * n)) {
+                return Err(diverged("logits", 4 * n, &all));
+            }
+            all.iter().map(|part| bytemuck::pod_collect_to_vec(part)).collect()
+        };
+        pass.backend.host_done(&mut logits, n)?;
+        pass.pool.give(width, Kind::Full, n, logits);
+        Ok(shards)
+    }
+
+    /// Puts row `i` of `n` of all shards beside each other.
+    fn assemble(&self, shards: &[Vec<f32>], i: usize, n: usize, row: &mut [f32]) -> Result<(), Fault> {
+        let mut at = 0;
+        for shard in shards {
+            let width = shard.len() / n;
+            if at + width > row.len() {
+                break;
+            }
+            row[at..at + width].copy_from_slice(&shard[i * width..(i + 1) * width]);
+            at += width;
+        }
+        if at != row.len() {
+            let text = format!("the ranks' shards are not a vocabulary of {}: {at} fit", row.len());
+            return Err(Fault::new(FaultKind::Diverged, text));
+        }
+        Ok(())
+    }
+
+    /// Scores, holds and samples from a whole row, as it is wanted.
+    fn answer(&mut self, wanted: &Wanted, row: &mut [f32], scores: &mut Scores) -> Result<Option<Sample>, Fault> {
+        let state = self.sequences.get(wanted.seq)?;
+        let best = usize::from(state.sampling.prompt_logprobs.unwrap_or(0));
+        match wanted.prompt {
+            Some(PromptRow::Token(token)) => scores.push(wanted.seq, wanted.next, score::score(row, token, best)),
+            Some(PromptRow::Held) => state.held = Some(row.to_vec()),
+            None => {}
+        }
+        if !wanted.sample {
+            return Ok(None);
+        }
+        let raw = state.sampling.logprobs.map(|n| (row.to_vec(), usize::from(n)));
+        let token = sample::draw(row, &state.sampling, &state.history, state.moment(wanted.next));
+        let score = raw.map(|(raw, n)| score::score(&raw, token, n));
+        Ok(Some(Sample { seq: wanted.seq, token, score }))
+    }
+}
+
+/// Prompt scores in the making: one list a sequence, positions consecutive.
+#[derive(Default)]
+struct Scores {
+    lists: Vec<PromptScores>,
+}
+
+impl Scores {
+    fn push(&mut self, seq: SeqId, position: usize, score: model::step::Score) {
+        match self.lists.iter_mut().find(|l| l.seq == seq) {
+            Some(list) => {
+                assert_eq!(list.start as usize + list.scores.len(), position, "prompt rows come in order");
+                list.scores.push(score);
+            }
+            None => self.lists.push(PromptScores { seq, start: position as u32, scores: vec![score] }),
+        }
+    }
+}
+
+fn diverged(what: &str, each: usize, parts: &[Vec<u8>]) -> Fault {
+    let lengths: Vec<usize> = parts.iter().map(Vec::len).collect();
+    Fault::new(FaultKind::Diverged, format!("ranks gathered {lengths:?} bytes of {what}, {each} belong to the rows"))
+}

@@ -1,0 +1,283 @@
+//! One [`Checkpoint`] over the two layouts models are published in: a Hugging Face directory (`config.json` beside one
+//! or many safetensors files) and a single `.gguf` file. The files stay mapped; a tensor is a slice of them.
+
+use super::{Encoding, Entry, bad, gguf, safetensors};
+use crate::backend::MatrixView;
+use memmap2::Mmap;
+use model::fault::Fault;
+use model::gguf::{ROPE_FACTORS, Value};
+use model::quant::Format;
+use model::spec::ModelSpec;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// An opened model: every header read and checked, no weight touched yet.
+#[derive(Debug)]
+pub struct Checkpoint {
+    files: Vec<File>,
+    tensors: BTreeMap<String, Place>,
+    description: Description,
+}
+
+#[derive(Debug)]
+struct File {
+    path: PathBuf,
+    map: Mmap,
+}
+
+#[derive(Debug)]
+struct Place {
+    file: usize,
+    entry: Entry,
+}
+
+/// What says which model it is.
+#[derive(Debug)]
+enum Description {
+    Config { config: String, generation: Option<String> },
+    Gguf(BTreeMap<String, Value>),
+}
+
+/// A stored tensor.
+#[derive(Debug, Clone, Copy)]
+pub struct Stored<'a> {
+    pub format: Format,
+    /// Slowest dimension first.
+    pub shape: &'a [usize],
+    pub bytes: &'a [u8],
+}
+
+impl Checkpoint {
+    /// Opens a directory or a `.gguf` file.
+    pub fn open(path: &Path) -> Result<Checkpoint, Fault> {
+        let is_file = path.is_file();
+        if is_file && path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
+            return Checkpoint::gguf(path);
+        }
+        if is_file {
+            return Err(bad(format!("{}: a model is a directory or a .gguf file", path.display())));
+        }
+        Checkpoint::directory(path)
+    }
+
+    fn gguf(path: &Path) -> Result<Checkpoint, Fault> {
+        let file = File::map(path)?;
+        let header = gguf::header(&file.map).map_err(|f| file.blame(f))?;
+        let tensors = header.entries.into_iter().map(|entry| (entry.name.clone(), Place { file: 0, entry }));
+        Ok(Checkpoint {
+            tensors: tensors.collect(),
+            files: vec![file],
+            description: Description::Gguf(header.metadata),
+        })
+    }
+
+    fn directory(path: &Path) -> Result<Checkpoint, Fault> {
+        let config = read(&path.join("config.json"))?;
+        let generation = path.join("generation_config.json");
+        let generation = if generation.is_file() { Some(read(&generation)?) } else { None };
+        let (names, promised) = shards(path)?;
+        let mut files = Vec::with_capacity(names.len());
+        let mut tensors: BTreeMap<String, Place> = BTreeMap::new();
+        for name in names {
+            let file = File::map(&path.join(name))?;
+            for entry in safetensors::entries(&file.map).map_err(|f| file.blame(f))? {
+                let index = files.len();
+                if let Some(first) = tensors.get(&entry.name) {
+                    let first: &File = files.get(first.file).unwrap_or(&file);
+                    let (tensor, one, two) = (&entry.name, first.path.display(), file.path.display());
+                    return Err(bad(format!("tensor {tensor} stands in {one} and in {two}")));
+                }
+                tensors.insert(entry.name.clone(), Place { file: index, entry });
+            }
+            files.push(file);
+        }
+        if let Some(missing) = promised.iter().find(|&name| !tensors.contains_key(name)) {
+            return Err(bad(format!("{INDEX} promises tensor {missing}, no file holds it")));
+        }
+        Ok(Checkpoint { files, tensors, description: Description::Config { config, generation } })
+    }
+
+    /// The model it holds.
+    pub fn spec(&self) -> Result<ModelSpec, Fault> {
+        let spec = match &self.description {
+            Description::Config { config, generation } => model::hf::spec(config, generation.as_deref()),
+            Description::Gguf(metadata) => {
+                let factors = if self.has(ROPE_FACTORS) { Some(self.values(ROPE_FACTORS)?) } else { None };
+                model::gguf::spec(metadata, &|name| self.has(name), factors.as_deref())
+            }
+        };
+        spec.map_err(|e| bad(e.to_string()))
+    }
+
+    /// The named tensor, which must be there in a format that can be read.
+    pub fn tensor(&self, name: &str) -> Result<Stored<'_>, Fault> {
+        let Some(place) = self.tensors.get(name) else {
+            return Err(bad(format!("the model needs tensor {name}, the checkpoint has none of that name")));
+        };
+        match &place.entry.encoding {
+            Encoding::Known(format) => Ok(Stored {
+                format: *format,
+                shape: &place.entry.shape,
+                bytes: &self.files[place.file].map[place.entry.range.clone()],
+            }),
+            Encoding::Unknown(stored) => Err(bad(format!(
+                "tensor {name} is stored as {stored}; readable: f32, bf16, f16, and GGUF's Q8_0, Q4_0, Q4_1, Q6_K"
+            ))),
+        }
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// A small tensor's values.
+    fn values(&self, name: &str) -> Result<Vec<f32>, Fault> {
+        let stored = self.tensor(name)?;
+        let cols = stored.shape.iter().product();
+        let view =
+            MatrixView { format: stored.format, bytes: stored.bytes, stored_cols: cols, row: 0, rows: 1, col: 0, cols };
+        Ok(super::values(&view))
+    }
+
+    /// All names, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> u64 {
+        self.tensors.values().map(|p| p.entry.range.len() as u64).sum()
+    }
+}
+
+impl File {
+    fn map(path: &Path) -> Result<File, Fault> {
+        let unreadable = |e: std::io::Error| bad(format!("{}: {e}", path.display()));
+        let file = fs::File::open(path).map_err(unreadable)?;
+        if file.metadata().map_err(unreadable)?.len() == 0 {
+            return Err(bad(format!("{}: the file is empty", path.display())));
+        }
+        // SAFETY: the map is read-only and private. A file that someone truncates while it is served ends this process
+        // (SIGBUS), as it does in every server that maps weights: recovery treats it as a lost rank.
+        let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
+        Ok(File { path: path.to_owned(), map })
+    }
+
+    fn blame(&self, fault: Fault) -> Fault {
+        bad(format!("{}: {}", self.path.display(), fault.text))
+    }
+}
+
+#[derive(serde::Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+/// The safetensors files of a directory, and the tensors that its index promises.
+fn shards(directory: &Path) -> Result<(BTreeSet<String>, BTreeSet<String>), Fault> {
+    let index = directory.join(INDEX);
+    if index.is_file() {
+        let parsed: Index =
+            serde_json::from_str(&read(&index)?).map_err(|e| bad(format!("{}: {e}", index.display())))?;
+        let files: BTreeSet<String> = parsed.weight_map.values().cloned().collect();
+        // A name that leaves the directory is no shard of it.
+        if let Some(name) = files.iter().find(|name| Path::new(name).file_name() != Some(name.as_ref())) {
+            return Err(bad(format!("{}: {name:?} is not the name of a file beside it", index.display())));
+        }
+        return Ok((files, parsed.weight_map.into_keys().collect()));
+    }
+    if directory.join(SINGLE).is_file() {
+        return Ok((BTreeSet::from([SINGLE.to_owned()]), BTreeSet::new()));
+    }
+    let shown = directory.display();
+    Err(bad(format!("{shown}: neither {SINGLE} nor {INDEX} is there; pickled checkpoints (.bin, .pt) are never read")))
+}
+
+fn read(path: &Path) -> Result<String, Fault> {
+    fs::read_to_string(path).map_err(|e| bad(format!("{}: {e}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A directory of its own for each test, removed when dropped.
+    struct Directory(PathBuf);
+
+    impl Directory {
+        fn new(name: &str) -> Directory {
+            let path = std::env::temp_dir().join(format!("conclave-checkpoint-{}-{name}", std::process::id()));
+            fs::create_dir_all(&path).unwrap();
+            fs::write(path.join("config.json"), "{}").unwrap();
+            Directory(path)
+        }
+
+        fn write(&self, name: &str, tensor: &str, values: &[f32]) {
+            let header = format!(
+                r#"{{"{tensor}":{{"dtype":"F32","shape":[{}],"data_offsets":[0,{}]}}}}"#,
+                values.len(),
+                values.len() * 4
+            );
+            let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+            bytes.extend_from_slice(header.as_bytes());
+            bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+            fs::write(self.0.join(name), bytes).unwrap();
+        }
+
+        fn index(&self, map: &str) {
+            fs::write(self.0.join(INDEX), format!(r#"{{"metadata":{{"total_size":1}},"weight_map":{map}}}"#)).unwrap();
+        }
+
+        fn fault(&self) -> String {
+            Checkpoint::open(&self.0).unwrap_err().text
+        }
+    }
+
+    impl Drop for Directory {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn tensors_of_all_shards_are_found() {
+        let dir = Directory::new("shards");
+        dir.write("one.safetensors", "a", &[1.0, 2.0]);
+        dir.write("two.safetensors", "b", &[3.0]);
+        dir.index(r#"{"a":"one.safetensors","b":"two.safetensors"}"#);
+        let checkpoint = Checkpoint::open(&dir.0).unwrap();
+        assert_eq!(checkpoint.names().collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!(checkpoint.bytes(), 12);
+        let b = checkpoint.tensor("b").unwrap();
+        assert_eq!((b.format, b.shape, b.bytes), (Format::F32, &[1usize][..], &3.0f32.to_le_bytes()[..]));
+        assert!(checkpoint.tensor("c").unwrap_err().text.contains("none of that name"));
+    }
+
+    #[test]
+    fn a_directory_that_is_no_checkpoint_says_why() {
+        let dir = Directory::new("broken");
+        assert!(dir.fault().contains("neither model.safetensors"));
+        dir.write("one.safetensors", "a", &[1.0]);
+        dir.write("two.safetensors", "a", &[1.0]);
+        for (map, said) in [
+            (r#"{"a":"../one.safetensors"}"#, "is not the name of a file"),
+            (r#"{"a":"/one.safetensors"}"#, "is not the name of a file"),
+            (r#"{"a":"three.safetensors"}"#, "three.safetensors"),
+            (r#"{"z":"one.safetensors"}"#, "promises tensor z"),
+            (r#"{"a":"one.safetensors","b":"two.safetensors"}"#, "stands in"),
+            ("3", "index.json"),
+        ] {
+            dir.index(map);
+            assert!(dir.fault().contains(said), "{map}: {}", dir.fault());
+        }
+        fs::write(dir.0.join("one.safetensors"), "").unwrap();
+        dir.index(r#"{"a":"one.safetensors"}"#);
+        assert!(dir.fault().contains("empty"));
+        fs::remove_file(dir.0.join("config.json")).unwrap();
+        assert!(dir.fault().contains("config.json"));
+    }
+}

@@ -1,0 +1,189 @@
+//! What one rank reads of a checkpoint: the windows of the declared tensors that its place in the mesh holds.
+
+use super::checkpoint::{Checkpoint, Stored};
+use super::{bad, values};
+use crate::backend::MatrixView;
+use model::catalog::{self, Part, TensorDecl, TensorId};
+use model::cut::{self, Cut, ExpertCut};
+use model::fault::{Fault, FaultKind};
+use model::mesh::{Mesh, RankId};
+use model::plan::Plan;
+use model::spec::ModelSpec;
+use sha2::{Digest, Sha256};
+use std::cell::Cell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+
+/// Called with bytes done and bytes in all.
+pub type Progress<'a> = &'a dyn Fn(u64, u64);
+
+/// Reads a rank's slices, by what they do in the model.
+pub struct Loader<'a> {
+    checkpoint: &'a Checkpoint,
+    declared: BTreeMap<TensorId, TensorDecl>,
+    mesh: Mesh,
+    rank: RankId,
+    done: Cell<u64>,
+    total: u64,
+    progress: Progress<'a>,
+}
+
+impl<'a> Loader<'a> {
+    /// Checks the whole checkpoint against the catalogue (see [`check`]) and prepares to read `rank`'s part.
+    pub fn new(
+        checkpoint: &'a Checkpoint,
+        spec: &ModelSpec,
+        plan: &Plan,
+        rank: RankId,
+        progress: Progress<'a>,
+    ) -> Result<Loader<'a>, Fault> {
+        cut::check(spec, &plan.mesh).map_err(|e| Fault::new(FaultKind::Incompatible, e.to_string()))?;
+        let declared = catalog::tensors(spec);
+        check(checkpoint, spec, &declared)?;
+        let stage = plan.mesh.place(rank).stage;
+        if plan.stages.len() != plan.mesh.pipeline {
+            let (stages, mesh) = (plan.stages.len(), plan.mesh);
+            return Err(Fault::new(FaultKind::Internal, format!("the plan has {stages} ranges of layers for {mesh}")));
+        }
+        let mut total = 0;
+        for decl in declared.iter().filter(|d| catalog::on_stage(spec, &d.id, &plan.stages, stage)) {
+            total += window_bytes(checkpoint, decl, &plan.mesh, rank)?;
+        }
+        progress(0, total);
+        let declared = declared.into_iter().map(|d| (d.id, d)).collect();
+        Ok(Loader { checkpoint, declared, mesh: plan.mesh, rank, done: Cell::new(0), total, progress })
+    }
+
+    /// Whether this model has such a tensor.
+    pub fn declares(&self, id: TensorId) -> bool {
+        self.declared.contains_key(&id)
+    }
+
+    /// The declaration of a tensor that the spec implies.
+    pub fn declaration(&self, id: TensorId) -> Result<&TensorDecl, Fault> {
+        self.declared.get(&id).ok_or_else(|| Fault::new(FaultKind::Internal, format!("{id:?} is not declared")))
+    }
+
+    /// This rank's window of a tensor, which it must hold.
+    pub fn window(&self, id: TensorId) -> Result<MatrixView<'a>, Fault> {
+        let decl = self.declaration(id)?;
+        let view = window(self.checkpoint, decl, &self.mesh, self.rank)?.ok_or_else(|| {
+            Fault::new(FaultKind::Internal, format!("rank {} holds nothing of {}", self.rank.0, decl.source.name))
+        })?;
+        self.done.set(self.done.get() + view_bytes(&view));
+        (self.progress)(self.done.get(), self.total);
+        Ok(view)
+    }
+
+    /// This rank's part of a tensor as f32 values, row-major: norms, biases, and what must be rearranged.
+    pub fn values(&self, id: TensorId) -> Result<Vec<f32>, Fault> {
+        let view = self.window(id)?;
+        Ok(values(&view))
+    }
+
+    /// How many segments this rank's part of a matrix sums apart: its share of the canonical ones.
+    pub fn segments(&self, id: TensorId) -> Result<usize, Fault> {
+        let decl = self.declaration(id)?;
+        let (units, ranks) = match decl.cut {
+            Cut::Rows { unit } => (decl.cols / unit, self.mesh.tensor),
+            Cut::Expert { within: ExpertCut::Rows, .. } => (decl.cols, self.mesh.expert_cut()),
+            _ => return Ok(1),
+        };
+        let all = cut::segments(units);
+        if all < ranks {
+            let name = &decl.source.name;
+            return Err(Fault::new(
+                FaultKind::Incompatible,
+                format!("{name}: {units} units make {all} segments, fewer than {ranks} ranks"),
+            ));
+        }
+        Ok(all / ranks)
+    }
+
+    /// The vocabulary rows of this rank's part of embedding and head.
+    pub fn vocab_rows(&self, vocab: usize) -> Result<Range<usize>, Fault> {
+        let rows = cut::vocab_rows(vocab, self.mesh.tensor, self.mesh.place(self.rank).slice);
+        if rows.is_empty() {
+            let why = format!("a vocabulary of {vocab} leaves none for rank {} of {}", self.rank.0, self.mesh);
+            return Err(Fault::new(FaultKind::Incompatible, why));
+        }
+        Ok(rows)
+    }
+}
+
+/// Every declared tensor is there with the declared shape, and every tensor there is claimed or known to be harmless.
+fn check(checkpoint: &Checkpoint, spec: &ModelSpec, declared: &[TensorDecl]) -> Result<(), Fault> {
+    let mut claimed = BTreeSet::new();
+    for decl in declared {
+        shape_of(checkpoint.tensor(&decl.source.name)?, decl)?;
+        claimed.insert(decl.source.name.as_str());
+    }
+    let unclaimed: Vec<&str> =
+        checkpoint.names().filter(|name| !claimed.contains(name) && catalog::ignored(spec, name).is_none()).collect();
+    if unclaimed.is_empty() {
+        return Ok(());
+    }
+    let (number, some) = (unclaimed.len(), unclaimed[..unclaimed.len().min(5)].join(", "));
+    Err(bad(format!("nothing in the model uses {number} tensors of the checkpoint: {some}")))
+}
+
+/// The declared matrix's bytes within the stored tensor.
+fn shape_of<'a>(stored: Stored<'a>, decl: &TensorDecl) -> Result<&'a [u8], Fault> {
+    let (rows, cols) = (decl.rows, decl.cols);
+    let fits = match (decl.source.part, stored.shape) {
+        (Part::Whole, &[n]) => (rows == 1 || cols == 1) && n == rows * cols,
+        (Part::Whole, &[r, c]) => (r, c) == (rows, cols),
+        (Part::Stacked { of, .. }, &[n, r, c]) => (n, r, c) == (of, rows, cols),
+        _ => false,
+    };
+    if !fits {
+        let (name, shape) = (&decl.source.name, stored.shape);
+        let wanted = match decl.source.part {
+            Part::Whole => format!("[{rows}, {cols}]"),
+            Part::Stacked { of, .. } => format!("[{of}, {rows}, {cols}]"),
+        };
+        return Err(bad(format!("tensor {name} has shape {shape:?}, the model's config implies {wanted}")));
+    }
+    Ok(match decl.source.part {
+        Part::Whole => stored.bytes,
+        Part::Stacked { index, of } => {
+            let each = stored.bytes.len() / of;
+            &stored.bytes[index * each..(index + 1) * each]
+        }
+    })
+}
+
+/// The window of a declared tensor that `rank` holds.
+fn window<'a>(
+    checkpoint: &'a Checkpoint,
+    decl: &TensorDecl,
+    mesh: &Mesh,
+    rank: RankId,
+) -> Result<Option<MatrixView<'a>>, Fault> {
+    let stored = checkpoint.tensor(&decl.source.name)?;
+    let bytes = shape_of(stored, decl)?;
+    Ok(cut::slice(decl.cut, decl.rows, decl.cols, mesh, rank).map(|s| MatrixView {
+        format: stored.format,
+        bytes,
+        stored_cols: decl.cols,
+        row: s.rows.start,
+        rows: s.rows.len(),
+        col: s.cols.start,
+        cols: s.cols.len(),
+    }))
+}
+
+fn window_bytes(checkpoint: &Checkpoint, decl: &TensorDecl, mesh: &Mesh, rank: RankId) -> Result<u64, Fault> {
+    Ok(window(checkpoint, decl, mesh, rank)?.map_or(0, |view| view_bytes(&view)))
+}
+
+/// Bytes of the values of a window, whole blocks or not.
+fn view_bytes(view: &MatrixView<'_>) -> u64 {
+    (view.rows * view.cols * view.format.block_bytes()).div_ceil(view.format.block()) as u64
+}
+
+/// Stands for all that decides what ranks load: equal on all of them, or they must not serve together.
+pub fn digest(spec: &ModelSpec, plan: &Plan) -> [u8; 32] {
+    let inputs = format!("{spec:?}\n{:?}\n{:?}\n{:?}\n{:?}", plan.mesh, plan.stages, plan.dtype, plan.family);
+    Sha256::digest(inputs.as_bytes()).into()
+}
