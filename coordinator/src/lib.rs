@@ -3,5 +3,6 @@
 #![forbid(unsafe_code)]
 
 pub mod group;
+pub mod plan;
 pub mod schedule;
 pub mod text;
