@@ -18,6 +18,7 @@ pub mod pack;
 pub mod panel;
 pub mod pool;
 mod portable;
+pub mod roof;
 pub mod rows;
 pub mod shared;
 
