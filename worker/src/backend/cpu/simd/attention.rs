@@ -59,7 +59,7 @@ pub struct Running {
 }
 
 impl Running {
-    pub fn new() -> Running {
+    pub fn begin() -> Running {
         Running { most: [LOWEST; LANES], total: [0.0; LANES], old_scale: [0.0; LANES], new_scale: [0.0; LANES] }
     }
 

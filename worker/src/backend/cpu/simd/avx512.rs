@@ -1,24 +1,31 @@
-//! Lanes as one 512-bit register; with `DOT`, bf16 pairs go through `VDPBF16PS`.
+//! Lanes as one 512-bit register; with `DOT`, bf16 pairs go through `VDPBF16PS`; with `TILES`, AMX is there too.
 
 use super::lanes::{Kernel, LANES, Lanes};
 use half::bf16;
 use std::arch::x86_64::*;
 
 #[derive(Clone, Copy)]
-pub struct Avx512<const DOT: bool>;
+pub struct Avx512<const DOT: bool, const TILES: bool>;
 
 /// # Safety
 /// The CPU has AVX-512 F, BW, VL, DQ and AVX2 + FMA.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
 pub unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<Avx512<false>>()
+    kernel.run::<Avx512<false, false>>()
 }
 
 /// # Safety
 /// The same and AVX-512 BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")]
 pub unsafe fn run_dot<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<Avx512<true>>()
+    kernel.run::<Avx512<true, false>>()
+}
+
+/// # Safety
+/// The same, and [`super::amx::available`] said yes.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")]
+pub unsafe fn run_tiles<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run::<Avx512<true, true>>()
 }
 
 #[inline(always)]
@@ -46,10 +53,11 @@ unsafe fn widened(v: __m256i) -> __m512 {
 }
 
 // SAFETY: the caller of `run` vouches for the instruction set.
-unsafe impl<const DOT: bool> Lanes for Avx512<DOT> {
+unsafe impl<const DOT: bool, const TILES: bool> Lanes for Avx512<DOT, TILES> {
     type F = __m512;
     type I = __m512i;
     const WIDE: bool = true;
+    const TILES: bool = TILES;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {

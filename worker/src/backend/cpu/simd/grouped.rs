@@ -113,7 +113,7 @@ impl<T: Element> Kernel for Attend<'_, T> {
         let stride = self.layout.value_stride();
         let mut outputs = MaybeUninit::<[f32; QUERIES * WIDTH_MAX]>::uninit();
         let outputs = outputs.as_mut_ptr().cast::<f32>();
-        let mut running = Running::new();
+        let mut running = Running::begin();
         // SAFETY: `count * stride` fits by the bounds above; blocks and cache are checked span by span.
         unsafe {
             std::ptr::write_bytes(outputs, 0, count * stride);

@@ -94,7 +94,7 @@ impl<T: Element> Kernel for Attend<'_, T> {
         let wide = rank.next_multiple_of(LANES);
         let mut outputs = MaybeUninit::<[f32; LANES * WIDTH_MAX]>::uninit();
         let outputs = outputs.as_mut_ptr().cast::<f32>();
-        let mut running = Running::new();
+        let mut running = Running::begin();
         // SAFETY: `heads * wide` fits; each span's rows are checked against the cache.
         unsafe {
             std::ptr::write_bytes(outputs, 0, self.heads * wide);
