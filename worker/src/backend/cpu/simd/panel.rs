@@ -320,11 +320,21 @@ unsafe fn tile<L: Lanes, M: Product<L>, const R: usize, const V: usize>(
             }
         }
         let mut w = part.w.add(lane);
+        let (passes, chunk) = (part.x.len().div_ceil(6), CHUNK * M::WORDS * part.width);
+        let mut turn = if passes > 1 { row / 6 } else { usize::MAX };
         for pair in 0..part.pairs + usize::from(part.lone) {
             let mut weights = [M::weights(w, part.width); V];
             for v in 1..V {
                 weights[v] = M::weights(w.add(v * LANES), part.width);
             }
+            // Passes over a chunk share the work of asking for the next one, which the hardware would not foresee.
+            if turn == 0 {
+                for line in 0..V * M::WORDS {
+                    L::prefetch(w.wrapping_add(chunk + line * LANES).cast());
+                }
+                turn = passes;
+            }
+            turn = turn.wrapping_sub(1);
             for r in 0..R {
                 let input = if pair < part.pairs { M::pair(x[r].add(2 * pair)) } else { M::lone(x[r].add(2 * pair)) };
                 for v in 0..V {
