@@ -42,7 +42,9 @@ impl Profile {
         if random.once_in(4) {
             settings.block_hash = |_, _| 0;
         }
-        let families = (0..3).map(|_| tokens(random, model_len_max)).collect();
+        let mut families: Vec<Vec<u32>> = (0..2).map(|_| tokens(random, model_len_max)).collect();
+        // Equal blocks after another beginning: what they hold differs.
+        families.push([&[VOCABULARY - 1 - families[0][0]], &families[0][1..]].concat());
         Profile {
             settings,
             jobs: random.within(5..=60),
@@ -67,8 +69,9 @@ impl Profile {
         if random.once_in(40) {
             prompt.resize(model_len_max, 1);
         }
+        let salt = random.next() % 2;
         let sampling = Sampling {
-            seed: random.next(),
+            seed: random.next() << 1 | salt,
             presence_penalty: if random.once_in(4) { 0.5 } else { 0.0 },
             logprobs: random.once_in(4).then_some(0),
             prompt_logprobs: random.once_in(6).then_some(0),
@@ -81,7 +84,7 @@ impl Profile {
             choices: if random.once_in(4) { random.within(2..=4) as u32 } else { 1 },
             tokens_max: if random.once_in(12) { 0 } else { random.within(1..=90) as u32 },
             end_tokens: if random.once_in(2) { vec![7] } else { Vec::new() },
-            salt: random.next() % 2,
+            salt,
         }
     }
 
