@@ -48,7 +48,7 @@ impl Profile {
         Profile {
             settings,
             jobs: random.within(5..=60),
-            cancel_in: random.next() % 5,
+            cancel_in: random.word() % 5,
             fault_every: if random.once_in(3) { 60 } else { 0 },
             families,
             pause_max: if random.once_in(2) { PAUSE_MAX_US } else { PAUSE_MAX_US / 10 },
@@ -69,9 +69,9 @@ impl Profile {
         if random.once_in(40) {
             prompt.resize(model_len_max, 1);
         }
-        let salt = random.next() % 2;
+        let salt = random.word() % 2;
         let sampling = Sampling {
-            seed: random.next() << 1 | salt,
+            seed: random.word() << 1 | salt,
             presence_penalty: if random.once_in(4) { 0.5 } else { 0.0 },
             logprobs: random.once_in(4).then_some(0),
             prompt_logprobs: random.once_in(6).then_some(0),
@@ -100,5 +100,5 @@ impl Profile {
 }
 
 fn tokens(random: &mut Random, count: usize) -> Vec<u32> {
-    (0..count).map(|_| (random.next() % u64::from(VOCABULARY)) as u32).collect()
+    (0..count).map(|_| (random.word() % u64::from(VOCABULARY)) as u32).collect()
 }
