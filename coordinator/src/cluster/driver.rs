@@ -133,7 +133,9 @@ impl<S: Store, P: Planner> Shell<S, P> {
     async fn said(&mut self, worker: WorkerId, message: Said) {
         let event = match message {
             Said::Beat(beat) => Event::Beat { worker, beat },
-            Said::Loading { epoch, bytes_done, bytes_total } => Event::Loading { worker, epoch, bytes_done, bytes_total },
+            Said::Loading { epoch, bytes_done, bytes_total } => {
+                Event::Loading { worker, epoch, bytes_done, bytes_total }
+            }
             Said::Failed { epoch, fault } => {
                 tracing::error!("{}: {fault}", worker.0);
                 let serving = matches!(self.parts.cluster.phase(), Phase::Serving(p) if p.epoch == epoch);
@@ -289,7 +291,8 @@ impl<S: Store, P: Planner> Shell<S, P> {
             }
             let reasons: Vec<String> =
                 Some(cluster.reason().to_string()).filter(|r| !r.is_empty()).into_iter().collect();
-            let changed = view.phase != phase || view.epoch != epoch || view.members != members || view.reasons != reasons;
+            let changed =
+                view.phase != phase || view.epoch != epoch || view.members != members || view.reasons != reasons;
             (view.phase, view.epoch, view.members, view.reasons) = (phase, epoch, members, reasons);
             changed
         });
