@@ -63,8 +63,7 @@ fn check_prefill(name: &str, golden: &Golden, ring: &mut Ring, index: usize) {
         let weights = golden.floats(&format!("{}.experts.{module}.weights", prompt.name));
         for row in 0..prompt.input_ids.len() {
             let span = row * routing.active..(row + 1) * routing.active;
-            let mut chosen: Vec<(u32, f32)> =
-                span.clone().map(|i| (routing.ids[i], routing.weights[i])).collect();
+            let mut chosen: Vec<(u32, f32)> = span.clone().map(|i| (routing.ids[i], routing.weights[i])).collect();
             chosen.sort_by_key(|c| c.0);
             let found: Vec<u32> = chosen.iter().map(|c| c.0).collect();
             assert_eq!(found, ids[span.clone()], "{name}: experts of row {row} in layer {layer}");
@@ -120,14 +119,4 @@ macro_rules! goldens {
     };
 }
 
-goldens!(
-    deepseek_v3,
-    llama2_70b,
-    llama31_405b,
-    mistral_7b,
-    mixtral_8x22b,
-    qwen2,
-    qwen25_yarn,
-    qwen3,
-    qwen3_moe,
-);
+goldens!(deepseek_v3, llama2_70b, llama31_405b, mistral_7b, mixtral_8x22b, qwen2, qwen25_yarn, qwen3, qwen3_moe,);

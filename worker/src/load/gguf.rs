@@ -182,9 +182,10 @@ impl<'a> Cursor<'a> {
     fn length(&mut self, what: &str, each: usize) -> Result<usize, Fault> {
         let claimed = self.u64(what)?;
         let most = self.left() / each;
-        usize::try_from(claimed).ok().filter(|&n| n <= most).ok_or_else(|| {
-            bad(format!("{what} claims {claimed}, the {} bytes left hold at most {most}", self.left()))
-        })
+        usize::try_from(claimed)
+            .ok()
+            .filter(|&n| n <= most)
+            .ok_or_else(|| bad(format!("{what} claims {claimed}, the {} bytes left hold at most {most}", self.left())))
     }
 
     fn string(&mut self, what: &str) -> Result<String, Fault> {
