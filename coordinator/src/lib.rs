@@ -1,7 +1,21 @@
 //! The coordinator: plans the cut, schedules every step, speaks the OpenAI API. See ARCHITECTURE.md for the map.
+//!
+//! * [`run`]: one coordinator, from its settings; [`config`] are those.
+//! * [`source`]: the model's description.
+//! * [`api`]: OpenAI over HTTP; [`text`]: templates, tokens, stop strings.
+//! * [`schedule`]: from requests to steps; [`group`]: the door to the ranks.
+//! * [`plan`]: how the model is cut; [`cluster`]: who is there, and under which epoch.
+//! * [`metrics`]: every metric's name and meaning.
 
 #![forbid(unsafe_code)]
 
+pub mod api;
+pub mod cluster;
+pub mod config;
 pub mod group;
+pub mod metrics;
+pub mod plan;
+pub mod run;
 pub mod schedule;
+pub mod source;
 pub mod text;

@@ -49,17 +49,11 @@ impl Source {
             .map_err(|source| SourceError::Spec { path: path.join("config.json"), source })?;
         let mut files = Vec::new();
         let mut formats = BTreeSet::new();
-        for entry in std::fs::read_dir(&path).map_err(|e| bad(&path, e.to_string()))?.flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            if name.ends_with(".safetensors") {
-                let file = entry.path();
-                let bytes = std::fs::metadata(&file).map_err(|e| bad(&file, e.to_string()))?.len();
-                formats.extend(safetensors_formats(&file)?);
-                files.push((name, bytes));
-            }
-        }
-        if files.is_empty() {
-            return Err(bad(&path, "there is no .safetensors file".into()));
+        for name in weight_files(&path)? {
+            let file = path.join(&name);
+            let bytes = std::fs::metadata(&file).map_err(|e| bad(&file, e.to_string()))?.len();
+            formats.extend(safetensors_formats(&file)?);
+            files.push((name, bytes));
         }
         let bytes = files.iter().map(|(_, bytes)| bytes).sum();
         let identity = identity(text.as_bytes(), files);
@@ -93,6 +87,17 @@ fn bad(path: &Path, why: String) -> SourceError {
 
 fn read(path: &Path) -> Result<Vec<u8>, SourceError> {
     std::fs::read(path).map_err(|e| bad(path, e.to_string()))
+}
+
+/// The weight files of a directory: those that the index names, or the one that needs none.
+fn weight_files(path: &Path) -> Result<BTreeSet<String>, SourceError> {
+    let index = path.join("model.safetensors.index.json");
+    if !index.exists() {
+        return Ok(BTreeSet::from(["model.safetensors".to_string()]));
+    }
+    let parsed: serde_json::Value = serde_json::from_slice(&read(&index)?).map_err(|e| bad(&index, e.to_string()))?;
+    let map = parsed["weight_map"].as_object().ok_or_else(|| bad(&index, "there is no weight_map".into()))?;
+    Ok(map.values().filter_map(|name| name.as_str().map(str::to_string)).collect())
 }
 
 /// The formats of the matrices in a safetensors file, from its header alone. What is no known format is left to the

@@ -27,6 +27,8 @@ pub mod mesh;
 pub mod plan;
 pub mod quant;
 pub mod rope;
+#[cfg(test)]
+mod samples;
 pub mod size;
 pub mod spec;
 pub mod step;

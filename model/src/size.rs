@@ -228,3 +228,61 @@ fn moe_workspace(spec: &ModelSpec, m: &Moe, tokens: usize, mesh: &Mesh, dtype: D
     let shared = m.shared.as_ref().map_or(0, |d| dense_workspace(d, tokens, mesh, dtype) + tokens * spec.hidden * F32);
     routing + pairs * pair + shared
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Precision, RankBytes, rank};
+    use crate::mesh::{Mesh, Place};
+    use crate::plan::Limits;
+    use crate::quant::{Dtype, Format};
+    use crate::samples;
+
+    const LIMITS: Limits = Limits { model_len_max: 4096, step_tokens_max: 512, step_sequences_max: 64, blocks: 0 };
+
+    fn bytes(sample: &str, mesh: Mesh, place: Place) -> RankBytes {
+        let spec = samples::spec(sample);
+        let layers = spec.layers.len();
+        let stage = layers * place.stage / mesh.pipeline..layers * (place.stage + 1) / mesh.pipeline;
+        let precision = Precision::new(&[Format::Bf16], Dtype::Bf16);
+        rank(&spec, &mesh, place, stage, precision, &LIMITS)
+    }
+
+    const FIRST: Place = Place { stage: 0, lane: 0, slice: 0 };
+
+    #[test]
+    fn one_rank_holds_two_bytes_a_weight() {
+        let found = bytes("deepseek", Mesh::ONE, FIRST).weights as f64;
+        assert!((found / 2.0 - 671.0e9).abs() < 1e9, "{found}");
+    }
+
+    #[test]
+    fn cache_is_keys_and_values_or_one_latent() {
+        let eight = Mesh::new(1, 1, 8, 1).unwrap();
+        assert_eq!(bytes("llama3", Mesh::ONE, FIRST).cache_per_block, 126 * 32 * 2 * 8 * 128 * 2);
+        assert_eq!(bytes("llama3", eight, FIRST).cache_per_block, 126 * 32 * 2 * 128 * 2);
+        assert_eq!(bytes("qwen3_moe", eight, FIRST).cache_per_block, 94 * 32 * 2 * 128 * 2, "four heads for eight");
+        assert_eq!(bytes("deepseek", eight, FIRST).cache_per_block, 61 * 32 * 576 * 2, "every slice keeps the latent");
+    }
+
+    #[test]
+    fn rope_tables_count_each_rope_once() {
+        assert_eq!(bytes("llama", Mesh::ONE, FIRST).rope, 4096 * 128 * 4);
+    }
+
+    #[test]
+    fn bf16_files_stay_narrow_and_others_are_widened() {
+        let matrices = |stored: &[Format], compute| Precision::new(stored, compute).matrices;
+        assert_eq!(matrices(&[Format::Bf16], Dtype::F32), Dtype::Bf16);
+        assert_eq!(matrices(&[Format::Bf16, Format::F16], Dtype::F32), Dtype::F32);
+        assert_eq!(matrices(&[Format::Q4_0], Dtype::Bf16), Dtype::Bf16);
+        assert_eq!(matrices(&[], Dtype::F32), Dtype::F32);
+    }
+
+    #[test]
+    fn workspace_grows_with_a_step_and_shrinks_with_a_cut() {
+        let one = bytes("mixtral", Mesh::ONE, FIRST).workspace;
+        let cut = bytes("mixtral", Mesh::new(1, 1, 8, 1).unwrap(), FIRST).workspace;
+        assert!(cut < one, "{cut} is not below {one}");
+        assert!(one > 512 * 2 * (14336 * 8 + 4096 * 4), "less than its pairs");
+    }
+}

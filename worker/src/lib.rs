@@ -1,6 +1,8 @@
 //! The worker: holds cut weights and runs the kernels. See ARCHITECTURE.md for the map.
 
+pub mod agent;
 pub mod backend;
 pub mod collective;
+pub mod config;
 pub mod engine;
 pub mod load;

@@ -131,7 +131,7 @@ impl<'a> Session<'a> {
             build: self.identity.build.clone(),
             worker: self.identity.name.0.clone(),
             host: self.identity.host.clone(),
-            data_address: self.plane.address(),
+            data_address: self.plane.address().to_string(),
             devices: self.identity.devices.clone(),
             families,
             token: self.config.token.clone(),
@@ -206,13 +206,7 @@ impl<'a> Session<'a> {
 
     fn report(&mut self, report: Report) -> Option<Event> {
         match report {
-            Report::Loaded { epoch } => {
-                let identity = crate::load::identity(&self.model);
-                return Some(match identity {
-                    Ok(identity) => Event::RanksLoaded { epoch, identity },
-                    Err(fault) => Event::RankFailed { epoch, fault },
-                });
-            }
+            Report::Loaded { epoch, identity } => return Some(Event::RanksLoaded { epoch, identity }),
             Report::Answer { epoch, step, lane, result } => {
                 self.steps_pending = self.steps_pending.saturating_sub(1);
                 let lanes = vec![proto::step::result_to_wire(lane, result)];

@@ -1,12 +1,14 @@
 //! The device threads of one epoch: each rank is one OS thread that connects, loads its shard and runs steps in order.
 
-use crate::collective::connect::DataPlane;
-use crate::engine::shard::{LoadShard, Shard, load_shard};
+use crate::collective::connect::{Communicators, DataPlane, Options};
+use crate::engine::shard::{Shard, ShardConfig, load_shard};
+use crate::load::checkpoint::Checkpoint;
 use model::fault::{Fault, FaultKind};
 use model::mesh::RankId;
 use model::plan::{Epoch, Plan, WorkerId};
+use model::spec::ModelSpec;
 use model::step::{LaneBatch, LaneResult, StepBatch, StepId};
-use std::collections::BTreeMap;
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,11 +20,14 @@ use tokio::sync::mpsc;
 /// Steps waiting for a rank; the coordinator keeps far fewer in flight.
 const ORDERS_MAX: usize = 64;
 
+/// Rounds that a rank's idle threads wait awake: a few dozen microseconds, longer than the gaps inside a step.
+const SPIN: u32 = 20_000;
+
 /// What the threads tell the agent.
 #[derive(Debug)]
 pub enum Report {
     /// All ranks have loaded.
-    Loaded { epoch: Epoch },
+    Loaded { epoch: Epoch, identity: Vec<u8> },
     Answer { epoch: Epoch, step: StepId, lane: usize, result: LaneResult },
     Failed { epoch: Epoch, fault: Fault },
 }
@@ -115,7 +120,7 @@ impl Ranks {
 impl Drop for Ranks {
     fn drop(&mut self) {
         self.orders.clear();
-        self.plane.abort(self.epoch);
+        self.plane.abort_all(self.epoch);
         for thread in self.threads.drain(..) {
             // A rank's panic was caught and reported; nothing is left to learn from the join.
             let _ = thread.join();
@@ -123,62 +128,119 @@ impl Drop for Ranks {
     }
 }
 
-/// Connects, then runs each rank on a thread of its own, and waits for all.
+/// What the ranks of one worker share once the checkpoint is open.
+struct Opened<'a> {
+    setting: &'a Setting,
+    spec: Arc<ModelSpec>,
+    checkpoint: &'a Checkpoint,
+    threads: usize,
+    spin: u32,
+}
+
+/// Opens the checkpoint, connects, runs each rank on a thread of its own, and waits for all.
 fn start(setting: Setting, seats: Vec<(RankId, channel::Receiver<Order>)>) {
     let epoch = setting.plan.epoch;
-    let fail = |fault: Fault| {
-        // The agent may be gone already, as when the process ends.
+    if let Err(fault) = run_ranks(&setting, seats) {
+        // Peers of this worker and of others must not wait for its ranks. The agent may be gone already, as when the
+        // process ends.
+        setting.plane.abort_all(epoch);
         let _ = setting.reports.blocking_send(Report::Failed { epoch, fault });
-    };
-    let mut communicators = match setting.plane.connect(&setting.plan, &setting.me) {
-        Ok(all) => all,
-        Err(fault) => return fail(fault),
-    };
+    }
+}
+
+fn run_ranks(setting: &Setting, seats: Vec<(RankId, channel::Receiver<Order>)>) -> Result<(), Fault> {
+    // A checkpoint that can't be read is the better message than peers that wait for us.
+    let checkpoint = Checkpoint::open(&setting.model)?;
+    let spec = Arc::new(checkpoint.spec()?);
+    let connected = setting.plane.connect(&setting.plan, &setting.me, &Options::default())?;
+    let (threads, spin) = threads_and_spin(&setting.plan, &setting.me);
+    let opened = &Opened { setting, spec, checkpoint: &checkpoint, threads, spin };
     let (loaded, all_loaded) = channel::channel::<()>();
     let count = seats.len();
     std::thread::scope(|scope| {
-        for (rank, orders) in seats {
-            let Some(mine) = communicators.remove(&rank) else {
-                return fail(Fault::new(FaultKind::Internal, format!("rank {} has no communicators", rank.0)));
-            };
-            let (setting, loaded) = (setting.clone(), loaded.clone());
-            let run = move || {
-                let outcome = catch_unwind(AssertUnwindSafe(|| run_rank(&setting, rank, mine, orders, loaded)));
-                let fault = match outcome {
-                    Ok(Ok(())) => return,
-                    Ok(Err(fault)) => fault,
-                    Err(panic) => Fault::new(FaultKind::Internal, format!("rank {} panicked: {}", rank.0, text_of(&panic))),
-                };
-                // Peers of this worker and of others must not wait for this rank.
-                setting.plane.abort(epoch);
-                let _ = setting.reports.blocking_send(Report::Failed { epoch, fault });
-            };
-            if let Err(e) = std::thread::Builder::new().name(format!("rank-{}", rank.0)).spawn_scoped(scope, run) {
-                return fail(Fault::new(FaultKind::Internal, format!("no thread for rank {}: {e}", rank.0)));
-            }
+        for ((rank, communicators), (seat, orders)) in connected.into_iter().zip(seats) {
+            assert_eq!(rank, seat, "both follow the plan's order");
+            let loaded = loaded.clone();
+            let run = move || guard(opened, rank, communicators, orders, loaded);
+            std::thread::Builder::new()
+                .name(format!("rank-{}", rank.0))
+                .spawn_scoped(scope, run)
+                .map_err(|e| Fault::new(FaultKind::Internal, format!("no thread for rank {}: {e}", rank.0)))?;
         }
         drop(loaded);
         if (0..count).all(|_| all_loaded.recv().is_ok()) {
-            let _ = setting.reports.blocking_send(Report::Loaded { epoch });
+            let _ = setting.reports.blocking_send(Report::Loaded { epoch: setting.plan.epoch, identity: checkpoint.identity() });
         }
-    });
+        Ok(())
+    })
+}
+
+/// Threads of each rank, and how long they wait awake: only where the host has a core for every one.
+fn threads_and_spin(plan: &Plan, me: &WorkerId) -> (usize, u32) {
+    let Some(member) = plan.members.iter().find(|m| m.worker == *me) else { return (1, 0) };
+    let on_host: usize =
+        plan.members.iter().filter(|m| m.host == member.host).map(|m| m.ranks.len() * m.threads.max(1)).sum();
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    (member.threads.max(1), if on_host <= cores { SPIN } else { 0 })
+}
+
+/// Runs a rank; its fault or panic is reported, and its peers are woken.
+fn guard(
+    opened: &Opened<'_>,
+    rank: RankId,
+    communicators: Communicators,
+    orders: channel::Receiver<Order>,
+    loaded: channel::Sender<()>,
+) {
+    let outcome = catch_unwind(AssertUnwindSafe(|| run_rank(opened, rank, communicators, orders, loaded)));
+    let fault = match outcome {
+        Ok(Ok(())) => return,
+        Ok(Err(fault)) => fault,
+        Err(panic) => Fault::new(FaultKind::Internal, format!("rank {} panicked: {}", rank.0, text_of(&panic))),
+    };
+    let epoch = opened.setting.plan.epoch;
+    opened.setting.plane.abort_all(epoch);
+    let _ = opened.setting.reports.blocking_send(Report::Failed { epoch, fault });
 }
 
 fn run_rank(
-    setting: &Setting, rank: RankId, communicators: crate::collective::connect::Communicators,
-    orders: channel::Receiver<Order>, loaded: channel::Sender<()>,
+    opened: &Opened<'_>,
+    rank: RankId,
+    communicators: Communicators,
+    orders: channel::Receiver<Order>,
+    loaded: channel::Sender<()>,
 ) -> Result<(), Fault> {
-    let mut shard = load_shard(LoadShard {
-        model: &setting.model,
+    let setting = opened.setting;
+    // Ranks count into common totals: each adds what it has not added yet.
+    let counted = Cell::new((0, 0));
+    let loading = |done: u64, total: u64| {
+        let (done_before, total_before) = counted.replace((done, total));
+        setting.bytes_done.fetch_add(done - done_before, Ordering::Relaxed);
+        setting.bytes_total.fetch_add(total - total_before, Ordering::Relaxed);
+    };
+    let mut shard = load_shard(ShardConfig {
+        spec: opened.spec.clone(),
         plan: &setting.plan,
         rank,
+        checkpoint: opened.checkpoint,
         communicators,
+        threads: opened.threads,
+        spin: opened.spin,
         progress: setting.progress.clone(),
-        bytes_done: setting.bytes_done.clone(),
-        bytes_total: setting.bytes_total.clone(),
+        loading: &loading,
     })?;
     let _ = loaded.send(());
     drop(loaded);
+    serve_orders(setting, rank, shard.as_mut(), &orders)
+}
+
+/// Steps until the agent lets go of the orders' other end.
+fn serve_orders(
+    setting: &Setting,
+    rank: RankId,
+    shard: &mut dyn Shard,
+    orders: &channel::Receiver<Order>,
+) -> Result<(), Fault> {
     let lane = setting.plan.mesh.place(rank).lane;
     while let Ok(order) = orders.recv() {
         let mut batch = StepBatch { lanes: vec![LaneBatch::default(); setting.plan.mesh.data] };
@@ -187,7 +249,7 @@ fn run_rank(
                 slot.clone_from(part);
             }
         }
-        if let Some(result) = step(shard.as_mut(), &batch)? {
+        if let Some(result) = shard.step(&batch)? {
             let answer = Report::Answer { epoch: setting.plan.epoch, step: order.step, lane, result };
             if setting.reports.blocking_send(answer).is_err() {
                 break;
@@ -197,16 +259,7 @@ fn run_rank(
     Ok(())
 }
 
-fn step(shard: &mut dyn Shard, batch: &StepBatch) -> Result<Option<LaneResult>, Fault> {
-    shard.step(batch)
-}
-
 fn text_of(panic: &Box<dyn std::any::Any + Send>) -> String {
     let text = panic.downcast_ref::<String>().cloned();
     text.or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string())).unwrap_or_else(|| "no message".into())
-}
-
-/// The ranks that each worker of a plan holds, for logs.
-pub fn held(plan: &Plan) -> BTreeMap<&WorkerId, &[RankId]> {
-    plan.members.iter().map(|m| (&m.worker, m.ranks.as_slice())).collect()
 }

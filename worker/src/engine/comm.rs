@@ -1,27 +1,10 @@
-//! The engine's communicators, and collectives over a backend's buffers.
+//! Collectives over a backend's buffers.
 
 use crate::backend::{Backend, HostSlice};
-use crate::collective::{Abort, Collective};
+use crate::collective::Collective;
+pub use crate::collective::connect::Communicators;
 use model::fault::{Fault, FaultKind};
 use std::ops::Range;
-use std::sync::Arc;
-
-/// A rank's three communicators; one member where an axis of the mesh is 1.
-pub struct Communicators {
-    /// [`model::mesh::Mesh::tensor_group`]: partial sums, logits.
-    pub tensor: Box<dyn Collective>,
-    /// [`model::mesh::Mesh::lane_group`]: tokens for experts.
-    pub lane: Box<dyn Collective>,
-    /// [`model::mesh::Mesh::pipe_group`]: the residual stream.
-    pub pipe: Box<dyn Collective>,
-}
-
-impl Communicators {
-    /// What ends every pending and later call, from any thread.
-    pub fn abort_handles(&self) -> [Arc<dyn Abort>; 3] {
-        [self.tensor.abort_handle(), self.lane.abort_handle(), self.pipe.abort_handle()]
-    }
-}
 
 /// The f32 rows of a Full buffer.
 pub fn full<'a, B: Backend>(

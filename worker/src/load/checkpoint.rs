@@ -5,6 +5,7 @@ use super::{Encoding, Entry, bad, gguf, safetensors};
 use crate::backend::MatrixView;
 use memmap2::Mmap;
 use model::fault::Fault;
+use model::identity::identity;
 use model::gguf::{ROPE_FACTORS, Value};
 use model::quant::Format;
 use model::spec::ModelSpec;
@@ -39,7 +40,8 @@ struct Place {
 #[derive(Debug)]
 enum Description {
     Config { config: String, generation: Option<String> },
-    Gguf(BTreeMap<String, Value>),
+    /// Metadata, and the header's length in bytes.
+    Gguf { metadata: BTreeMap<String, Value>, header: usize },
 }
 
 /// A stored tensor.
@@ -71,7 +73,7 @@ impl Checkpoint {
         Ok(Checkpoint {
             tensors: tensors.collect(),
             files: vec![file],
-            description: Description::Gguf(header.metadata),
+            description: Description::Gguf { metadata: header.metadata, header: header.data },
         })
     }
 
@@ -105,7 +107,7 @@ impl Checkpoint {
     pub fn spec(&self) -> Result<ModelSpec, Fault> {
         let spec = match &self.description {
             Description::Config { config, generation } => model::hf::spec(config, generation.as_deref()),
-            Description::Gguf(metadata) => {
+            Description::Gguf { metadata, .. } => {
                 let factors = if self.has(ROPE_FACTORS) { Some(self.values(ROPE_FACTORS)?) } else { None };
                 model::gguf::spec(metadata, &|name| self.has(name), factors.as_deref())
             }
@@ -141,6 +143,19 @@ impl Checkpoint {
         let view =
             MatrixView { format: stored.format, bytes: stored.bytes, stored_cols: cols, row: 0, rows: 1, col: 0, cols };
         Ok(super::values(&view))
+    }
+
+    /// What the coordinator compares with its own: see [`model::identity`].
+    pub fn identity(&self) -> Vec<u8> {
+        let files = self.files.iter().map(|file| {
+            let name = file.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            (name, file.map.len() as u64)
+        });
+        let description = match &self.description {
+            Description::Config { config, .. } => config.as_bytes(),
+            Description::Gguf { header, .. } => &self.files[0].map[..*header],
+        };
+        identity(description, files.collect())
     }
 
     /// All names, sorted.

@@ -1,15 +1,13 @@
-//! The header of a GGUF file, versions 2 and 3: metadata, then a table of tensors, then their data.
+//! The tensors of a GGUF file, placed in its data and checked against its length. The header's bytes are read by
+//! [`model::gguf::file`].
 //!
-//! ```text
-//! "GGUF" version tensors keys | key type value ... | name dims ne[0..] type offset ... | pad | data
-//! ```
 //! GGUF counts a shape from the fastest dimension (`ne[0]` is the columns); an [`Entry`] has it reversed.
 
 use super::{Encoding, Entry, bad, bytes_of};
 use model::fault::Fault;
-use model::gguf::Value;
-use model::quant::Format;
-use std::collections::BTreeMap;
+use model::gguf::{TensorInfo, Value, file};
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 /// A file's header, checked.
 #[derive(Debug, Clone, PartialEq)]
@@ -17,239 +15,51 @@ pub struct Header {
     pub metadata: BTreeMap<String, Value>,
     /// In file order.
     pub entries: Vec<Entry>,
+    /// Where the data begins.
+    pub data: usize,
 }
-
-/// Dimensions a tensor may have.
-const DIMENSIONS_MAX: u32 = 4;
-/// How deep arrays of arrays may go; published files have none.
-const DEPTH_MAX: usize = 4;
-const ALIGNMENT_DEFAULT: u64 = 32;
-const ALIGNMENT_MAX: u64 = 1 << 20;
-/// Bytes of the shortest possible key, and of the shortest possible row of the tensor table.
-const KEY_BYTES_MIN: usize = 8 + 4 + 1;
-const TENSOR_BYTES_MIN: usize = 8 + 4 + 4 + 8;
 
 /// Reads the header of a whole file's bytes.
-pub fn header(file: &[u8]) -> Result<Header, Fault> {
-    let mut cursor = Cursor { file, at: 0 };
-    if cursor.take(4, "the magic number")? != b"GGUF" {
-        return Err(bad("the file does not begin with GGUF"));
-    }
-    let version = cursor.u32("the version")?;
-    if version != 2 && version != 3 {
-        return Err(bad(format!("GGUF version {version} is not known; known: 2, 3 (little-endian)")));
-    }
-    let tensors = cursor.length("the number of tensors", TENSOR_BYTES_MIN)?;
-    let keys = cursor.length("the number of keys", KEY_BYTES_MIN)?;
-    let mut metadata = BTreeMap::new();
-    for _ in 0..keys {
-        let key = cursor.string("a key")?;
-        let kind = cursor.u32(&key)?;
-        let value = cursor.value(kind, &key, 0)?;
-        if metadata.insert(key.clone(), value).is_some() {
-            return Err(bad(format!("the key {key} stands in the metadata twice")));
-        }
-    }
-    let mut rows = Vec::new();
-    for _ in 0..tensors {
-        rows.push(cursor.row()?);
-    }
-    let alignment = match metadata.get("general.alignment") {
-        None => ALIGNMENT_DEFAULT,
-        Some(Value::U64(n)) if n.is_power_of_two() && *n <= ALIGNMENT_MAX => *n,
-        Some(other) => return Err(bad(format!("general.alignment = {other:?} is not a power of two up to 2^20"))),
+pub fn header(bytes: &[u8]) -> Result<Header, Fault> {
+    let gguf = file::parse(bytes).map_err(|e| bad(format!("truncated or corrupt: {e}")))?;
+    let data = usize::try_from(gguf.data_offset).ok().filter(|&at| at <= bytes.len());
+    let data = data.ok_or_else(|| bad(format!("truncated: the data begins at {} of {}", gguf.data_offset, bytes.len())))?;
+    let entries = gguf.tensors.iter().map(|t| entry(t, data, bytes.len())).collect::<Result<Vec<_>, _>>()?;
+    check_apart(&entries)?;
+    Ok(Header { metadata: gguf.metadata, entries, data })
+}
+
+/// A tensor's place in the file.
+fn entry(tensor: &TensorInfo, data: usize, size: usize) -> Result<Entry, Fault> {
+    let name = &tensor.name;
+    let absurd = |what: &str| bad(format!("tensor {name}: {what} is truncated or corrupt"));
+    let dims: Option<Vec<usize>> = tensor.dims.iter().rev().map(|&d| usize::try_from(d).ok()).collect();
+    let shape = dims.ok_or_else(|| absurd("its shape"))?;
+    let start = usize::try_from(tensor.offset).ok().and_then(|at| at.checked_add(data));
+    let start = start.ok_or_else(|| absurd("its offset"))?;
+    let (encoding, bytes) = match tensor.format() {
+        Some(format) => (Encoding::Known(format), bytes_of(name, format, &shape)?),
+        None => (Encoding::Unknown(format!("GGUF type {}", tensor.kind)), 0),
     };
-    let start = cursor.at.next_multiple_of(alignment as usize);
-    let entries = place(rows, start, alignment, file.len())?;
-    Ok(Header { metadata, entries })
+    let end = start.checked_add(bytes).ok_or_else(|| absurd("its end"))?;
+    if end > size {
+        let (at, there) = (tensor.offset, size - data);
+        return Err(bad(format!("tensor {name} claims {bytes} bytes at {at} of the data, which has {there}")));
+    }
+    Ok(Entry { name: name.clone(), encoding, shape, range: start..end })
 }
 
-/// A row of the tensor table, as it stands.
-struct Row {
-    name: String,
-    shape: Vec<usize>,
-    kind: u32,
-    offset: u64,
-}
-
-/// Turns the table's offsets into ranges of the file, none of which overlap or reach past its end.
-fn place(mut rows: Vec<Row>, start: usize, alignment: u64, size: usize) -> Result<Vec<Entry>, Fault> {
-    rows.sort_by(|a, b| (a.offset, &a.name).cmp(&(b.offset, &b.name)));
-    let data = size.saturating_sub(start) as u64;
-    let mut entries: Vec<Entry> = Vec::with_capacity(rows.len());
-    let mut names = std::collections::BTreeSet::new();
-    let mut taken = 0u64;
-    for (index, row) in rows.iter().enumerate() {
-        let (name, offset) = (&row.name, row.offset);
-        if !names.insert(name.as_str()) {
-            return Err(bad(format!("tensor {name} stands in the table twice")));
-        }
-        if !offset.is_multiple_of(alignment) {
-            return Err(bad(format!("tensor {name} at byte {offset} of the data is not aligned to {alignment}")));
-        }
-        if offset < taken {
-            return Err(bad(format!("tensor {name} at byte {offset} of the data overlaps one that ends at {taken}")));
-        }
-        let encoding = encoding(row.kind);
-        let bytes = match &encoding {
-            Encoding::Known(format) => bytes_of(name, *format, &row.shape)? as u64,
-            // Its size is not known here: all that the next tensor leaves.
-            Encoding::Unknown(_) => rows.get(index + 1).map_or(data, |r| r.offset).min(data).saturating_sub(offset),
-        };
-        let end = offset.checked_add(bytes).filter(|&end| end <= data);
-        let Some(end) = end else {
-            return Err(bad(format!(
-                "tensor {name} claims {bytes} bytes at {offset} of the data, which has {data}: the file is truncated or corrupt"
-            )));
-        };
-        taken = end;
-        let range = start + offset as usize..start + end as usize;
-        entries.push(Entry { name: name.clone(), encoding, shape: row.shape.clone(), range });
+/// No name twice, no byte in two tensors.
+fn check_apart(entries: &[Entry]) -> Result<(), Fault> {
+    let mut names = BTreeSet::new();
+    if let Some(twice) = entries.iter().find(|e| !names.insert(&e.name)) {
+        return Err(bad(format!("tensor {} stands in the table twice", twice.name)));
     }
-    Ok(entries)
-}
-
-fn encoding(kind: u32) -> Encoding {
-    Encoding::Known(match kind {
-        0 => Format::F32,
-        1 => Format::F16,
-        2 => Format::Q4_0,
-        3 => Format::Q4_1,
-        8 => Format::Q8_0,
-        14 => Format::Q6K,
-        30 => Format::Bf16,
-        other => return Encoding::Unknown(unknown(other)),
-    })
-}
-
-/// What ggml calls the types that are not read here.
-fn unknown(kind: u32) -> String {
-    let name = match kind {
-        6 => "Q5_0",
-        7 => "Q5_1",
-        9 => "Q8_1",
-        10 => "Q2_K",
-        11 => "Q3_K",
-        12 => "Q4_K",
-        13 => "Q5_K",
-        15 => "Q8_K",
-        24 => "I8",
-        25 => "I16",
-        26 => "I32",
-        27 => "I64",
-        28 => "F64",
-        39 => "MXFP4",
-        _ => return format!("ggml type {kind}"),
-    };
-    name.to_owned()
-}
-
-/// A place in the file; every step forward is checked.
-struct Cursor<'a> {
-    file: &'a [u8],
-    at: usize,
-}
-
-impl<'a> Cursor<'a> {
-    fn left(&self) -> usize {
-        self.file.len() - self.at
-    }
-
-    fn take(&mut self, bytes: usize, what: &str) -> Result<&'a [u8], Fault> {
-        if bytes > self.left() {
-            let (at, size) = (self.at, self.file.len());
-            return Err(bad(format!("the file ends inside {what}: {bytes} bytes wanted at {at} of {size}")));
-        }
-        let taken = &self.file[self.at..self.at + bytes];
-        self.at += bytes;
-        Ok(taken)
-    }
-
-    fn array<const N: usize>(&mut self, what: &str) -> Result<[u8; N], Fault> {
-        let bytes = self.take(N, what)?;
-        Ok(bytes.try_into().expect("take gave N bytes"))
-    }
-
-    fn u32(&mut self, what: &str) -> Result<u32, Fault> {
-        Ok(u32::from_le_bytes(self.array(what)?))
-    }
-
-    fn u64(&mut self, what: &str) -> Result<u64, Fault> {
-        Ok(u64::from_le_bytes(self.array(what)?))
-    }
-
-    /// A count of things that take at least `each` bytes, which bounds it by what is left of the file.
-    fn length(&mut self, what: &str, each: usize) -> Result<usize, Fault> {
-        let claimed = self.u64(what)?;
-        let most = self.left() / each;
-        usize::try_from(claimed)
-            .ok()
-            .filter(|&n| n <= most)
-            .ok_or_else(|| bad(format!("{what} claims {claimed}, the {} bytes left hold at most {most}", self.left())))
-    }
-
-    fn string(&mut self, what: &str) -> Result<String, Fault> {
-        let length = self.length(what, 1)?;
-        let bytes = self.take(length, what)?;
-        // Vocabularies hold byte tokens that are not UTF-8 by themselves in some old files.
-        Ok(String::from_utf8_lossy(bytes).into_owned())
-    }
-
-    fn value(&mut self, kind: u32, key: &str, depth: usize) -> Result<Value, Fault> {
-        Ok(match kind {
-            0 => Value::U64(u64::from(self.array::<1>(key)?[0])),
-            1 => Value::I64(i64::from(i8::from_le_bytes(self.array(key)?))),
-            2 => Value::U64(u64::from(u16::from_le_bytes(self.array(key)?))),
-            3 => Value::I64(i64::from(i16::from_le_bytes(self.array(key)?))),
-            4 => Value::U64(u64::from(self.u32(key)?)),
-            5 => Value::I64(i64::from(i32::from_le_bytes(self.array(key)?))),
-            6 => Value::F64(f64::from(f32::from_le_bytes(self.array(key)?))),
-            7 => Value::Bool(self.array::<1>(key)?[0] != 0),
-            8 => Value::Text(self.string(key)?),
-            9 => {
-                if depth == DEPTH_MAX {
-                    return Err(bad(format!("{key}: arrays nest deeper than {DEPTH_MAX}")));
-                }
-                let kind = self.u32(key)?;
-                let length = self.length(key, value_bytes_min(kind))?;
-                let mut values = Vec::new();
-                for _ in 0..length {
-                    values.push(self.value(kind, key, depth + 1)?);
-                }
-                Value::List(values)
-            }
-            10 => Value::U64(self.u64(key)?),
-            11 => Value::I64(i64::from_le_bytes(self.array(key)?)),
-            12 => Value::F64(f64::from_le_bytes(self.array(key)?)),
-            other => return Err(bad(format!("{key} has type {other}, which GGUF does not define"))),
-        })
-    }
-
-    fn row(&mut self) -> Result<Row, Fault> {
-        let name = self.string("a tensor's name")?;
-        let dimensions = self.u32(&name)?;
-        if dimensions == 0 || dimensions > DIMENSIONS_MAX {
-            return Err(bad(format!("tensor {name} has {dimensions} dimensions, 1 to {DIMENSIONS_MAX} are possible")));
-        }
-        let mut shape = Vec::new();
-        for _ in 0..dimensions {
-            let d = self.u64(&name)?;
-            let d = usize::try_from(d).map_err(|_| bad(format!("tensor {name} has a dimension of {d}")))?;
-            shape.push(d);
-        }
-        shape.reverse();
-        Ok(Row { kind: self.u32(&name)?, offset: self.u64(&name)?, name, shape })
-    }
-}
-
-/// Least bytes of one value of a type.
-fn value_bytes_min(kind: u32) -> usize {
-    match kind {
-        0 | 1 | 7 => 1,
-        2 | 3 => 2,
-        4..=6 => 4,
-        9 => 12,
-        _ => 8,
+    let mut places: Vec<(&Range<usize>, &str)> = entries.iter().map(|e| (&e.range, e.name.as_str())).collect();
+    places.sort_by_key(|(range, _)| (range.start, range.end));
+    match places.windows(2).find(|pair| pair[1].0.start < pair[0].0.end) {
+        Some(pair) => Err(bad(format!("tensor {} overlaps {}", pair[1].1, pair[0].1))),
+        None => Ok(()),
     }
 }
 

@@ -1,0 +1,266 @@
+//! From a job's outputs to pieces of text: detokenising, stop strings, counting. Pure: it is pushed outputs and yields
+//! [`Piece`]s, which both the streamed and the whole answer are made of.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use model::step::Score;
+
+use super::request::Wording;
+use super::words::{Detokenizer, StopStrings, Words};
+use crate::schedule::job::{DoneReason, Output, Refusal};
+
+/// What one prompt of a request is, for its answers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Prompt {
+    pub tokens: Vec<u32>,
+    /// The text that `echo` repeats.
+    pub echo: Option<String>,
+    /// Wait for the prompt's scores before echoing it.
+    pub scored: bool,
+}
+
+/// The next part of one choice.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Piece {
+    /// Over all prompts: `prompt * n + choice`.
+    pub index: usize,
+    pub prompt: usize,
+    /// May be empty while a character or a stop string is incomplete.
+    pub text: String,
+    pub tokens: Vec<Told>,
+    /// The tokens are the prompt's, repeated.
+    pub echo: bool,
+    /// Set in the last piece of a choice.
+    pub finish: Option<Finish>,
+}
+
+/// A token as it is reported.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Told {
+    pub token: u32,
+    pub score: Option<Score>,
+    /// Characters of this choice's tokens before it.
+    pub offset: usize,
+}
+
+/// All pieces of one choice together.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Choice {
+    pub prompt: usize,
+    pub text: String,
+    /// The prompt's, where echoed, then the answer's.
+    pub tokens: Vec<Told>,
+    /// How many of `tokens` are the prompt's.
+    pub echoed: usize,
+    pub finish: Option<Finish>,
+}
+
+impl Choice {
+    pub fn add(&mut self, piece: Piece) {
+        self.prompt = piece.prompt;
+        self.text.push_str(&piece.text);
+        self.echoed += if piece.echo { piece.tokens.len() } else { 0 };
+        self.tokens.extend(piece.tokens);
+        self.finish = piece.finish.or(self.finish.take());
+    }
+
+    /// Ids of the answer's tokens.
+    pub fn token_ids(&self) -> Vec<u32> {
+        self.tokens[self.echoed..].iter().map(|told| told.token).collect()
+    }
+}
+
+/// Why a choice ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Finish {
+    /// The model's own end token.
+    End,
+    /// An end token of the request's own.
+    StopToken(u32),
+    /// A stop string.
+    Stop(String),
+    Length,
+}
+
+impl Finish {
+    /// OpenAI's word for it.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Finish::End | Finish::StopToken(_) | Finish::Stop(_) => "stop",
+            Finish::Length => "length",
+        }
+    }
+}
+
+/// Tokens counted over all prompts and choices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    pub prompt_tokens: usize,
+    pub cached_tokens: usize,
+    pub completion_tokens: usize,
+}
+
+/// All answers of a request.
+pub struct Answers {
+    words: Arc<Words>,
+    wording: Wording,
+    end_tokens: Vec<u32>,
+    prompts: Vec<Prompt>,
+    /// Choices of prompt 0, then of prompt 1, and so on.
+    voices: Vec<Voice>,
+    choices: usize,
+    pub usage: Usage,
+    ready: VecDeque<Piece>,
+}
+
+/// One choice being written.
+struct Voice {
+    detokenizer: Detokenizer,
+    stops: StopStrings,
+    tokens: u32,
+    /// Characters of the tokens so far.
+    characters: usize,
+    /// The end token drawn, until `Done` confirms it.
+    end: Option<u32>,
+    echoed: bool,
+    finished: bool,
+}
+
+impl Answers {
+    /// `choices` for each prompt.
+    pub fn new(
+        words: Arc<Words>,
+        wording: Wording,
+        end_tokens: Vec<u32>,
+        prompts: Vec<Prompt>,
+        choices: usize,
+    ) -> Answers {
+        let voice = |prompt: &Prompt| Voice {
+            detokenizer: words.detokenizer(&prompt.tokens, wording.skip_special),
+            stops: StopStrings::new(&wording.stop, wording.include_stop),
+            tokens: 0,
+            characters: 0,
+            end: None,
+            echoed: prompt.echo.is_none(),
+            finished: false,
+        };
+        let voices = prompts.iter().flat_map(|prompt| (0..choices).map(move |_| prompt)).map(voice).collect();
+        let usage = Usage { prompt_tokens: prompts.iter().map(|p| p.tokens.len()).sum(), ..Usage::default() };
+        Answers { words, wording, end_tokens, prompts, voices, choices, usage, ready: VecDeque::new() }
+    }
+
+    /// The number of choices over all prompts.
+    pub fn count(&self) -> usize {
+        self.voices.len()
+    }
+
+    pub fn prompts(&self) -> &[Prompt] {
+        &self.prompts
+    }
+
+    /// The oldest piece that was not taken yet.
+    pub fn take(&mut self) -> Option<Piece> {
+        self.ready.pop_front()
+    }
+
+    /// Whether all choices of a prompt are finished, so that its job is not needed any more.
+    pub fn finished(&self, prompt: usize) -> bool {
+        self.voices[prompt * self.choices..][..self.choices].iter().all(|voice| voice.finished)
+    }
+
+    /// Takes the next output of a prompt's job. A refusal ends the whole request.
+    pub fn push(&mut self, prompt: usize, output: Output) -> Result<(), Refusal> {
+        match output {
+            Output::Started { cached_tokens } => {
+                self.usage.cached_tokens += cached_tokens as usize;
+                if !self.prompts[prompt].scored {
+                    self.echo(prompt, Vec::new());
+                }
+            }
+            Output::PromptScores(scores) => self.echo(prompt, scores),
+            Output::Token { choice, token, score } => self.token(prompt, self.index(prompt, choice)?, token, score),
+            Output::Done { choice, reason } => self.done(prompt, self.index(prompt, choice)?, reason),
+            Output::Failed(refusal) => return Err(refusal),
+        }
+        Ok(())
+    }
+
+    fn index(&self, prompt: usize, choice: u32) -> Result<usize, Refusal> {
+        if choice as usize >= self.choices {
+            return Err(Refusal::Failed(format!("choice {choice} of {} was answered", self.choices)));
+        }
+        Ok(prompt * self.choices + choice as usize)
+    }
+
+    /// Repeats the prompt at the head of each of its choices. `scores` are those of tokens 1.., or none.
+    fn echo(&mut self, prompt: usize, scores: Vec<Score>) {
+        let Some(text) = &self.prompts[prompt].echo else { return };
+        let mut told = Vec::with_capacity(self.prompts[prompt].tokens.len());
+        let mut offset = 0;
+        // The first token follows nothing, so it has no probability.
+        let mut scores = std::iter::once(None).chain(scores.into_iter().map(Some));
+        for &token in &self.prompts[prompt].tokens {
+            told.push(Told { token, score: scores.next().flatten(), offset });
+            offset += characters(&self.words.token_bytes(token));
+        }
+        for index in prompt * self.choices..(prompt + 1) * self.choices {
+            let voice = &mut self.voices[index];
+            if !std::mem::replace(&mut voice.echoed, true) {
+                voice.characters = offset;
+                let (text, tokens) = (text.clone(), told.clone());
+                self.ready.push_back(Piece { index, prompt, text, tokens, echo: true, finish: None });
+            }
+        }
+    }
+
+    fn token(&mut self, prompt: usize, index: usize, token: u32, score: Option<Score>) {
+        let voice = &mut self.voices[index];
+        if voice.finished {
+            return; // beyond a stop string: the other choices keep the job going
+        }
+        self.usage.completion_tokens += 1;
+        voice.tokens += 1;
+        let told = Told { token, score, offset: voice.characters };
+        voice.characters += characters(&self.words.token_bytes(token));
+        let (text, stop) = if self.end_tokens.contains(&token) {
+            voice.end = Some(token);
+            // The end token's own text is shown only on demand, and never looked at for stop strings.
+            let own = if self.wording.include_stop { voice.detokenizer.push(token) } else { String::new() };
+            (voice.stops.flush() + &own, None)
+        } else {
+            let text = voice.detokenizer.push(token);
+            if voice.tokens <= self.wording.tokens_min { (text, None) } else { voice.stops.push(&text) }
+        };
+        voice.finished = stop.is_some();
+        let finish = stop.map(Finish::Stop);
+        self.ready.push_back(Piece { index, prompt, text, tokens: vec![told], echo: false, finish });
+    }
+
+    fn done(&mut self, prompt: usize, index: usize, reason: DoneReason) {
+        let voice = &mut self.voices[index];
+        if std::mem::replace(&mut voice.finished, true) {
+            return;
+        }
+        // What was held back as half a character or half a stop string comes out now.
+        let rest = voice.detokenizer.flush();
+        let (mut text, stop) = voice.stops.push(&rest);
+        let finish = match (stop, reason, voice.end) {
+            (Some(stop), ..) => Finish::Stop(stop),
+            (None, DoneReason::End, Some(token)) if self.wording.stop_tokens.contains(&token) => {
+                Finish::StopToken(token)
+            }
+            (None, DoneReason::End, _) => Finish::End,
+            (None, DoneReason::Length, _) => Finish::Length,
+        };
+        if !matches!(finish, Finish::Stop(_)) {
+            text += &voice.stops.flush();
+        }
+        self.ready.push_back(Piece { index, prompt, text, tokens: Vec::new(), echo: false, finish: Some(finish) });
+    }
+}
+
+/// Characters that begin in these bytes; a character split over tokens counts where it begins.
+fn characters(bytes: &[u8]) -> usize {
+    bytes.iter().filter(|&&byte| byte & 0xC0 != 0x80).count()
+}

@@ -1,0 +1,377 @@
+//! `POST /v1/chat/completions`.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{self, Extension, Request};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Map, Value, json};
+
+use super::State;
+use super::answer::{Piece, Prompt};
+use super::auth::Tenant;
+use super::error::ApiError;
+use super::fields::{Fields, wrong};
+use super::limits;
+use super::logprobs;
+use super::read_fields;
+use super::request::Ask;
+use super::running::Running;
+use super::shape::{Shape, reason, stop_reason, usage};
+use super::sse::EventStream;
+use super::trace::RequestId;
+
+/// A conversation as the template takes it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Conversation {
+    pub messages: Vec<Value>,
+    pub tools: Option<Vec<Value>>,
+    pub add_generation_prompt: bool,
+    pub kwargs: Map<String, Value>,
+    pub add_special: bool,
+}
+
+pub async fn create(
+    extract::State(state): extract::State<Arc<State>>,
+    Extension(RequestId(id)): Extension<RequestId>,
+    Extension(tenant): Extension<Tenant>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let mut fields = read_fields(&state, request).await?;
+    let mut ask = Ask::read(&mut fields, &state.model)?;
+    if ask.tokens_max == Some(0) {
+        return Err(ApiError::invalid("max_tokens", "`max_tokens` must be at least 1, got 0"));
+    }
+    scores(&mut fields, &mut ask)?;
+    if fields.flag("echo", false)? {
+        return Err(ApiError::unsupported("echo", "`echo` is not supported for chats, only for completions"));
+    }
+    let conversation = Conversation::read(&mut fields)?;
+    drop(fields);
+    state.check_serving()?;
+    let tokens = conversation.tokens(&state).await?;
+    let room = ask.room(tokens.len(), usize::MAX, &state.model)?;
+    let mut shape = Shape::new(&state, format!("chatcmpl-{id}"), ask.report, "chat.completion.chunk");
+    shape.prompts = if ask.report.token_ids { vec![tokens.clone()] } else { Vec::new() };
+    (shape.first, shape.choice) = (first_chunk, chunk_choice);
+    let prompt = Prompt { tokens, echo: None, scored: false };
+    let salt = tenant.salt(&ask.cache_salt);
+    let running = Running::start(&state, &shape.id, salt, &ask, vec![prompt], vec![room]).await?;
+    if ask.report.stream {
+        return Ok(EventStream::new(running, shape).respond());
+    }
+    whole(running, &shape).await
+}
+
+/// Reads `logprobs` and `top_logprobs`.
+fn scores(fields: &mut Fields, ask: &mut Ask) -> Result<(), ApiError> {
+    let wanted = fields.flag("logprobs", false)?;
+    let best = fields.integer("top_logprobs", 0..=limits::LOGPROBS_MAX)?;
+    if best.is_some_and(|best| best > 0) && !wanted {
+        return Err(ApiError::invalid("top_logprobs", "`top_logprobs` is only allowed when `logprobs` is true"));
+    }
+    ask.report.logprobs = wanted.then_some(best.unwrap_or(0) as u8);
+    ask.sampling.logprobs = ask.report.logprobs;
+    Ok(())
+}
+
+async fn whole(running: Running, shape: &Shape) -> Result<Response, ApiError> {
+    let answers = running.collect().await?;
+    let choices = answers.choices.iter().enumerate().map(|(index, choice)| {
+        let mut value = json!({
+            "index": index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": null},
+            "logprobs": shape.report.logprobs.map(|_| logprobs::chat(&shape.words, &choice.tokens)),
+            "finish_reason": reason(&choice.finish),
+            "stop_reason": stop_reason(&choice.finish),
+        });
+        if shape.report.token_ids {
+            value["token_ids"] = json!(choice.token_ids());
+        }
+        value
+    });
+    let mut body = shape.around("chat.completion", choices.collect());
+    body["usage"] = usage(answers.usage);
+    if shape.report.token_ids {
+        body["prompt_token_ids"] = json!(answers.prompts[0].tokens);
+    }
+    Ok(Json(body).into_response())
+}
+
+/// Every choice begins with its role.
+fn first_chunk(shape: &Shape, index: usize) -> Option<Value> {
+    let delta = json!({"role": "assistant", "content": ""});
+    let choice = json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": null});
+    let mut chunk = shape.chunk(json!([choice]), Default::default());
+    if let Some(prompt) = shape.prompts.first() {
+        chunk["prompt_token_ids"] = json!(prompt);
+    }
+    Some(chunk)
+}
+
+fn chunk_choice(shape: &Shape, piece: &Piece) -> Value {
+    let empty = piece.text.is_empty() && piece.finish.is_some();
+    let delta = if empty { json!({}) } else { json!({"content": piece.text}) };
+    let scores = shape.report.logprobs.filter(|_| !piece.tokens.is_empty());
+    let mut choice = json!({
+        "index": piece.index,
+        "delta": delta,
+        "logprobs": scores.map(|_| logprobs::chat(&shape.words, &piece.tokens)),
+        "finish_reason": reason(&piece.finish),
+    });
+    if piece.finish.is_some() {
+        choice["stop_reason"] = stop_reason(&piece.finish);
+    }
+    if shape.report.token_ids {
+        choice["token_ids"] = piece.tokens.iter().map(|told| told.token).collect();
+    }
+    choice
+}
+
+impl Conversation {
+    /// Reads the fields that the template sees.
+    pub fn read(fields: &mut Fields) -> Result<Conversation, ApiError> {
+        let Some(messages) = fields.array("messages", limits::MESSAGES_MAX)? else {
+            return Err(ApiError::invalid("messages", "`messages` is needed: an array of messages"));
+        };
+        if messages.is_empty() {
+            return Err(ApiError::invalid("messages", "`messages` must hold at least one message"));
+        }
+        let messages = messages.into_iter().enumerate().map(|(number, value)| message(number, value));
+        let messages = messages.collect::<Result<_, _>>()?;
+        let tools = tools(fields)?;
+        let mut kwargs = fields.object("chat_template_kwargs")?.unwrap_or_default();
+        if let Some(effort) = fields.text("reasoning_effort")? {
+            kwargs.insert("reasoning_effort".into(), Value::from(effort));
+        }
+        Ok(Conversation {
+            messages,
+            tools,
+            add_generation_prompt: fields.flag("add_generation_prompt", true)?,
+            kwargs,
+            // Templates write the special tokens themselves.
+            add_special: fields.flag("add_special_tokens", false)?,
+        })
+    }
+
+    /// The prompt's tokens.
+    pub async fn tokens(self, state: &State) -> Result<Vec<u32>, ApiError> {
+        let bytes = self.messages.iter().map(|message| message["content"].as_str().map_or(0, str::len)).sum();
+        let words = Arc::clone(&state.words);
+        let work = move || {
+            let prompt = self.add_generation_prompt;
+            let text = words.render(&self.messages, self.tools.as_deref(), prompt, &self.kwargs);
+            let text = text.map_err(|error| {
+                ApiError::invalid("messages", format!("the model's chat template refuses this: {error}"))
+            })?;
+            words.encode(&text, self.add_special).map_err(ApiError::Failed)
+        };
+        let tokens = state.text_work(bytes, work).await?;
+        if tokens.is_empty() {
+            return Err(ApiError::invalid("messages", "the prompt has no tokens"));
+        }
+        Ok(tokens)
+    }
+}
+
+/// Checks a message and brings it into the form that templates expect: text parts joined, arguments as objects.
+fn message(number: usize, value: Value) -> Result<Value, ApiError> {
+    let name = format!("messages[{number}]");
+    let Value::Object(mut message) = value else { return Err(wrong(&name, "an object", &value)) };
+    match message.get("role") {
+        Some(Value::String(role)) if !role.is_empty() => {}
+        Some(other) => return Err(wrong(&format!("{name}.role"), "a role's name", other)),
+        None => return Err(ApiError::invalid(format!("{name}.role"), format!("`{name}` has no `role`"))),
+    }
+    let content = match message.remove("content") {
+        Some(Value::String(text)) => Value::String(text),
+        Some(Value::Array(parts)) => Value::String(joined(&name, parts)?),
+        // Only a message that calls tools may be silent.
+        None | Some(Value::Null) if message.contains_key("tool_calls") => Value::Null,
+        None | Some(Value::Null) => {
+            return Err(ApiError::invalid(format!("{name}.content"), format!("`{name}` has no `content`")));
+        }
+        Some(other) => return Err(wrong(&format!("{name}.content"), "a string or an array of parts", &other)),
+    };
+    message.insert("content".into(), content);
+    if let Some(Value::Array(calls)) = message.get_mut("tool_calls") {
+        calls.iter_mut().for_each(open_arguments);
+    }
+    Ok(Value::Object(message))
+}
+
+fn joined(name: &str, parts: Vec<Value>) -> Result<String, ApiError> {
+    let mut texts = Vec::with_capacity(parts.len());
+    for (number, part) in parts.iter().enumerate() {
+        match (part["type"].as_str(), part["text"].as_str()) {
+            (Some("text"), Some(text)) => texts.push(text),
+            (kind, _) => {
+                let kind: String = kind.unwrap_or("none").chars().take(40).collect();
+                let param = format!("{name}.content[{number}]");
+                let message = format!("`{param}`: only parts of type \"text\" are supported, got {kind:?}");
+                return Err(ApiError::unsupported(param, message));
+            }
+        }
+    }
+    Ok(texts.join("\n"))
+}
+
+/// OpenAI carries a call's arguments as a string of JSON; templates iterate over them.
+fn open_arguments(call: &mut Value) {
+    let arguments = call.get_mut("function").and_then(|function| function.get_mut("arguments"));
+    if let Some(arguments) = arguments {
+        let parsed = arguments.as_str().and_then(|text| serde_json::from_str::<Map<String, Value>>(text).ok());
+        if let Some(map) = parsed {
+            *arguments = Value::Object(map);
+        }
+    }
+}
+
+/// Tools are shown to the template; their calls come back as the model writes them, in the text.
+fn tools(fields: &mut Fields) -> Result<Option<Vec<Value>>, ApiError> {
+    let tools = fields.array("tools", limits::TOOLS_MAX)?;
+    if let Some(bad) = tools.iter().flatten().find(|tool| !tool.is_object()) {
+        return Err(wrong("tools", "an array of objects", bad));
+    }
+    match fields.take("tool_choice") {
+        None => Ok(tools),
+        Some(Value::String(choice)) if choice == "auto" => Ok(tools),
+        Some(Value::String(choice)) if choice == "none" => Ok(None),
+        Some(other) => {
+            let shown: String = other.to_string().chars().take(60).collect();
+            let message = format!("`tool_choice` may be \"auto\" or \"none\"; {shown} cannot be enforced");
+            Err(ApiError::unsupported("tool_choice", message))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::harness::{Script, Server};
+    use super::*;
+
+    fn ask(more: &str) -> String {
+        format!(r#"{{"model":"tiny","messages":[{{"role":"user","content":"hi"}}]{more}}}"#)
+    }
+
+    const PATH: &str = "/v1/chat/completions";
+
+    #[tokio::test]
+    async fn a_chat_is_answered_whole() {
+        let server = Server::start(Script::Say("héy")).await;
+        let reply = server.send("POST", PATH, "x-request-id: mine\r\n", ask("").as_bytes()).await;
+        assert_eq!((reply.status, reply.header("x-request-id")), (200, Some("mine")));
+        let body = reply.json();
+        assert_eq!(body["id"], "chatcmpl-mine");
+        assert_eq!((&body["object"], &body["system_fingerprint"]), (&json!("chat.completion"), &json!("fp_test")));
+        let choice = &body["choices"][0];
+        assert_eq!(choice["message"], json!({"role": "assistant", "content": "héy", "refusal": null}));
+        assert_eq!((&choice["finish_reason"], &choice["stop_reason"]), (&json!("stop"), &Value::Null));
+        let prompt = "user:hi\n>".len();
+        let expected = json!({"prompt_tokens": prompt, "completion_tokens": 5, "total_tokens": prompt + 5,
+                              "prompt_tokens_details": {"cached_tokens": 2}});
+        assert_eq!(body["usage"], expected);
+        let job = server.jobs.lock().unwrap()[0].clone();
+        assert_eq!((job.tokens_max, job.sampling.temperature), (64 - prompt as u32, 0.7), "all the room, the default");
+    }
+
+    #[tokio::test]
+    async fn a_stream_is_the_same_answer_in_pieces() {
+        let server = Server::start(Script::Say("héy")).await;
+        let options = r#","stream":true,"n":2,"stream_options":{"include_usage":true}"#;
+        let mut chunks = server.post(PATH, &ask(options)).await.chunks();
+        let usage = chunks.pop().unwrap();
+        assert_eq!((&usage["choices"], &usage["usage"]["completion_tokens"]), (&json!([]), &json!(10)));
+        for index in 0..2 {
+            let mine: Vec<&Value> = chunks.iter().map(|c| &c["choices"][0]).filter(|c| c["index"] == index).collect();
+            assert_eq!(mine[0]["delta"], json!({"role": "assistant", "content": ""}));
+            let text: String = mine.iter().filter_map(|c| c["delta"]["content"].as_str()).collect();
+            assert_eq!(text, "héy");
+            let reasons: Vec<&Value> = mine.iter().map(|c| &c["finish_reason"]).filter(|r| !r.is_null()).collect();
+            assert_eq!(reasons, [&json!("stop")], "one terminal chunk a choice");
+        }
+        assert!(chunks.iter().all(|chunk| chunk["usage"].is_null() && chunk["object"] == "chat.completion.chunk"));
+    }
+
+    #[tokio::test]
+    async fn scores_and_token_ids_are_told_on_demand() {
+        let server = Server::start(Script::Say("hé")).await;
+        let options = r#","logprobs":true,"top_logprobs":2,"return_token_ids":true,"max_tokens":2"#;
+        let body = server.post(PATH, &ask(options)).await.json();
+        let choice = &body["choices"][0];
+        assert_eq!((&choice["token_ids"], &choice["finish_reason"]), (&json!([104, 0xC3]), &json!("length")));
+        assert_eq!(choice["message"]["content"], "h\u{fffd}", "half a character is not lost silently");
+        assert_eq!(body["prompt_token_ids"].as_array().unwrap().len(), "user:hi\n>".len());
+        let content = &choice["logprobs"]["content"];
+        assert_eq!(content[0]["bytes"], json!([104]));
+        assert_eq!(content[0]["top_logprobs"].as_array().unwrap().len(), 2);
+        assert_eq!(content[0]["top_logprobs"][1], json!({"token": "b", "logprob": -1.5, "bytes": [98]}));
+
+        let chunks = server.post(PATH, &ask(&format!(r#"{options},"stream":true"#))).await.chunks();
+        assert_eq!(chunks[0]["prompt_token_ids"], body["prompt_token_ids"]);
+        let ids: Vec<Value> =
+            chunks.iter().filter_map(|chunk| chunk["choices"][0]["token_ids"].as_array().cloned()).flatten().collect();
+        assert_eq!(json!(ids), choice["token_ids"]);
+    }
+
+    #[tokio::test]
+    async fn a_stop_string_ends_the_answer_and_the_job() {
+        let server = Server::start(Script::Say("one two three")).await;
+        for (options, text) in [
+            (r#","stop":" tw""#, "one"),
+            (r#","stop":["x","o t"],"include_stop_str_in_output":true"#, "one two t"),
+            (r#","stop":"n","min_tokens":5"#, "one two three"),
+            (r#","stop":"four""#, "one two three"),
+        ] {
+            let body = server.post(PATH, &ask(options)).await.json();
+            assert_eq!(body["choices"][0]["message"]["content"], text, "{options}");
+            assert_eq!(body["choices"][0]["finish_reason"], "stop");
+            let chunks = server.post(PATH, &ask(&format!(r#"{options},"stream":true"#))).await.chunks();
+            let streamed: String = chunks.iter().filter_map(|c| c["choices"][0]["delta"]["content"].as_str()).collect();
+            assert_eq!(streamed, text, "{options}");
+        }
+        let body = server.post(PATH, &ask(r#","stop_token_ids":[101]"#)).await.json();
+        assert_eq!(
+            (&body["choices"][0]["message"]["content"], &body["choices"][0]["stop_reason"]),
+            (&json!("on"), &json!(101))
+        );
+    }
+
+    #[tokio::test]
+    async fn a_failure_midway_is_the_last_event_of_a_stream() {
+        let server = Server::start(Script::Break(Refusal::Failed("rank 3 is lost".into()))).await;
+        let events = server.post(PATH, &ask(r#","stream":true"#)).await.events();
+        let last: Value = serde_json::from_str(events.last().unwrap()).unwrap();
+        assert_eq!(last["error"]["message"], "rank 3 is lost");
+        assert!(!events.contains(&"[DONE]".to_string()));
+        assert_eq!(server.post(PATH, &ask("")).await.status, 500);
+    }
+
+    use crate::schedule::job::Refusal;
+
+    #[tokio::test]
+    async fn a_client_that_leaves_cancels_its_job() {
+        let mut server = Server::start(Script::Hang).await;
+        for stream in ["true", "false"] {
+            let body = ask(&format!(r#","stream":{stream}"#));
+            let socket = server.open("POST", PATH, "x-request-id: gone\r\n", body.as_bytes()).await;
+            // The job runs before the client leaves.
+            while server.jobs.lock().unwrap().is_empty() {
+                tokio::task::yield_now().await;
+            }
+            drop(socket);
+            assert_eq!(server.cancelled.recv().await.as_deref(), Some("chatcmpl-gone"), "stream {stream}");
+            server.jobs.lock().unwrap().clear();
+        }
+    }
+
+    #[tokio::test]
+    async fn messages_reach_the_template_as_it_expects_them() {
+        let server = Server::start(Script::Say("")).await;
+        let parts = r#"{"messages":[{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]}],
+                        "tools":[{"type":"function"}],"tool_choice":"none"}"#;
+        assert_eq!(server.post(PATH, parts).await.status, 200);
+        let prompt: Vec<u8> = server.jobs.lock().unwrap()[0].prompt.iter().map(|&t| t as u8).collect();
+        assert_eq!(prompt, b"user:a\nb\n>");
+    }
+}

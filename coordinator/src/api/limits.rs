@@ -1,0 +1,45 @@
+//! The bounds of everything a client may send. A number that is not here is bounded by the model.
+
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+/// Longest body, unless the configuration says otherwise.
+pub const BODY_BYTES_MAX: usize = 16 << 20;
+/// Slowest body: a client that trickles holds no buffer for longer.
+pub const BODY_TIME_MAX: Duration = Duration::from_secs(60);
+/// Prompts in one completions request.
+pub const PROMPTS_MAX: usize = 256;
+/// Answers in one request, over all prompts.
+pub const CHOICES_MAX: usize = 256;
+/// Messages of one chat.
+pub const MESSAGES_MAX: usize = 4096;
+pub const TOOLS_MAX: usize = 256;
+/// Stop strings, and the bytes of each: text is held back while it could still become one.
+pub const STOPS_MAX: usize = 16;
+pub const STOP_BYTES_MAX: usize = 1024;
+pub const STOP_TOKENS_MAX: usize = 1024;
+pub const LOGIT_BIAS_MAX: usize = 1024;
+/// Candidates reported a token.
+pub const LOGPROBS_MAX: i64 = 20;
+/// A client's own request id, echoed.
+pub const REQUEST_ID_BYTES_MAX: usize = 128;
+
+pub const TEMPERATURE: RangeInclusive<f64> = 0.0..=2.0;
+/// Below this a temperature divides logits beyond what f32 tells apart: it is taken as 0.
+pub const TEMPERATURE_LEAST: f64 = 1e-5;
+/// Without its lower end.
+pub const TOP_P: RangeInclusive<f64> = 0.0..=1.0;
+pub const MIN_P: RangeInclusive<f64> = 0.0..=1.0;
+pub const PENALTY: RangeInclusive<f64> = -2.0..=2.0;
+/// Without its lower end.
+pub const REPETITION: RangeInclusive<f64> = 0.0..=10.0;
+pub const BIAS: RangeInclusive<f64> = -100.0..=100.0;
+
+/// Prompts longer than this are templated and tokenised off the threads that serve sockets.
+pub const INLINE_TEXT_BYTES: usize = 16 << 10;
+/// How long the scheduler may take to say whether it takes a job.
+pub const SUBMIT_TIME_MAX: Duration = Duration::from_secs(10);
+/// A comment is sent on an event stream that was silent for so long, so that proxies keep it open.
+pub const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// Without a step or an idle heartbeat for longer, the server is not ready.
+pub const PROGRESS_AGE_MAX: Duration = Duration::from_secs(30);

@@ -1,0 +1,80 @@
+//! What the outside may know of the cluster: written by the cluster's shell, read by health checks, `/status` and the
+//! page. Data only.
+
+use std::time::Instant;
+
+use serde::Serialize;
+
+/// Where a group is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Default)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Waiting for enough workers.
+    #[default]
+    Gathering,
+    Planning,
+    Loading,
+    Serving,
+    /// A rank died; what was accepted waits for the next plan.
+    Recovering,
+    /// Finishes what was accepted, takes nothing more.
+    Draining,
+}
+
+impl Phase {
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Gathering => "gathering",
+            Phase::Planning => "planning",
+            Phase::Loading => "loading",
+            Phase::Serving => "serving",
+            Phase::Recovering => "recovering",
+            Phase::Draining => "draining",
+        }
+    }
+}
+
+/// The cluster as of the last change.
+#[derive(Debug, Clone, PartialEq, Serialize, Default)]
+pub struct ClusterView {
+    pub phase: Phase,
+    /// 0 before the first plan.
+    pub epoch: u64,
+    /// As `Mesh` prints; empty before the first plan.
+    pub mesh: String,
+    /// The plan as a table for people; empty before the first plan.
+    pub plan: String,
+    pub members: Vec<MemberView>,
+    /// Why the phase is not `Serving`, each a sentence.
+    pub reasons: Vec<String>,
+    pub load: LoadView,
+    /// When a step, or an idle heartbeat, last completed under the current epoch.
+    #[serde(skip)]
+    pub progress: Option<Instant>,
+}
+
+/// A worker, as people want to see it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Default)]
+pub struct MemberView {
+    pub id: String,
+    pub host: String,
+    pub ranks: Vec<u32>,
+    /// Bytes of its devices, and of them in use.
+    pub memory_bytes: u64,
+    pub used_bytes: u64,
+    /// As the worker says: joining, idle, loading, ready, stepping.
+    pub phase: String,
+}
+
+/// What the scheduler has to do.
+#[derive(Debug, Clone, PartialEq, Serialize, Default)]
+pub struct LoadView {
+    pub running: usize,
+    pub waiting: usize,
+    /// Of the cache's blocks, 0 to 1.
+    pub cache_used: f64,
+    /// Counted since the start.
+    pub preemptions: u64,
+    pub prefix_queries: u64,
+    pub prefix_hits: u64,
+}

@@ -1,0 +1,135 @@
+//! Every metric: its name, its meaning and the one function that records it. Nothing else in the program names a
+//! metric, so that a dashboard can be checked against this page. Names follow vLLM's behind the prefix `conclave_`.
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use ::metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+
+use crate::api::view::{ClusterView, LoadView};
+
+const RUNNING: &str = "conclave_num_requests_running";
+const WAITING: &str = "conclave_num_requests_waiting";
+const CACHE_USED: &str = "conclave_kv_cache_usage_perc";
+const PREEMPTIONS: &str = "conclave_num_preemptions_total";
+const PREFIX_QUERIES: &str = "conclave_prefix_cache_queries_total";
+const PREFIX_HITS: &str = "conclave_prefix_cache_hits_total";
+const PROMPT_TOKENS: &str = "conclave_prompt_tokens_total";
+const GENERATION_TOKENS: &str = "conclave_generation_tokens_total";
+const FIRST_TOKEN: &str = "conclave_time_to_first_token_seconds";
+const BETWEEN_TOKENS: &str = "conclave_inter_token_latency_seconds";
+const REQUEST_TIME: &str = "conclave_e2e_request_latency_seconds";
+const FINISHED: &str = "conclave_request_success_total";
+const HTTP_REQUESTS: &str = "conclave_http_requests_total";
+const BUILD: &str = "conclave_build_info";
+const EPOCH: &str = "conclave_epoch";
+const MEMBERS: &str = "conclave_members";
+const SERVING: &str = "conclave_serving";
+
+/// From a token on a fast device to a long prefill on a slow one.
+const SECONDS: &[f64] = &[
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
+    300.0, 600.0,
+];
+
+static RECORDER: OnceLock<PrometheusHandle> = OnceLock::new();
+
+/// Makes this process record metrics, all labelled with the model. Records nothing before; a second call is ignored.
+pub fn install(model_name: &str) -> Result<(), BuildError> {
+    if RECORDER.get().is_some() {
+        return Ok(());
+    }
+    let handle = PrometheusBuilder::new()
+        .add_global_label("model_name", model_name)
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS)?
+        .install_recorder()?;
+    describe();
+    gauge!(BUILD, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    // A rate over a counter that is not there yet is no data; over one that is 0 it is 0.
+    for name in [PREEMPTIONS, PREFIX_QUERIES, PREFIX_HITS, PROMPT_TOKENS, GENERATION_TOKENS] {
+        counter!(name).absolute(0);
+    }
+    for reason in ["stop", "length", "abort", "error"] {
+        counter!(FINISHED, "finished_reason" => reason).absolute(0);
+    }
+    observe(&LoadView::default());
+    RECORDER.get_or_init(|| handle);
+    Ok(())
+}
+
+/// The text format that Prometheus scrapes; empty before [`install`].
+pub fn render() -> String {
+    RECORDER.get().map(PrometheusHandle::render).unwrap_or_default()
+}
+
+/// Moves what was recorded into histograms, so that memory stays bounded though nobody scrapes. Call now and then.
+pub fn upkeep() {
+    if let Some(handle) = RECORDER.get() {
+        handle.run_upkeep();
+    }
+}
+
+fn describe() {
+    describe_gauge!(RUNNING, "Sequences in the scheduler's running set");
+    describe_gauge!(WAITING, "Sequences waiting for admission or for cache");
+    describe_gauge!(CACHE_USED, "Cache blocks in use, 1 is all");
+    describe_counter!(PREEMPTIONS, "Sequences put back to waiting because cache ran out");
+    describe_counter!(PREFIX_QUERIES, "Prompt tokens looked up in the prefix cache");
+    describe_counter!(PREFIX_HITS, "Prompt tokens found in the prefix cache");
+    describe_counter!(PROMPT_TOKENS, "Prompt tokens of requests whose first token was drawn");
+    describe_counter!(GENERATION_TOKENS, "Tokens generated");
+    describe_histogram!(FIRST_TOKEN, Unit::Seconds, "From a request's submission to its first token");
+    describe_histogram!(BETWEEN_TOKENS, Unit::Seconds, "Between consecutive tokens of a choice");
+    describe_histogram!(REQUEST_TIME, Unit::Seconds, "From a request's submission to its last token");
+    describe_counter!(FINISHED, "Choices that ended, by reason: stop, length, abort (the client left), error");
+    describe_counter!(HTTP_REQUESTS, "HTTP requests, by route and status code");
+    describe_gauge!(BUILD, "Always 1; the build is in the labels");
+    describe_gauge!(EPOCH, "The epoch of the current plan");
+    describe_gauge!(MEMBERS, "Workers in the cluster");
+    describe_gauge!(SERVING, "1 while the cluster serves");
+}
+
+/// The scheduler's load, after a step or when it changes.
+pub fn observe(load: &LoadView) {
+    gauge!(RUNNING).set(load.running as f64);
+    gauge!(WAITING).set(load.waiting as f64);
+    gauge!(CACHE_USED).set(load.cache_used);
+    counter!(PREEMPTIONS).absolute(load.preemptions);
+    counter!(PREFIX_QUERIES).absolute(load.prefix_queries);
+    counter!(PREFIX_HITS).absolute(load.prefix_hits);
+}
+
+/// The cluster, when it changes or is scraped.
+pub fn observe_cluster(view: &ClusterView, serving: bool) {
+    gauge!(EPOCH).set(view.epoch as f64);
+    gauge!(MEMBERS).set(view.members.len() as f64);
+    gauge!(SERVING).set(f64::from(u8::from(serving)));
+}
+
+pub fn first_token(after: Duration, prompt_tokens: usize) {
+    counter!(PROMPT_TOKENS).increment(prompt_tokens as u64);
+    histogram!(FIRST_TOKEN).record(after);
+}
+
+pub fn tokens_generated(tokens: usize) {
+    counter!(GENERATION_TOKENS).increment(tokens as u64);
+}
+
+pub fn between_tokens(time: Duration) {
+    histogram!(BETWEEN_TOKENS).record(time);
+}
+
+pub fn request_ended(time: Duration) {
+    histogram!(REQUEST_TIME).record(time);
+}
+
+/// `reason` is one of those that [`FINISHED`] describes.
+pub fn choice_finished(reason: &'static str) {
+    counter!(FINISHED, "finished_reason" => reason).increment(1);
+}
+
+/// `path` is the route, never the client's own text: labels must stay few.
+pub fn http_request(path: &'static str, code: u16) {
+    counter!(HTTP_REQUESTS, "path" => path, "code" => code.to_string()).increment(1);
+}

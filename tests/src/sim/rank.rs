@@ -1,0 +1,104 @@
+//! A simulated lane: its "cache" keeps the token of each slot, written and read only through block tables, as the real
+//! one keeps keys and values.
+
+use std::collections::BTreeMap;
+
+use model::plan::{BLOCK_TOKENS, Limits};
+use model::step::{BlockId, Chunk, LaneBatch, LaneResult, PromptScores, Sample, Sampling, SeqId};
+
+use super::oracle;
+
+/// What nobody wrote reads as a token that no prompt has.
+const UNWRITTEN: u32 = u32::MAX;
+
+#[derive(Debug)]
+pub struct Rank {
+    limits: Limits,
+    cache: Vec<u32>,
+    sequences: BTreeMap<SeqId, Known>,
+}
+
+/// A sequence as the rank remembers it.
+#[derive(Debug)]
+struct Known {
+    sampling: Sampling,
+    prompt_len: usize,
+    history: Vec<u32>,
+    table: Vec<BlockId>,
+    /// Positions in the cache; `None` before the first chunk.
+    len: Option<usize>,
+}
+
+impl Rank {
+    pub fn new(limits: Limits) -> Rank {
+        Rank { limits, cache: vec![UNWRITTEN; limits.blocks * BLOCK_TOKENS], sequences: BTreeMap::new() }
+    }
+
+    pub fn sequences(&self) -> usize {
+        self.sequences.len()
+    }
+
+    /// Computes a lane's part of a step, and demands of it what an engine would.
+    pub fn step(&mut self, batch: &LaneBatch) -> LaneResult {
+        assert!(batch.chunks.len() <= self.limits.step_sequences_max, "too many sequences");
+        let tokens: usize = batch.chunks.iter().map(|chunk| chunk.tokens.len()).sum();
+        assert!(tokens <= self.limits.step_tokens_max, "too many tokens");
+        for seq in &batch.ended {
+            assert!(self.sequences.remove(seq).is_some(), "{seq:?} ended and was not known");
+        }
+        for begin in &batch.begun {
+            let known = Known {
+                sampling: begin.sampling.clone(),
+                prompt_len: begin.prompt_len as usize,
+                history: begin.history.clone(),
+                table: Vec::new(),
+                len: None,
+            };
+            assert!(self.sequences.insert(begin.seq, known).is_none(), "{:?} begins twice", begin.seq);
+        }
+        let mut result = LaneResult::default();
+        for chunk in &batch.chunks {
+            self.compute(chunk, &mut result);
+        }
+        result
+    }
+
+    /// The blocks of a sequence with those that a chunk brings.
+    pub fn table(&self, chunk: &Chunk) -> Vec<BlockId> {
+        let known = self.sequences.get(&chunk.seq).map(|known| known.table.as_slice()).unwrap_or_default();
+        [known, &chunk.blocks].concat()
+    }
+
+    fn compute(&mut self, chunk: &Chunk, result: &mut LaneResult) {
+        let known = self.sequences.get_mut(&chunk.seq).expect("a chunk's sequence has begun");
+        known.table.extend(&chunk.blocks);
+        let (start, end) = (chunk.start as usize, chunk.start as usize + chunk.tokens.len());
+        assert!(!chunk.tokens.is_empty() && end <= self.limits.model_len_max, "a chunk of {start}..{end}");
+        assert_eq!(known.table.len(), end.div_ceil(BLOCK_TOKENS), "blocks for {end} tokens");
+        for (position, token) in (start..end).zip(&chunk.tokens) {
+            self.cache[slot(&known.table, position)] = *token;
+        }
+        let known = &self.sequences[&chunk.seq];
+        let read = |len: usize| (0..len).map(|position| self.cache[slot(&known.table, position)]);
+        match known.len {
+            Some(len) => assert_eq!(start, len, "a chunk follows the one before"),
+            None if known.sampling.needs_history() => assert!(read(start).eq(known.history.iter().copied())),
+            None => assert!(known.history.is_empty()),
+        }
+        if known.sampling.prompt_logprobs.is_some() {
+            let scores = (start.max(1)..end.min(known.prompt_len)).map(|position| oracle::score(read(position + 1)));
+            let start = start.max(1) as u32;
+            result.prompt_scores.push(PromptScores { seq: chunk.seq, start, scores: scores.collect() });
+        }
+        if chunk.sample {
+            let token = oracle::draw(&known.sampling, read(end));
+            let score = known.sampling.logprobs.map(|_| oracle::score(read(end).chain([token])));
+            result.samples.push(Sample { seq: chunk.seq, token, score });
+        }
+        self.sequences.get_mut(&chunk.seq).expect("it was just read").len = Some(end);
+    }
+}
+
+fn slot(table: &[BlockId], position: usize) -> usize {
+    table[position / BLOCK_TOKENS].0 as usize * BLOCK_TOKENS + position % BLOCK_TOKENS
+}
