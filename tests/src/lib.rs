@@ -1,4 +1,5 @@
-//! What the tests share: real processes ([`process`]) and the simulator ([`sim`]).
+//! What the tests share: real processes ([`process`]), ranks as threads ([`ring`]), the reference's numbers ([`golden`]).
 
+pub mod golden;
 pub mod process;
-pub mod sim;
+pub mod ring;

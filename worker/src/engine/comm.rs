@@ -19,7 +19,11 @@ pub fn full<'a, B: Backend>(
 }
 
 /// The rows of any buffer, as bytes.
-pub fn bytes<'a, B: Backend>(backend: &'a mut B, buffer: &'a mut B::Buffer, rows: usize) -> Result<&'a mut [u8], Fault> {
+pub fn bytes<'a, B: Backend>(
+    backend: &'a mut B,
+    buffer: &'a mut B::Buffer,
+    rows: usize,
+) -> Result<&'a mut [u8], Fault> {
     Ok(match backend.host(buffer, rows)? {
         HostSlice::F32(values) => bytemuck::cast_slice_mut(values),
         HostSlice::Bf16(values) => bytemuck::cast_slice_mut(values),

@@ -23,7 +23,7 @@ pub fn run<B: Backend>(
 ) -> Result<B::Buffer, Fault> {
     let rows = pass.rows;
     let input = comm::bytes(pass.backend, normed, rows)?;
-    let width = if rows == 0 { 0 } else { input.len() / rows };
+    let width = input.len().checked_div(rows).unwrap_or(0);
     let parts: Vec<Vec<u8>> =
         (0..share.lanes).map(|lane| pack(grouping, lane, experts.number(), &input[..rows * width], width)).collect();
     pass.backend.host_done(normed, rows)?;

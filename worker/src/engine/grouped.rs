@@ -1,8 +1,8 @@
 //! Multi-head attention with shared key/value heads: norms, rotation and the cache write in one operation, attention in
 //! the next, the output projection summed over the tensor ranks.
 
-use super::weights::LayerLoader;
 use super::pass::Pass;
+use super::weights::LayerLoader;
 use crate::backend::{Backend, GroupedShape, Kind};
 use model::catalog::Role;
 use model::cut;

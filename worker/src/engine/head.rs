@@ -42,9 +42,9 @@ impl<B: Backend> Head<'_, B> {
         let mut samples: Vec<(usize, Sample)> = Vec::new();
         for tile in plain.chunks(TILE_ROWS) {
             let tokens = self.likeliest(pass, tile, x)?;
-            samples.extend(tile.iter().zip(tokens).map(|(&(index, w), token)| {
-                (index, Sample { seq: w.seq, token, score: None })
-            }));
+            samples.extend(
+                tile.iter().zip(tokens).map(|(&(index, w), token)| (index, Sample { seq: w.seq, token, score: None })),
+            );
         }
         let mut row = vec![0.0; self.vocab];
         for tile in whole.chunks(TILE_ROWS) {

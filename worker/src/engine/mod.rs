@@ -91,14 +91,8 @@ impl<B: Backend> Engine<B> {
         let kinds = rope_kinds(&spec, range.clone());
         let mut layers = Vec::with_capacity(range.len());
         for layer in range.clone() {
-            let from = LayerLoader {
-                backend: &backend,
-                loader: &loader,
-                layer,
-                mesh: plan.mesh,
-                rank,
-                hidden: spec.hidden,
-            };
+            let from =
+                LayerLoader { backend: &backend, loader: &loader, layer, mesh: plan.mesh, rank, hidden: spec.hidden };
             layers.push(from.load(&spec.layers[layer], &kinds)?);
             progress.fetch_add(1, Ordering::Relaxed);
         }

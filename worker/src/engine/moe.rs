@@ -39,15 +39,13 @@ impl Share {
         let place = mesh.place(rank);
         let (lanes, lane) = if mesh.expert == 1 { (1, 0) } else { (mesh.data, place.lane) };
         let cut = mesh.expert_cut();
-        let share = Share {
-            groups: mesh.tensor / cut,
-            group: place.slice / cut,
-            cut,
-            index: place.slice % cut,
-            lanes,
-            lane,
-        };
-        assert_eq!((share.group * lanes + lane, share.index), mesh.expert_share(rank), "the loader's share is this one");
+        let share =
+            Share { groups: mesh.tensor / cut, group: place.slice / cut, cut, index: place.slice % cut, lanes, lane };
+        assert_eq!(
+            (share.group * lanes + lane, share.index),
+            mesh.expert_share(rank),
+            "the loader's share is this one"
+        );
         assert_eq!(share.groups * lanes, mesh.expert, "every way the experts are spread is somebody's");
         share
     }
@@ -249,7 +247,9 @@ mod tests {
 
     #[test]
     fn shares_tile_the_experts_and_groups_own_whole_ranges() {
-        for (data, tensor, expert) in [(1, 1, 1), (2, 4, 1), (1, 4, 4), (1, 4, 2), (2, 4, 8), (2, 4, 4), (2, 4, 2), (3, 1, 3)] {
+        for (data, tensor, expert) in
+            [(1, 1, 1), (2, 4, 1), (1, 4, 4), (1, 4, 2), (2, 4, 8), (2, 4, 4), (2, 4, 2), (3, 1, 3)]
+        {
             let mesh = Mesh::new(1, data, tensor, expert).unwrap();
             let experts = 24;
             let mut held = vec![0; experts];

@@ -62,8 +62,12 @@ mod tests {
     #[test]
     fn draws_differ_by_every_part_of_the_key_and_fill_the_interval() {
         let base = Key { seed: 7, choice: 0, position: 3 };
-        let others =
-            [Key { seed: 8, ..base }, Key { seed: 7 << 32, ..base }, Key { choice: 1, ..base }, Key { position: 4, ..base }];
+        let others = [
+            Key { seed: 8, ..base },
+            Key { seed: 7 << 32, ..base },
+            Key { choice: 1, ..base },
+            Key { position: 4, ..base },
+        ];
         for other in others {
             assert_ne!(base.uniform(), other.uniform(), "{other:?}");
         }

@@ -177,10 +177,8 @@ mod tests {
         let mut sequences = Sequences::new(LIMITS, 10);
         let first = lane(vec![begin(1, Sampling::GREEDY)], vec![chunk(1, 0, &[1, 2], &[3])]);
         sequences.resolve(&first, false).unwrap();
-        let second = lane(
-            vec![begin(2, Sampling::GREEDY)],
-            vec![chunk(2, 32, &[4, 5], &[1, 2]), chunk(1, 2, &[6], &[])],
-        );
+        let second =
+            lane(vec![begin(2, Sampling::GREEDY)], vec![chunk(2, 32, &[4, 5], &[1, 2]), chunk(1, 2, &[6], &[])]);
         let found = sequences.resolve(&second, false).unwrap();
         assert_eq!(found.ids, [4, 5, 6]);
         assert_eq!(found.batch.positions, [32, 33, 2]);

@@ -120,9 +120,10 @@ impl<B: Backend> LayerLoader<'_, B> {
 
     /// The whole layer. `ropes` are the stage's tables in order.
     pub fn load(&self, layer: &Layer, ropes: &[Rope]) -> Result<LayerWeights<B>, Fault> {
-        let rope = layer.mixer.rope().map(|rope| {
-            ropes.iter().position(|r| r == rope).expect("every layer's rope is in the stage's list")
-        });
+        let rope = layer
+            .mixer
+            .rope()
+            .map(|rope| ropes.iter().position(|r| r == rope).expect("every layer's rope is in the stage's list"));
         let mixer_norm = (self.vector(&[Role::MixerNorm])?, layer.mixer_norm.eps);
         let mixer = match &layer.mixer {
             Mixer::Grouped(g) => MixerWeights::Grouped(grouped::Attention::load(g, self, rope)?),

@@ -51,12 +51,17 @@ pub fn entries(file: &[u8]) -> Result<Vec<Entry>, Fault> {
         if e.range.start != end {
             let (name, at) = (&e.name, e.range.start - start);
             let problem = if e.range.start < end { "overlaps the tensor before it" } else { "leaves a hole before it" };
-            return Err(bad(format!("tensor {name} at byte {at} of the data {problem}, which ends at {}", end - start)));
+            return Err(bad(format!(
+                "tensor {name} at byte {at} of the data {problem}, which ends at {}",
+                end - start
+            )));
         }
         end = e.range.end;
     }
     if end != size {
-        return Err(bad(format!("the tensors end at byte {end} of {size}: the file is not the one its header describes")));
+        return Err(bad(format!(
+            "the tensors end at byte {end} of {size}: the file is not the one its header describes"
+        )));
     }
     Ok(entries)
 }
@@ -66,7 +71,9 @@ fn entry(name: String, described: &Described, start: usize, size: usize) -> Resu
     let [begin, end] = described.data_offsets;
     let data = size - start;
     if begin > end || end > data {
-        return Err(bad(format!("tensor {name} claims bytes {begin}..{end} of {data}: the file is truncated or corrupt")));
+        return Err(bad(format!(
+            "tensor {name} claims bytes {begin}..{end} of {data}: the file is truncated or corrupt"
+        )));
     }
     let shape = described.shape.clone();
     let encoding = encoding(&described.dtype);
