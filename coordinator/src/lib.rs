@@ -5,5 +5,6 @@
 pub mod api;
 pub mod group;
 pub mod metrics;
+pub mod plan;
 pub mod schedule;
 pub mod text;

@@ -1,0 +1,224 @@
+//! A plan for people: what each rank holds and what it costs, as a table or as data.
+
+use super::devices::format_bytes;
+use model::ModelSpec;
+use model::cut;
+use model::mesh::Place;
+use model::plan::{BLOCK_TOKENS, Plan};
+use model::quant::Format;
+use model::size::{self, Precision};
+use model::spec::{Branch, Mixer};
+use serde::Serialize;
+use std::fmt::Write;
+use std::ops::Range;
+
+/// A plan in full; field names are part of the command line's interface (`conclave plan --json`).
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    pub epoch: u64,
+    pub architecture: String,
+    pub pipeline_parallel_size: usize,
+    pub data_parallel_size: usize,
+    pub tensor_parallel_size: usize,
+    pub expert_parallel_size: usize,
+    pub dtype: String,
+    pub kernel_family: String,
+    pub max_model_len: usize,
+    pub max_num_batched_tokens: usize,
+    pub max_num_seqs: usize,
+    /// Cache positions of each lane, and of all of them.
+    pub lane_cache_tokens: usize,
+    pub cache_tokens: usize,
+    pub total_bytes: u64,
+    pub ranks: Vec<RankReport>,
+}
+
+/// One rank's share.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RankReport {
+    pub rank: u32,
+    pub worker: String,
+    pub host: String,
+    pub stage: usize,
+    pub lane: usize,
+    pub slice: usize,
+    pub layers: Range<usize>,
+    pub query_heads: Range<usize>,
+    pub key_value_heads: Range<usize>,
+    /// Ids of the routed experts that it holds, and among how many ranks each is divided.
+    pub experts: Option<Range<usize>>,
+    pub expert_cut: usize,
+    pub vocabulary: Range<usize>,
+    pub weights_bytes: u64,
+    pub cache_bytes: u64,
+    pub workspace_bytes: u64,
+    pub total_bytes: u64,
+}
+
+/// What `plan` means for `spec`, whose matrices are stored in `formats`.
+pub fn report(spec: &ModelSpec, formats: &[Format], plan: &Plan) -> Report {
+    let mut ranks = Vec::with_capacity(plan.mesh.ranks());
+    let precision = Precision::new(formats, plan.dtype);
+    for member in &plan.members {
+        for rank in &member.ranks {
+            let place = plan.mesh.place(*rank);
+            let worker = (member.worker.0.clone(), member.host.clone());
+            ranks.push(rank_report(spec, plan, precision, place, worker));
+        }
+    }
+    ranks.sort_by_key(|r| r.rank);
+    let lane_cache_tokens = plan.limits.blocks * BLOCK_TOKENS;
+    Report {
+        epoch: plan.epoch.0,
+        architecture: spec.architecture.clone(),
+        pipeline_parallel_size: plan.mesh.pipeline,
+        data_parallel_size: plan.mesh.data,
+        tensor_parallel_size: plan.mesh.tensor,
+        expert_parallel_size: plan.mesh.expert,
+        dtype: plan.dtype.to_string(),
+        kernel_family: format!("{:?}", plan.family).to_lowercase(),
+        max_model_len: plan.limits.model_len_max,
+        max_num_batched_tokens: plan.limits.step_tokens_max,
+        max_num_seqs: plan.limits.step_sequences_max,
+        lane_cache_tokens,
+        cache_tokens: lane_cache_tokens * plan.mesh.data,
+        total_bytes: ranks.iter().map(|r| r.total_bytes).sum(),
+        ranks,
+    }
+}
+
+fn rank_report(
+    spec: &ModelSpec,
+    plan: &Plan,
+    precision: Precision,
+    place: Place,
+    (worker, host): (String, String),
+) -> RankReport {
+    let mesh = &plan.mesh;
+    let rank = mesh.rank(place);
+    let layers = plan.stages[place.stage].clone();
+    let bytes = size::rank(spec, mesh, place, layers.clone(), precision, &plan.limits);
+    let mixer = &spec.layers[layers.start].mixer;
+    let share = mixer.heads() / mesh.tensor;
+    let key_value_heads = match mixer {
+        Mixer::Grouped(g) => cut::kv_heads(g.kv_heads, mesh.tensor, place.slice),
+        // One latent, which every slice keeps whole.
+        Mixer::Latent(_) => 0..1,
+    };
+    let mixtures = spec.layers[layers.clone()].iter().flat_map(|l| &l.branches).find_map(|b| match b {
+        Branch::Moe(m) => Some(m),
+        Branch::Dense(_) => None,
+    });
+    let experts = mixtures.map(|m| {
+        let each = m.experts / mesh.expert;
+        let (share, _) = mesh.expert_share(rank);
+        share * each..(share + 1) * each
+    });
+    let cache_bytes = bytes.cache_per_block * plan.limits.blocks as u64;
+    RankReport {
+        rank: rank.0,
+        worker,
+        host,
+        stage: place.stage,
+        lane: place.lane,
+        slice: place.slice,
+        layers,
+        query_heads: place.slice * share..(place.slice + 1) * share,
+        key_value_heads,
+        experts,
+        expert_cut: mesh.expert_cut(),
+        vocabulary: cut::vocab_rows(spec.vocab, mesh.tensor, place.slice),
+        weights_bytes: bytes.weights,
+        cache_bytes,
+        workspace_bytes: bytes.workspace + bytes.rope,
+        total_bytes: bytes.fixed() + cache_bytes,
+    }
+}
+
+/// The report as an aligned table under two lines of summary.
+pub fn table(spec: &ModelSpec, formats: &[Format], plan: &Plan) -> String {
+    let report = report(spec, formats, plan);
+    let mut out = String::new();
+    let lanes = if plan.mesh.data == 1 { String::new() } else { format!(" in {} lanes", plan.mesh.data) };
+    // Writing to a string does not fail.
+    let _ = writeln!(
+        out,
+        "{}: {} on {} ranks, {} weights computed in {}, epoch {}",
+        report.architecture,
+        plan.mesh,
+        plan.mesh.ranks(),
+        format_bytes(report.ranks.iter().map(|r| r.weights_bytes).sum()),
+        report.dtype,
+        report.epoch
+    );
+    let _ = writeln!(
+        out,
+        "cache for {} tokens{lanes}; sequences up to {} tokens, steps of up to {} tokens and {} sequences a lane",
+        report.cache_tokens, report.max_model_len, report.max_num_batched_tokens, report.max_num_seqs
+    );
+    let mut rows = vec![HEADINGS.map(String::from).to_vec()];
+    rows.extend(report.ranks.iter().map(|r| row(r, plan.mesh.expert_cut())));
+    out + &align(&rows)
+}
+
+const HEADINGS: [&str; 12] = [
+    "rank",
+    "worker",
+    "stage",
+    "lane",
+    "layers",
+    "heads",
+    "experts",
+    "vocab",
+    "weights",
+    "cache",
+    "workspace",
+    "total",
+];
+
+fn row(r: &RankReport, expert_cut: usize) -> Vec<String> {
+    let experts = match &r.experts {
+        Some(ids) if expert_cut > 1 => format!("{} /{expert_cut}", span(ids)),
+        Some(ids) => span(ids),
+        None => "-".into(),
+    };
+    vec![
+        r.rank.to_string(),
+        r.worker.clone(),
+        r.stage.to_string(),
+        r.lane.to_string(),
+        span(&r.layers),
+        format!("{} kv {}", span(&r.query_heads), span(&r.key_value_heads)),
+        experts,
+        span(&r.vocabulary),
+        format_bytes(r.weights_bytes),
+        format_bytes(r.cache_bytes),
+        format_bytes(r.workspace_bytes),
+        format_bytes(r.total_bytes),
+    ]
+}
+
+/// First and last of a range, as people count.
+fn span(range: &Range<usize>) -> String {
+    match range.len() {
+        0 => "-".into(),
+        1 => range.start.to_string(),
+        _ => format!("{}-{}", range.start, range.end - 1),
+    }
+}
+
+/// Columns as wide as their widest cell; texts to the left, sizes (the last four) to the right.
+fn align(rows: &[Vec<String>]) -> String {
+    let widths: Vec<usize> =
+        (0..rows[0].len()).map(|c| rows.iter().map(|r| r[c].chars().count()).max().unwrap_or(0)).collect();
+    let mut out = String::new();
+    for row in rows {
+        let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, width))| {
+            if column + 4 >= row.len() { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
+        });
+        let line = cells.collect::<Vec<_>>().join("  ");
+        out.push_str(line.trim_end());
+        out.push('\n');
+    }
+    out
+}

@@ -1,0 +1,235 @@
+//! Decides how a model is cut over the devices that workers offer. Pure: the same offers, in any order, give the same
+//! plan.
+//!
+//! ```text
+//! offers -> meshes, best first ([`mesh`]) -> ranks on devices ([`place`]) -> stages, bytes, blocks ([`fit`]) -> Plan
+//! ```
+//!
+//! [`check`] asserts what every plan keeps; [`explain`] tells people what one means; [`devices`] reads sizes and device
+//! lists as people write them.
+
+pub mod check;
+pub mod devices;
+pub mod explain;
+mod fit;
+mod mesh;
+mod place;
+
+pub use devices::{format_bytes, parse_bytes, parse_devices};
+
+use model::mesh::Mesh;
+use model::plan::{Epoch, KernelFamily, Plan, WorkerId};
+use model::quant::{Dtype, Format};
+use model::size::{Precision, RankBytes};
+use model::{ModelSpec, RankId, SpecError};
+use place::Seats;
+use std::collections::BTreeSet;
+
+/// One device that a worker offers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Device {
+    /// What a rank may use for weights, cache and workspace.
+    pub memory_bytes: u64,
+    /// CPU threads; 1 for a GPU.
+    pub threads: usize,
+}
+
+/// What a worker that joined can do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Offer {
+    pub worker: WorkerId,
+    /// Workers of one host have near neighbours: tensor groups stay within it.
+    pub host: String,
+    pub data_address: String,
+    pub devices: Vec<Device>,
+    pub families: Vec<KernelFamily>,
+}
+
+/// What the operator asked for; `None` leaves it to the planner.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Policy {
+    pub tensor: Option<usize>,
+    pub data: Option<usize>,
+    pub pipeline: Option<usize>,
+    pub expert: Option<usize>,
+    /// By default the checkpoint's: bf16 unless it is f32.
+    pub dtype: Option<Dtype>,
+    /// Longest sequence; by default the model's own, as far as the cache holds one.
+    pub model_len_max: Option<usize>,
+    /// Cache of each rank; by default what memory leaves, up to `step_sequences_max` of the longest sequences.
+    pub cache_bytes: Option<u64>,
+    pub step_tokens_max: usize,
+    pub step_sequences_max: usize,
+}
+
+impl Default for Policy {
+    fn default() -> Policy {
+        Policy {
+            tensor: None,
+            data: None,
+            pipeline: None,
+            expert: None,
+            dtype: None,
+            model_len_max: None,
+            cache_bytes: None,
+            step_tokens_max: 512,
+            step_sequences_max: 128,
+        }
+    }
+}
+
+/// A plan and what each rank needs under it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Planned {
+    pub plan: Plan,
+    /// By rank.
+    pub bytes: Vec<RankBytes>,
+}
+
+/// Why there is no plan. Each says what would have to change.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum PlanError {
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    #[error("no worker offers a device")]
+    NoDevices,
+    #[error("{mesh} needs {needs} devices, {has} are offered")]
+    TooFew { mesh: Mesh, needs: usize, has: usize },
+    #[error("no kernel family runs on all workers: {0}")]
+    Family(String),
+    #[error("{what} = {value}: {why}")]
+    Policy { what: &'static str, value: String, why: String },
+    #[error(
+        "rank {} of {mesh} needs {}, has {}: {} missing (weights {}, workspace {}, cache for one sequence of {tokens} \
+         tokens {})",
+        rank.0, format_bytes(bytes.fixed() + cache), format_bytes(*has),
+        format_bytes((bytes.fixed() + cache).saturating_sub(*has)),
+        format_bytes(bytes.weights), format_bytes(bytes.workspace + bytes.rope), format_bytes(*cache)
+    )]
+    Memory { mesh: Mesh, rank: RankId, bytes: RankBytes, cache: u64, tokens: usize, has: u64 },
+    #[error(
+        "{} of cache a rank hold {holds} tokens, a sequence of {tokens} needs {}",
+        format_bytes(*given), format_bytes(*needs)
+    )]
+    Cache { given: u64, holds: usize, tokens: usize, needs: u64 },
+}
+
+impl PlanError {
+    /// How far a rank is from fitting; `None` where memory is not what is missing.
+    fn missing(&self) -> Option<u64> {
+        match self {
+            PlanError::Memory { bytes, cache, has, .. } => Some((bytes.fixed() + cache).saturating_sub(*has)),
+            _ => None,
+        }
+    }
+}
+
+/// Plans `spec`, whose matrices are stored in `formats`, on what `members` offer. `previous` keeps ranks where they
+/// were, so that what is loaded stays loaded. The plan's epoch is the one after `previous`.
+pub fn plan(
+    spec: &ModelSpec,
+    formats: &[Format],
+    members: &[Offer],
+    policy: &Policy,
+    previous: Option<&Plan>,
+) -> Result<Planned, PlanError> {
+    check_policy(spec, policy)?;
+    let family = family(members, previous)?;
+    let seats = Seats::new(members);
+    if seats.len() == 0 {
+        return Err(PlanError::NoDevices);
+    }
+    let dtype = policy.dtype.unwrap_or_else(|| auto_dtype(formats));
+    let precision = Precision::new(formats, dtype);
+    let meshes = mesh::candidates(spec, &seats, policy)?;
+    let mut nearest: Option<PlanError> = None;
+    // A mesh that serves the model's whole length goes before one that must shorten it, unless a flag decides.
+    let free = policy.model_len_max.is_none() && policy.cache_bytes.is_none();
+    for whole in [true, false].into_iter().filter(|whole| free || !whole) {
+        let ask = fit::Ask { spec, precision, policy, whole };
+        for mesh in &meshes {
+            let Some(seated) = seats.seat(mesh, previous) else { continue };
+            match fit::fit(&ask, mesh, &seated.memory, previous) {
+                Ok(fit) => {
+                    let epoch = Epoch(previous.map_or(0, |p| p.epoch.0) + 1);
+                    let (stages, limits) = (fit.stages, fit.limits);
+                    let plan =
+                        Plan { epoch, mesh: *mesh, dtype, family, stages, members: seats.members(&seated), limits };
+                    if let Err(broken) = check::check(spec, &plan) {
+                        unreachable!("the planner broke its own rule: {broken}");
+                    }
+                    return Ok(Planned { plan, bytes: fit.bytes });
+                }
+                Err(error) if !whole && nearest.as_ref().is_none_or(|best| nearer(&error, best)) => {
+                    nearest = Some(error);
+                }
+                Err(_) => {}
+            }
+        }
+    }
+    let flags = [policy.pipeline, policy.data, policy.tensor].map(|flag| flag.unwrap_or(1));
+    Err(nearest.unwrap_or_else(|| {
+        let mesh = Mesh { pipeline: flags[0], data: flags[1], tensor: flags[2], expert: policy.expert.unwrap_or(1) };
+        PlanError::TooFew { mesh, needs: mesh.ranks(), has: seats.len() }
+    }))
+}
+
+/// Whether `error` came closer to a plan than `best`.
+fn nearer(error: &PlanError, best: &PlanError) -> bool {
+    match (error.missing(), best.missing()) {
+        (Some(a), Some(b)) => a < b,
+        (Some(_), None) => true,
+        (None, _) => false,
+    }
+}
+
+/// bf16 unless all is stored in f32.
+fn auto_dtype(formats: &[Format]) -> Dtype {
+    let wide = !formats.is_empty() && formats.iter().all(|f| *f == Format::F32);
+    if wide { Dtype::F32 } else { Dtype::Bf16 }
+}
+
+fn check_policy(spec: &ModelSpec, policy: &Policy) -> Result<(), PlanError> {
+    let bad = |what, value: usize, why: String| Err(PlanError::Policy { what, value: value.to_string(), why });
+    let axes = [
+        ("tensor parallel size", policy.tensor),
+        ("data parallel size", policy.data),
+        ("pipeline parallel size", policy.pipeline),
+        ("expert parallel size", policy.expert),
+    ];
+    for (what, value) in axes {
+        if let Some(value) = value.filter(|v| !(1..=RANKS_MAX).contains(v)) {
+            return bad(what, value, format!("must be from 1 to {RANKS_MAX}"));
+        }
+    }
+    if let Some(tokens) = policy.model_len_max.filter(|n| !(1..=spec.positions_max).contains(n)) {
+        return bad("longest sequence", tokens, format!("must be from 1 to the model's {}", spec.positions_max));
+    }
+    if !(1..=STEP_TOKENS_MAX).contains(&policy.step_tokens_max) {
+        return bad("tokens a step", policy.step_tokens_max, format!("must be from 1 to {STEP_TOKENS_MAX}"));
+    }
+    if !(1..=policy.step_tokens_max).contains(&policy.step_sequences_max) {
+        let why = format!("must be from 1 to the {} tokens of a step", policy.step_tokens_max);
+        return bad("sequences a step", policy.step_sequences_max, why);
+    }
+    Ok(())
+}
+
+/// Most ranks of one group.
+const RANKS_MAX: usize = 4096;
+/// Most tokens of one lane's part of a step.
+const STEP_TOKENS_MAX: usize = 1 << 20;
+
+/// The family that all workers run: the one already served with, as another would change answers, else the fastest.
+fn family(members: &[Offer], previous: Option<&Plan>) -> Result<KernelFamily, PlanError> {
+    let preferred = previous.map(|p| p.family).into_iter().chain([KernelFamily::Amx, KernelFamily::Vector]);
+    let common = |family: &KernelFamily| members.iter().all(|m| m.families.contains(family));
+    preferred.into_iter().find(common).ok_or_else(|| {
+        let lists = members.iter().map(|m| format!("{} has {:?}", m.worker.0, m.families));
+        let distinct: BTreeSet<String> = lists.collect();
+        PlanError::Family(distinct.into_iter().collect::<Vec<_>>().join(", "))
+    })
+}
+
+#[cfg(test)]
+mod tests;
