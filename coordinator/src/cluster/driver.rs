@@ -291,7 +291,7 @@ impl<S: Store, P: Planner> Shell<S, P> {
             }
             let reasons: Vec<String> =
                 Some(cluster.reason().to_string()).filter(|r| !r.is_empty()).into_iter().collect();
-            let load = load_view(&self.parts.load.borrow());
+            let load = LoadView::from(&*self.parts.load.borrow());
             view.progress = self.moved();
             let changed = view.load != load || view.phase != phase || view.epoch != epoch || view.members != members || view.reasons != reasons;
             (view.phase, view.epoch, view.members, view.reasons, view.load) = (phase, epoch, members, reasons, load);
@@ -308,16 +308,5 @@ impl<S: Store, P: Planner> Shell<S, P> {
         };
         let oldest = plan.members.iter().map(at).collect::<Option<Vec<_>>>()?.into_iter().min()?;
         Some(self.began + oldest)
-    }
-}
-
-fn load_view(load: &Load) -> LoadView {
-    LoadView {
-        running: load.running,
-        waiting: load.waiting,
-        cache_used: if load.blocks_total == 0 { 0.0 } else { load.blocks_used as f64 / load.blocks_total as f64 },
-        preemptions: load.preemptions,
-        prefix_queries: load.prefix_queried_tokens,
-        prefix_hits: load.prefix_hits_tokens,
     }
 }
