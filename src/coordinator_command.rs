@@ -25,7 +25,8 @@ pub fn run(args: Args) -> Result<()> {
         let listen = async |address: &str, what: &str| {
             TcpListener::bind(address).await.with_context(|| format!("{what} can't listen on {address}"))
         };
-        let (api, node) = (listen(&config.listen, "the API").await?, listen(&config.node_listen, "the node plane").await?);
+        let (api, node) =
+            (listen(&config.listen, "the API").await?, listen(&config.node_listen, "the node plane").await?);
         let node_address = node.local_addr()?;
         anyhow::ensure!(
             node_address.ip().is_loopback() || !config.token.is_empty(),

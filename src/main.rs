@@ -13,8 +13,8 @@ mod quickstart;
 mod serve;
 mod signals;
 mod status;
-mod workers;
 mod worker_command;
+mod workers;
 
 /// Serves giant mixture-of-experts language models from many machines as if they were one.
 #[derive(Parser)]
@@ -47,7 +47,8 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("CONCLAVE_LOG").unwrap_or_else(|_| default_filter(&cli.command)),
+            tracing_subscriber::EnvFilter::try_from_env("CONCLAVE_LOG")
+                .unwrap_or_else(|_| default_filter(&cli.command)),
         )
         .with_target(false)
         .init();

@@ -122,7 +122,9 @@ pub fn run(args: Args) -> Result<()> {
 
 /// Serves until told to stop; `ready` runs once when the API answers, with its address.
 pub async fn serve<F: Future<Output = Result<()>>>(
-    model: PathBuf, options: Options, ready: impl FnOnce(SocketAddr) -> F,
+    model: PathBuf,
+    options: Options,
+    ready: impl FnOnce(SocketAddr) -> F,
 ) -> Result<()> {
     let layout = options.layout()?;
     let token = coordinator::run::random_token();

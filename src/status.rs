@@ -20,7 +20,8 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let key = args.api_key.or_else(|| std::env::var("CONCLAVE_API_KEY").ok());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let status = runtime.block_on(client::get(&format!("{}/status", args.url.trim_end_matches('/')), key.as_deref()))?;
+    let status =
+        runtime.block_on(client::get(&format!("{}/status", args.url.trim_end_matches('/')), key.as_deref()))?;
     if args.json {
         println!("{status:#}");
     } else {

@@ -78,13 +78,13 @@ impl Keeper {
                     return;
                 }
             };
-            tokio::select! {
-                _ = stop.wait_for(|&stop| stop) => return end(child).await,
-                status = child.wait() => {
-                    let how = status.map_or_else(|e| e.to_string(), |s| s.to_string());
-                    tracing::warn!("{} ended ({how})", self.name);
-                }
-            }
+            let status = tokio::select! {
+                _ = stop.changed() => None,
+                status = child.wait() => Some(status),
+            };
+            let Some(status) = status else { return end(child).await };
+            let how = status.map_or_else(|e| e.to_string(), |s| s.to_string());
+            tracing::warn!("{} ended ({how})", self.name);
             short_lives = if began.elapsed() < SHORT_LIFE { short_lives + 1 } else { 0 };
             if short_lives >= SHORT_LIVES_MAX {
                 tracing::error!("{} ended {short_lives} times within {SHORT_LIFE:?} of its start: given up", self.name);

@@ -2,15 +2,15 @@
 //! single-threaded runtime keeps a step's path free of hops between threads.
 
 use crate::api::auth::Keys;
-use crate::api::request::{Defaults, ModelFacts};
+use crate::api::request::ModelFacts;
 use crate::api::view::ClusterView;
-use crate::api::words::Words;
 use crate::api::{self, State};
 use crate::cluster::driver::{GroupEnded, Parts, Shell, Turn};
 use crate::cluster::memory::MemoryStore;
 use crate::cluster::service::{Door as NodeDoor, Service};
 use crate::cluster::state::{Cluster, Planner, Rules};
 use crate::config::Config;
+use crate::metrics;
 use crate::plan::{self, Offer, Policy};
 use crate::schedule::Settings;
 use crate::schedule::driver::{Driver, Ended};
@@ -41,8 +41,8 @@ pub enum StartError {
     Text(#[from] TextError),
     #[error("{what} can't be started: {source}")]
     Io { what: &'static str, source: std::io::Error },
-    #[error("{0}")]
-    Plan(String),
+    #[error("metrics can't be recorded: {0}")]
+    Metrics(String),
     #[error("the engine's thread ended: {0}")]
     Engine(String),
 }
@@ -105,7 +105,16 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
         silence: BEAT * 5,
         retry: Duration::from_millis(500),
     };
-    let engine = Engine { source: source.clone(), maker, rules, node_door, node, queue, view: view_writer, config: config.clone() };
+    let engine = Engine {
+        source: source.clone(),
+        maker,
+        rules,
+        node_door,
+        node,
+        queue,
+        view: view_writer,
+        config: config.clone(),
+    };
     let (ended, engine_ended) = oneshot::channel();
     let (stop_of_engine, stopped) = (stopping.clone(), stop.clone());
     std::thread::Builder::new()
@@ -122,7 +131,10 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
             let _ = ended.send(why);
         })
         .map_err(|source| StartError::Io { what: "the engine's thread", source })?;
-    let state = state(&config, &source, text, Door::new(submissions), view.clone());
+    let facts = ModelFacts::new(&config, &source, &text);
+    metrics::install(&facts.names[0]).map_err(|e| StartError::Metrics(e.to_string()))?;
+    let keys = Keys::new(config.api_keys.iter().map(String::as_str));
+    let state = State::new(Door::new(submissions), text, facts, keys, view.clone(), config.body_bytes_max);
     let mut stop_of_api = stopping;
     let api = tokio::spawn(async move {
         let shutdown = async move {
@@ -133,21 +145,6 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
         }
     });
     Ok(Coordinator { view, stop, engine_ended, api })
-}
-
-fn state(config: &Config, source: &Source, text: Text, door: Door, view: watch::Receiver<ClusterView>) -> State {
-    let defaults = Defaults::of(&text.defaults);
-    let end_tokens = if text.end_tokens.is_empty() { source.spec.end_tokens.clone() } else { text.end_tokens.clone() };
-    let facts = ModelFacts {
-        names: vec![config.served_model_name.clone().unwrap_or_else(|| source.name())],
-        vocabulary: source.spec.vocab,
-        model_len_max: config.max_model_len.unwrap_or(source.spec.positions_max),
-        end_tokens,
-        defaults,
-        fingerprint: source.identity.iter().take(6).map(|b| format!("{b:02x}")).collect(),
-    };
-    let keys = Keys::new(config.api_keys.iter().map(String::as_str));
-    State::new(door, Words::new(text), facts, keys, view, config.body_bytes_max)
 }
 
 fn policy(config: &Config) -> Policy {
@@ -233,7 +230,12 @@ impl Engine {
 }
 
 /// Runs the scheduler over one group after another; between groups jobs wait in its queue.
-async fn steps(mut driver: Driver, mut turns: mpsc::Receiver<Turn>, ended: mpsc::Sender<GroupEnded>, waiting_max: usize) {
+async fn steps(
+    mut driver: Driver,
+    mut turns: mpsc::Receiver<Turn>,
+    ended: mpsc::Sender<GroupEnded>,
+    waiting_max: usize,
+) {
     loop {
         let turn = tokio::select! {
             turn = turns.recv() => turn,

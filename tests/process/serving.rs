@@ -23,13 +23,21 @@ fn answers_equal_the_golden(name: &str, flags: &[&str]) -> Result<()> {
         });
         let reply = served.ask("/v1/completions", &body)?;
         let choice = &reply["choices"][0];
-        ensure!(choice["token_ids"] == prompt["greedy_ids"], "{name} {flags:?}: {} is not {}", choice["token_ids"], prompt["greedy_ids"]);
+        ensure!(
+            choice["token_ids"] == prompt["greedy_ids"],
+            "{name} {flags:?}: {} is not {}",
+            choice["token_ids"],
+            prompt["greedy_ids"]
+        );
         ensure!(reply["usage"]["completion_tokens"] == greedy.len(), "usage: {}", reply["usage"]);
         let (tops, sums) = (&prompt["greedy_top5"], &prompt["greedy_logsumexp"]);
         for step in 0..greedy.len() {
             let wanted = tops[step][0][1].as_f64().context("a top-5 logit")? - sums[step].as_f64().context("a sum")?;
             let got = choice["logprobs"]["token_logprobs"][step].as_f64().context("a log-probability")?;
-            ensure!((got - wanted).abs() <= tolerance * 2.0, "{name} {flags:?} step {step}: {got}, wanted {wanted} within {tolerance}");
+            ensure!(
+                (got - wanted).abs() <= tolerance * 2.0,
+                "{name} {flags:?} step {step}: {got}, wanted {wanted} within {tolerance}"
+            );
         }
     }
     Ok(())
@@ -89,7 +97,9 @@ fn a_killed_worker_changes_no_token_of_a_running_stream() -> Result<()> {
     kill(victim, "KILL")?;
     stream.read_to_end(&mut bytes)?;
     ensure!(streamed(&answer(&bytes)?.body)? == whole, "the answer changed");
-    until("a new worker takes the dead one's place", || served.workers().is_ok_and(|w| w.len() == 2 && !w.contains(&victim)))?;
+    until("a new worker takes the dead one's place", || {
+        served.workers().is_ok_and(|w| w.len() == 2 && !w.contains(&victim))
+    })?;
     let status = served.get("/status")?.json()?;
     ensure!(status["epoch"].as_u64() > Some(1), "no new epoch: {status}");
     Ok(())

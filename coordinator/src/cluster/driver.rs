@@ -7,6 +7,7 @@ use super::state::{Cluster, Phase, Planner};
 use super::store::{Expect, Revision, Store, StoreError};
 use crate::api::view::{self, ClusterView, LoadView, MemberView};
 use crate::group::{Answer, GrpcGroup, ORDERS_MAX};
+use crate::metrics;
 use crate::schedule::load::Load;
 use model::fault::{Fault, FaultKind};
 use model::plan::{Epoch, Plan, WorkerId};
@@ -135,7 +136,9 @@ impl<S: Store, P: Planner> Shell<S, P> {
     async fn said(&mut self, worker: WorkerId, message: Said) {
         let event = match message {
             Said::Beat(beat) => Event::Beat { worker, beat },
-            Said::Loading { epoch, bytes_done, bytes_total } => Event::Loading { worker, epoch, bytes_done, bytes_total },
+            Said::Loading { epoch, bytes_done, bytes_total } => {
+                Event::Loading { worker, epoch, bytes_done, bytes_total }
+            }
             Said::Failed { epoch, fault } => {
                 tracing::error!("{}: {fault}", worker.0);
                 let serving = matches!(self.parts.cluster.phase(), Phase::Serving(p) if p.epoch == epoch);
@@ -291,9 +294,15 @@ impl<S: Store, P: Planner> Shell<S, P> {
             }
             let reasons: Vec<String> =
                 Some(cluster.reason().to_string()).filter(|r| !r.is_empty()).into_iter().collect();
-            let load = LoadView::from(&*self.parts.load.borrow());
+            let load = self.parts.load.borrow();
+            metrics::observe(&load);
+            let load = LoadView::from(&*load);
             view.progress = self.moved();
-            let changed = view.load != load || view.phase != phase || view.epoch != epoch || view.members != members || view.reasons != reasons;
+            let changed = view.load != load
+                || view.phase != phase
+                || view.epoch != epoch
+                || view.members != members
+                || view.reasons != reasons;
             (view.phase, view.epoch, view.members, view.reasons, view.load) = (phase, epoch, members, reasons, load);
             changed
         });

@@ -3,17 +3,22 @@
 use super::store::{Change, Entry, Expect, Lease, Revision, Store, StoreError};
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
-use tokio::time::Instant;
 
 /// Changes kept for watchers that begin in the past, and buffered for one that lags.
 const HISTORY_MAX: usize = 1024;
 
-#[derive(Default)]
 pub struct MemoryStore {
     // A std mutex: no await happens while it is held.
     inner: Mutex<Inner>,
+    clock: Box<dyn Fn() -> Instant + Send + Sync>,
+}
+
+impl Default for MemoryStore {
+    fn default() -> MemoryStore {
+        MemoryStore::new(Instant::now)
+    }
 }
 
 #[derive(Default)]
@@ -27,9 +32,14 @@ struct Inner {
 }
 
 impl MemoryStore {
+    /// A store whose leases lapse by `clock`: `Instant::now` but in tests.
+    pub fn new(clock: impl Fn() -> Instant + Send + Sync + 'static) -> MemoryStore {
+        MemoryStore { inner: Mutex::default(), clock: Box::new(clock) }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         let mut inner = self.inner.lock().expect("no holder of the store's lock panics");
-        inner.expire(Instant::now());
+        inner.expire((self.clock)());
         inner
     }
 
@@ -123,14 +133,15 @@ impl Store for MemoryStore {
         let mut inner = self.lock();
         inner.leases_made += 1;
         let id = inner.leases_made;
-        inner.leases.insert(id, (ttl, Instant::now() + ttl));
+        inner.leases.insert(id, (ttl, (self.clock)() + ttl));
         Ok(Lease(id))
     }
 
     async fn renew(&self, lease: &Lease) -> Result<(), StoreError> {
         let mut inner = self.lock();
+        let now = (self.clock)();
         let (ttl, end) = inner.leases.get_mut(&lease.0).ok_or(StoreError::LeaseLapsed(lease.0))?;
-        *end = Instant::now() + *ttl;
+        *end = now + *ttl;
         Ok(())
     }
 
@@ -151,7 +162,7 @@ impl Store for MemoryStore {
     }
 }
 
-/// The contract of every [`Store`]; time is tokio's, which tests pause.
+/// The contract of every [`Store`].
 #[cfg(test)]
 pub mod suite {
     use super::*;
@@ -166,14 +177,15 @@ pub mod suite {
         assert_eq!(store.get("plan/a").await.unwrap().unwrap().value, b"2");
     }
 
-    pub async fn keys_vanish_with_their_lease(store: &impl Store) {
+    /// `pass` lets time pass for the store.
+    pub async fn keys_vanish_with_their_lease(store: &impl Store, pass: impl Fn(Duration)) {
         let lease = store.lease(Duration::from_secs(2)).await.unwrap();
         store.put_if_leased("member/w", b"w", Expect::Absent, &lease).await.unwrap();
-        tokio::time::advance(Duration::from_millis(1500)).await;
+        pass(Duration::from_millis(1500));
         store.renew(&lease).await.unwrap();
-        tokio::time::advance(Duration::from_millis(1500)).await;
+        pass(Duration::from_millis(1500));
         assert!(store.get("member/w").await.unwrap().is_some());
-        tokio::time::advance(Duration::from_millis(600)).await;
+        pass(Duration::from_millis(600));
         assert!(store.get("member/w").await.unwrap().is_none());
         assert_eq!(store.renew(&lease).await, Err(StoreError::LeaseLapsed(lease.0)));
     }
@@ -193,11 +205,15 @@ pub mod suite {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Arc;
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn the_embedded_store_keeps_the_contract() {
         suite::one_of_two_writers_loses(&MemoryStore::default()).await;
-        suite::keys_vanish_with_their_lease(&MemoryStore::default()).await;
+        let (began, passed) = (Instant::now(), Arc::new(Mutex::new(Duration::ZERO)));
+        let clock = passed.clone();
+        let store = MemoryStore::new(move || began + *clock.lock().unwrap());
+        suite::keys_vanish_with_their_lease(&store, |time| *passed.lock().unwrap() += time).await;
         suite::a_watch_misses_nothing_from_its_revision(&MemoryStore::default()).await;
     }
 }
