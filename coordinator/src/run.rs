@@ -17,7 +17,7 @@ use crate::schedule::driver::{Driver, Ended};
 use crate::schedule::job::{Door, Submission};
 use crate::source::{Source, SourceError};
 use crate::text::{Text, TextError};
-use model::plan::{Epoch, Limits, Plan};
+use model::plan::{Epoch, Plan};
 use proto::cluster::v1::cluster_server::ClusterServer;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -202,9 +202,8 @@ impl Engine {
                 .serve_with_incoming(incoming);
             let (turns, turn_queue) = mpsc::channel(8);
             let (ended, ended_queue) = mpsc::channel(8);
-            // Until the first plan only the bounds of a job's shape matter, and the API checks those.
-            let limits = Limits { model_len_max: 1, step_tokens_max: 1, step_sequences_max: 1, blocks: 1 };
-            let (driver, load) = Driver::new(Settings::new(limits, 1), self.queue, Instant::now);
+            let before = Settings::without_plan(self.config.max_waiting);
+            let (driver, load) = Driver::new(before, self.queue, Instant::now);
             let source = self.source.clone();
             let shell = Shell::new(Parts {
                 store: MemoryStore::default(),

@@ -9,7 +9,7 @@ use super::job::{Job, Refusal};
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
     pub limits: Limits,
-    /// Data ranks of the group.
+    /// Data ranks of the group; 0 while there is none.
     pub lanes: usize,
     /// 1 waits for each answer; pipeline stages want one a stage and running sequences are spread over them.
     pub steps_in_flight_max: usize,
@@ -32,6 +32,14 @@ impl Settings {
         }
     }
 
+    /// No group yet: jobs are bounded in number only and wait. Which of them fit is decided when they are requeued for the
+    /// first plan.
+    pub fn without_plan(jobs_waiting_max: usize) -> Settings {
+        let unbounded = u32::MAX as usize;
+        let limits = Limits { model_len_max: unbounded, step_tokens_max: 1, step_sequences_max: 1, blocks: unbounded };
+        Settings { jobs_waiting_max, ..Settings::new(limits, 0) }
+    }
+
     /// Sequences that a lane admits: a full step for each one in flight, so that each admitted sequence, prefilling ones
     /// too, has a row in every round.
     pub fn lane_sequences_max(&self) -> usize {
@@ -41,15 +49,14 @@ impl Settings {
     /// Panics on values that no plan may have.
     pub(super) fn check(&self) {
         let limits = &self.limits;
-        assert!(self.lanes > 0, "a group has a lane");
         assert!(self.steps_in_flight_max > 0 && self.jobs_waiting_max > 0, "steps and jobs need room");
         assert!(limits.step_tokens_max > 0 && limits.step_sequences_max > 0, "a step has room for a token");
         assert!(limits.blocks > 0 && limits.model_len_max > 0, "a lane has room for a token");
     }
 
-    /// Tokens at which an answer to `job` ends at the latest, prompt included.
-    pub(super) fn len_max(&self, job: &Job) -> usize {
-        (job.prompt.len() + job.tokens_max as usize).min(self.limits.model_len_max)
+    /// Tokens at which an answer ends at the latest, prompt included.
+    pub(super) fn len_max(&self, prompt: usize, tokens_max: u32) -> usize {
+        (prompt + tokens_max as usize).min(self.limits.model_len_max)
     }
 
     /// Refuses a job that could not be finished even alone.
@@ -60,10 +67,11 @@ impl Settings {
         if job.choices == 0 {
             return Err(Refusal::Failed("no choice is wanted".into()));
         }
-        self.check_length(job.prompt.len(), job.prompt.len() + job.tokens_max.min(1) as usize, self.len_max(job))
+        let prompt = job.prompt.len();
+        self.check_length(prompt, prompt + job.tokens_max.min(1) as usize, self.len_max(prompt, job.tokens_max))
     }
 
-    /// `least` tokens must be held whatever is drawn, up to `most` may be. The last token drawn is not cached.
+    /// `least` tokens there will be whatever is drawn, up to `most` may be. The last token drawn is not cached.
     pub(super) fn check_length(&self, prompt: usize, least: usize, most: usize) -> Result<(), Refusal> {
         let tokens_max = self.limits.model_len_max;
         if least > tokens_max {

@@ -86,7 +86,7 @@ pub(super) struct Flight {
 }
 
 impl Scheduler {
-    /// Panics on settings without room for one token, lane or step.
+    /// Panics on settings without room for one token or step.
     pub fn new(settings: Settings) -> Scheduler {
         settings.check();
         Scheduler {
@@ -111,14 +111,15 @@ impl Scheduler {
         self.load.jobs_accepted += 1;
         self.load.jobs_waiting += 1;
 
-        let len_max = self.settings.len_max(&job);
         let prompt_len = job.prompt.len();
+        let len_max = self.settings.len_max(prompt_len, job.tokens_max);
         let end_tokens: Arc<[u32]> = job.end_tokens.into();
         let mut first = Sequence {
             age: Age { job: id, choice: 0 },
             salt: job.salt,
             tokens: job.prompt,
             prompt_len,
+            tokens_max: job.tokens_max,
             len_max,
             end_tokens: end_tokens.clone(),
             hashes: Vec::new(),
@@ -194,6 +195,10 @@ impl Scheduler {
             if settings.prefix_cache {
                 sequence.extend_hashes(settings.block_hash);
             }
+            // What was promised to a job that has begun stays; the others were perhaps taken before there was a plan.
+            if self.requests.get(&sequence.age.job).is_some_and(|request| !request.admitted) {
+                sequence.len_max = settings.len_max(sequence.prompt_len, sequence.tokens_max);
+            }
             match sequence.place.take() {
                 None => {}
                 Some(place) if place.fate == Fate::Dropped => self.roster.remove(slot),
@@ -206,7 +211,10 @@ impl Scheduler {
         self.lanes = (0..settings.lanes).map(|_| Lane::new(settings.limits.blocks)).collect();
         let mut refused = BTreeMap::new();
         for (_, sequence) in self.roster.iter() {
-            if let Err(refusal) = settings.check_length(sequence.tokens.len(), sequence.len_max, sequence.len_max) {
+            let Some(request) = self.requests.get(&sequence.age.job) else { continue };
+            let first = sequence.prompt_len + sequence.tokens_max.min(1) as usize;
+            let least = if request.admitted { sequence.len_max } else { first };
+            if let Err(refusal) = settings.check_length(sequence.tokens.len(), least, sequence.len_max) {
                 refused.insert(sequence.age.job, refusal);
             }
         }

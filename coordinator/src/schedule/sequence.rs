@@ -26,7 +26,8 @@ pub struct Sequence {
     /// Prompt and answer so far.
     pub tokens: Vec<u32>,
     pub prompt_len: usize,
-    /// Tokens, prompt included, at which the answer ends.
+    /// Tokens that were asked for, and those, prompt included, at which the answer ends.
+    pub tokens_max: u32,
     pub len_max: usize,
     pub end_tokens: Arc<[u32]>,
     /// Chained hashes of the leading full blocks; see [`Self::extend_hashes`].

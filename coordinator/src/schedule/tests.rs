@@ -403,3 +403,21 @@ fn a_job_that_the_new_group_cannot_hold_fails() {
     assert_eq!(failed, [Delivery { job: big, output: Output::Failed(refusal), last: true }]);
     assert_eq!(bench.next().unwrap().1.lanes[0].chunks.len(), 1);
 }
+
+#[test]
+fn jobs_wait_for_the_first_plan_and_then_those_that_fit_run() {
+    let mut bench = Bench::new(Settings::without_plan(3));
+    let too_long = bench.add(job(1, 256, 1));
+    bench.add(job(2, 250, u32::MAX));
+    bench.add(job(3, 256, 0));
+    assert!(matches!(bench.scheduler.add(bench.now, job(4, 1, 1)), Err(Refusal::QueueFull { .. })));
+    assert_eq!(bench.next(), None);
+    let refusal = Refusal::TooLong { tokens: 257, tokens_max: 256 };
+    let failed = Delivery { job: too_long, output: Output::Failed(refusal), last: true };
+    assert_eq!(bench.scheduler.requeue_all(settings()), [failed]);
+    let mut drawn = 0;
+    while !bench.scheduler.is_idle() {
+        drawn += bench.step(1).1.iter().filter(|output| **output == token(1)).count();
+    }
+    assert_eq!(drawn, 6, "the model's length ends the second job");
+}
