@@ -63,20 +63,21 @@ pub fn rank(
 ) -> RankBytes {
     let outer = Outer::of(mesh, place.stage, spec);
     let mut bytes = RankBytes { weights: outer_weights(spec, mesh, place, outer, precision), ..RankBytes::default() };
-    let mut widest = 0;
+    let mut buffers = Buffers::new(precision.compute, limits);
+    buffers.stream(spec, mesh, outer);
     let mut ropes: Vec<&Rope> = Vec::new();
     for (layer, repeats) in runs(&spec.layers[layers]) {
         bytes.weights += repeats * layer_weights(spec, layer, mesh, place, precision);
         bytes.cache_per_block += repeats * block_bytes(layer, mesh, place, precision.compute);
-        widest = widest.max(layer_workspace(spec, layer, mesh, precision.compute, limits));
+        buffers.layer(spec, layer, mesh);
         if let Some(rope) = layer.mixer.rope()
             && !ropes.contains(&rope)
         {
             ropes.push(rope);
-            bytes.rope += (limits.model_len_max * rope.dims * 4) as u64;
+            bytes.rope += (limits.model_len_max * rope.dims * F32) as u64;
         }
     }
-    bytes.workspace = widest + stream_workspace(spec, mesh, outer, precision.compute, limits);
+    bytes.workspace = buffers.bytes();
     bytes
 }
 
@@ -109,16 +110,17 @@ impl Outer {
 fn outer_weights(spec: &ModelSpec, mesh: &Mesh, place: Place, outer: Outer, precision: Precision) -> u64 {
     let here = |shape: &&Shape| if shape.role == Role::Embedding { outer.embedding } else { outer.head };
     let shapes = catalog::outer_shapes(spec);
-    shapes.iter().filter(here).map(|shape| shape_bytes(shape, mesh, place, precision)).sum()
+    shapes.iter().filter(here).map(|shape| shape_bytes(shape, None, mesh, place, precision)).sum()
 }
 
 /// Weights of one layer on the rank at `place`.
 pub fn layer_weights(spec: &ModelSpec, layer: &Layer, mesh: &Mesh, place: Place, precision: Precision) -> u64 {
-    catalog::layer_shapes(spec, layer).iter().map(|shape| shape_bytes(shape, mesh, place, precision)).sum()
+    let shapes = catalog::layer_shapes(spec, layer);
+    shapes.iter().map(|shape| shape_bytes(shape, Some(layer), mesh, place, precision)).sum()
 }
 
 /// Bytes of one shape on a rank: all the experts that it holds, where it is an expert's.
-fn shape_bytes(shape: &Shape, mesh: &Mesh, place: Place, precision: Precision) -> u64 {
+fn shape_bytes(shape: &Shape, layer: Option<&Layer>, mesh: &Mesh, place: Place, precision: Precision) -> u64 {
     let rank = mesh.rank(place);
     let (cut, count) = match shape.cut {
         Cut::Expert { of, within, .. } => {
@@ -129,16 +131,27 @@ fn shape_bytes(shape: &Shape, mesh: &Mesh, place: Place, precision: Precision) -
         cut => (cut, 1),
     };
     let Some(slice) = cut::slice(cut, shape.rows, shape.cols, mesh, rank) else { return 0 };
-    (count * stored_bytes(shape.role, slice.rows.len(), slice.cols.len(), precision)) as u64
+    (count * stored_bytes(shape.role, layer, (slice.rows.len(), slice.cols.len()), precision)) as u64
 }
 
-/// Bytes of `rows x cols` values of a tensor as the engine keeps it: vectors in f32, matrices in padded panels.
-pub fn stored_bytes(role: Role, rows: usize, cols: usize, precision: Precision) -> usize {
+/// Bytes of `rows x cols` values of a tensor of `layer` as the engine keeps it: vectors in f32, matrices in padded
+/// panels. The latent's expansion is kept as two matrices a head, rearranged and so in the compute dtype.
+pub fn stored_bytes(role: Role, layer: Option<&Layer>, (rows, cols): (usize, usize), precision: Precision) -> usize {
     if is_vector(role) {
-        rows * cols * Dtype::F32.bytes()
-    } else {
-        rows.next_multiple_of(PANEL_ROWS) * cols * precision.matrices.bytes()
+        return rows * cols * F32;
     }
+    if role == Role::KvUp
+        && let Some(Layer { mixer: Mixer::Latent(l), .. }) = layer
+    {
+        let heads = rows / (l.nope_dim + l.value_dim);
+        let (absorb, expand) = (padded(l.kv_rank) * l.nope_dim, padded(l.value_dim) * l.kv_rank);
+        return heads * (absorb + expand) * precision.compute.bytes();
+    }
+    padded(rows) * cols * precision.matrices.bytes()
+}
+
+fn padded(rows: usize) -> usize {
+    rows.next_multiple_of(PANEL_ROWS)
 }
 
 /// Norms, biases and corrections, which are kept in f32.
@@ -164,69 +177,111 @@ pub fn is_vector(role: Role) -> bool {
 }
 
 /// One block's bytes of one layer: keys and values of the rank's heads, or the latent, which every slice keeps whole.
+/// Values, and latent rows, are filled up to whole vectors.
 fn block_bytes(layer: &Layer, mesh: &Mesh, place: Place, dtype: Dtype) -> u64 {
     let channels = match &layer.mixer {
-        Mixer::Grouped(g) => 2 * cut::kv_heads(g.kv_heads, mesh.tensor, place.slice).len() * g.head_dim,
-        Mixer::Latent(l) => l.kv_rank + l.rope_dim,
+        Mixer::Grouped(g) => {
+            cut::kv_heads(g.kv_heads, mesh.tensor, place.slice).len() * (g.head_dim + padded(g.head_dim))
+        }
+        Mixer::Latent(l) => padded(l.kv_rank + l.rope_dim),
     };
     (BLOCK_TOKENS * channels * dtype.bytes()) as u64
 }
 
 const F32: usize = 4;
+/// Rows whose logits the engine holds at once.
+const LOGITS_ROWS: usize = 32;
 
-/// Buffers that live through a step: the residual stream and a branch's output (f32), the normed input, and what the
-/// head needs (the sampled rows and their logits, whole ones for requests that look at all of them).
-fn stream_workspace(spec: &ModelSpec, mesh: &Mesh, outer: Outer, dtype: Dtype, limits: &Limits) -> u64 {
-    let stream = limits.step_tokens_max * spec.hidden * (2 * F32 + dtype.bytes());
-    let vocab = spec.vocab.div_ceil(mesh.tensor) + spec.vocab;
-    let head = limits.step_sequences_max * (spec.hidden * (F32 + dtype.bytes()) + vocab * F32);
-    (stream + if outer.head { head } else { 0 }) as u64
+/// The engine's activations. Its pool keeps buffers apart by width and by rows, in powers of two, and gives none back:
+/// a ladder of them costs twice its largest, and layers that differ in width do not share.
+struct Buffers<'a> {
+    dtype: Dtype,
+    limits: &'a Limits,
+    /// Bytes of what lives all through a step.
+    stream: usize,
+    /// Bytes of each kind of mixer or branch, once.
+    kinds: Vec<usize>,
 }
 
-/// The largest of a layer's own buffers: those of mixer and branches take turns.
-fn layer_workspace(spec: &ModelSpec, layer: &Layer, mesh: &Mesh, dtype: Dtype, limits: &Limits) -> u64 {
-    let tokens = limits.step_tokens_max;
-    let branches = layer.branches.iter().map(|b| match b {
-        Branch::Dense(d) => dense_workspace(d, tokens, mesh, dtype),
-        Branch::Moe(m) => moe_workspace(spec, m, tokens, mesh, dtype),
-    });
-    mixer_workspace(&layer.mixer, tokens, mesh, dtype).max(branches.max().unwrap_or(0)) as u64
-}
+impl<'a> Buffers<'a> {
+    fn new(dtype: Dtype, limits: &'a Limits) -> Buffers<'a> {
+        Buffers { dtype, limits, stream: 0, kinds: Vec::new() }
+    }
 
-fn mixer_workspace(mixer: &Mixer, tokens: usize, mesh: &Mesh, dtype: Dtype) -> usize {
-    let row = match mixer {
-        Mixer::Grouped(g) => {
-            // `[q | k | v]` in f32, the attended values in the compute dtype.
-            let heads = g.heads / mesh.tensor;
-            let kv_heads = cut::kv_heads(g.kv_heads, mesh.tensor, 0).len();
-            (heads + 2 * kv_heads) * g.head_dim * F32 + heads * g.head_dim * dtype.bytes()
+    fn bytes(&self) -> u64 {
+        (self.stream + self.kinds.iter().sum::<usize>()) as u64
+    }
+
+    /// All sizes of a buffer of up to `rows` rows of `bytes` bytes.
+    fn ladder(rows: usize, bytes: usize) -> usize {
+        2 * rows.next_power_of_two().max(PANEL_ROWS) * bytes
+    }
+
+    /// The residual stream, the sums of a branch and of its shared expert (f32), the normed input; on the last stage a
+    /// tile of logits, this rank's and whole ones.
+    fn stream(&mut self, spec: &ModelSpec, mesh: &Mesh, outer: Outer) {
+        let row = spec.hidden * (3 * F32 + self.dtype.bytes());
+        self.stream = Buffers::ladder(self.limits.step_tokens_max, row);
+        if outer.head {
+            let vocab = spec.vocab.div_ceil(mesh.tensor) + 2 * spec.vocab;
+            self.stream += Buffers::ladder(LOGITS_ROWS, spec.hidden * (F32 + self.dtype.bytes()) + vocab * F32);
         }
-        Mixer::Latent(l) => {
-            let heads = l.heads / mesh.tensor;
-            let down = l.query_rank.map_or(0, |rank| rank * (F32 + dtype.bytes()));
-            let query = heads * (l.nope_dim + l.rope_dim) * F32;
-            // Absorbed queries and latent results of one head group at a time stay in registers and cache lines.
-            down + query + (l.kv_rank + l.rope_dim) * F32 + heads * l.value_dim * dtype.bytes()
+    }
+
+    fn layer(&mut self, spec: &ModelSpec, layer: &Layer, mesh: &Mesh) {
+        let tokens = self.limits.step_tokens_max;
+        let mixer = Buffers::ladder(tokens, self.mixer_row(&layer.mixer, mesh));
+        let mut found = vec![mixer];
+        found.extend(layer.branches.iter().map(|b| match b {
+            Branch::Dense(d) => Buffers::ladder(tokens, self.dense_row(d, mesh)),
+            Branch::Moe(m) => self.mixture(spec, m, mesh),
+        }));
+        for kind in found {
+            if !self.kinds.contains(&kind) {
+                self.kinds.push(kind);
+            }
         }
-    };
-    tokens * row
-}
+    }
 
-fn dense_workspace(d: &Dense, tokens: usize, mesh: &Mesh, dtype: Dtype) -> usize {
-    // Gate and up in f32, their product in the compute dtype.
-    tokens * d.intermediate / mesh.tensor * (2 * F32 + dtype.bytes())
-}
+    fn mixer_row(&self, mixer: &Mixer, mesh: &Mesh) -> usize {
+        match mixer {
+            Mixer::Grouped(g) => {
+                // `[q | k | v]` in f32, the attended values in the compute dtype.
+                let heads = g.heads / mesh.tensor;
+                let kv_heads = cut::kv_heads(g.kv_heads, mesh.tensor, 0).len();
+                (heads + 2 * kv_heads) * g.head_dim * F32 + heads * g.head_dim * self.dtype.bytes()
+            }
+            Mixer::Latent(l) => {
+                let heads = l.heads / mesh.tensor;
+                let down = l.query_rank.map_or(0, |rank| rank * (F32 + self.dtype.bytes()));
+                let query = heads * (l.nope_dim + l.rope_dim) * F32;
+                down + query + (l.kv_rank + l.rope_dim) * F32 + heads * l.value_dim * self.dtype.bytes()
+            }
+        }
+    }
 
-/// Router logits, choices, and one row for each (token, expert) pair that can meet on the rank: input, gate and up,
-/// their product, output. Spread experts see the tokens of every lane.
-fn moe_workspace(spec: &ModelSpec, m: &Moe, tokens: usize, mesh: &Mesh, dtype: Dtype) -> usize {
-    let seen = if mesh.expert > 1 { tokens * mesh.data } else { tokens };
-    let pairs = seen * m.active.min(m.experts / mesh.expert);
-    let cut = m.intermediate / mesh.expert_cut();
-    let pair = spec.hidden * (F32 + dtype.bytes()) + cut * (2 * F32 + dtype.bytes());
-    let routing = tokens * (m.experts * F32 + m.active * 8);
-    let shared = m.shared.as_ref().map_or(0, |d| dense_workspace(d, tokens, mesh, dtype) + tokens * spec.hidden * F32);
-    routing + pairs * pair + shared
+    /// Gate and up in f32, their product in the compute dtype.
+    fn dense_row(&self, d: &Dense, mesh: &Mesh) -> usize {
+        d.intermediate / mesh.tensor * (2 * F32 + self.dtype.bytes())
+    }
+
+    /// Router logits and choices; the outputs of this rank's own (token, expert) pairs; and for each pair that can meet
+    /// on the rank input, gate and up, their product and output. Spread experts see the tokens of every lane, and what
+    /// travels is packed once more on either side.
+    fn mixture(&self, spec: &ModelSpec, m: &Moe, mesh: &Mesh) -> usize {
+        let tokens = self.limits.step_tokens_max;
+        let (lanes, held) = (if mesh.expert > 1 { mesh.data } else { 1 }, m.experts / mesh.expert);
+        let routing = Buffers::ladder(tokens, m.experts * F32 + m.active * 8);
+        let cut = m.intermediate / mesh.expert_cut();
+        let pair = spec.hidden * (F32 + self.dtype.bytes()) + cut * (2 * F32 + self.dtype.bytes());
+        let met = lanes * tokens * m.active.min(held);
+        let mut bytes = routing + Buffers::ladder(met, pair);
+        if lanes > 1 {
+            let (own, row) = (tokens * m.active, spec.hidden * (F32 + self.dtype.bytes()));
+            bytes += Buffers::ladder(own, spec.hidden * F32) + (own + met) * row;
+        }
+        bytes + m.shared.as_ref().map_or(0, |d| Buffers::ladder(tokens, self.dense_row(d, mesh)))
+    }
 }
 
 #[cfg(test)]

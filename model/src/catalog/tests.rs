@@ -192,7 +192,8 @@ proptest! {
             let place = mesh.place(rank);
             let planned = size::rank(&spec, &mesh, place, stages[place.stage].clone(), precision, &limits).weights;
             let bytes = held.iter().map(|(decl, slice)| {
-                size::stored_bytes(decl.id.role, slice.rows.len(), slice.cols.len(), precision) as u64
+                let layer = decl.id.layer.map(|layer| &spec.layers[layer]);
+                size::stored_bytes(decl.id.role, layer, (slice.rows.len(), slice.cols.len()), precision) as u64
             });
             prop_assert_eq!(bytes.sum::<u64>(), planned);
         }
