@@ -86,7 +86,8 @@ impl Door {
             if let Some(fault) = ended(&parked, key.epoch) {
                 return Err(fault);
             }
-            if let Some((theirs, stream)) = parked.streams.remove(key) {
+            // One whose process gave up meanwhile is not taken: it may come again.
+            if let Some((theirs, stream)) = parked.streams.remove(key).filter(|(_, stream)| is_waiting(stream)) {
                 drop(parked);
                 let answer = if theirs == plan { Answer::Welcome } else { Answer::OtherPlan };
                 let told = stream.set_nonblocking(false).and_then(|()| (&stream).write_all(&[answer as u8]));
@@ -132,6 +133,11 @@ fn ended(parked: &Parked, epoch: Epoch) -> Option<Fault> {
         let text = format!("epoch {} is over, the data plane is at {}", epoch.0, parked.floor.0);
         Fault::new(FaultKind::StaleEpoch, text)
     })
+}
+
+/// A peer that waits for its answer says nothing after its hello. The stream does not block.
+fn is_waiting(stream: &TcpStream) -> bool {
+    stream.peek(&mut [0]).is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
 }
 
 /// Tells a peer why it is closed; one that does not listen need not know.
