@@ -19,12 +19,23 @@ use std::ops::Range;
 
 /// Rows of one task.
 pub const TASK_ROWS: usize = 48;
-/// Pairs between two stores of the accumulators: 64 KiB of a bf16 panel.
+/// Most pairs between two stores of the accumulators: 64 KiB of a bf16 panel.
 pub const CHUNK: usize = 256;
 /// Pairs that AMX sums from zero before it adds to the accumulator.
 pub const AMX_PAIRS: usize = 16;
+/// Rows that registers hold at once.
+const PASS_ROWS: usize = 6;
 /// Sums pending in the tree: one for each power of two up to 8 segments.
 const PENDING: usize = 4;
+
+/// Pairs between two stores: with a few passes of [`PASS_ROWS`] a chunk stays in the first cache between them.
+const fn chunk(rows: usize) -> usize {
+    match rows.div_ceil(PASS_ROWS) {
+        2 => CHUNK / 8,
+        3 | 4 => CHUNK / 4,
+        _ => CHUNK,
+    }
+}
 
 /// Activations of one format that weights can meet.
 pub trait Input: Element {
@@ -190,7 +201,7 @@ impl<T: Input> Kernel for Task<'_, T> {
                 std::ptr::write_bytes(acc, 0, rows * PANEL);
                 let mut pair = 0;
                 while pair < length.div_ceil(2) {
-                    let pairs = (length / 2).saturating_sub(pair).min(CHUNK);
+                    let pairs = (length / 2).saturating_sub(pair).min(chunk(rows));
                     let lone = length % 2 == 1 && pair + pairs == length / 2;
                     let at = segment * length + pair * 2;
                     let start = w.panel_start(self.panel) + (segment * w.pairs + pair) * words * width;
@@ -264,9 +275,9 @@ impl Input for f32 {
 unsafe fn chains<L: Lanes, M: Product<L>>(part: &Part<'_, M::X>) {
     unsafe {
         let mut row = 0;
-        while part.x.len() - row >= 6 {
-            columns::<L, M, 6>(part, row);
-            row += 6;
+        while part.x.len() - row >= PASS_ROWS {
+            columns::<L, M, PASS_ROWS>(part, row);
+            row += PASS_ROWS;
         }
         if part.x.len() - row >= 4 {
             columns::<L, M, 4>(part, row);
@@ -320,8 +331,8 @@ unsafe fn tile<L: Lanes, M: Product<L>, const R: usize, const V: usize>(
             }
         }
         let mut w = part.w.add(lane);
-        let (passes, chunk) = (part.x.len().div_ceil(6), CHUNK * M::WORDS * part.width);
-        let mut turn = if passes > 1 { row / 6 } else { usize::MAX };
+        let (passes, chunk) = (part.x.len().div_ceil(PASS_ROWS), part.pairs * M::WORDS * part.width);
+        let mut turn = if passes > 1 { row / PASS_ROWS } else { usize::MAX };
         for pair in 0..part.pairs + usize::from(part.lone) {
             let mut weights = [M::weights(w, part.width); V];
             for v in 1..V {
