@@ -256,7 +256,8 @@ impl Input for bf16 {
     unsafe fn accumulate<L: Lanes>(task: &Task<'_, bf16>, part: &Part<'_, bf16>) {
         unsafe {
             match task.family {
-                KernelFamily::Vector => chains::<L, HalfByHalf>(part),
+                KernelFamily::Vector if L::DOT => chains::<L, HalfByHalf>(part),
+                KernelFamily::Vector => widened::<L>(part),
                 KernelFamily::Amx => blocks::<L>(part),
             }
         }
@@ -267,6 +268,28 @@ impl Input for f32 {
     #[inline(always)]
     unsafe fn accumulate<L: Lanes>(task: &Task<'_, f32>, part: &Part<'_, f32>) {
         unsafe { if task.w.wide { chains::<L, FullByFull>(part) } else { chains::<L, FullByHalf>(part) } }
+    }
+}
+
+/// Without bf16 products the rows are widened once for all columns of the part; the chains are the same.
+#[inline(always)]
+unsafe fn widened<L: Lanes>(part: &Part<'_, bf16>) {
+    const STRIDE: usize = 2 * CHUNK + LANES;
+    let mut wide = MaybeUninit::<[f32; TASK_ROWS * STRIDE]>::uninit();
+    let wide = wide.as_mut_ptr().cast::<f32>();
+    let mut x = [std::ptr::null::<f32>(); TASK_ROWS];
+    let inputs = 2 * part.pairs + usize::from(part.lone);
+    // SAFETY: a row of a part is at most a chunk, and its lanes are read no further than it goes.
+    unsafe {
+        for (row, from) in part.x.iter().enumerate() {
+            let to = wide.add(row * STRIDE);
+            x[row] = to;
+            for i in (0..inputs).step_by(LANES) {
+                L::store(to.add(i), bf16::load_up_to::<L>(from.add(part.at + i), inputs - i));
+            }
+        }
+        let Part { w, width, pairs, lone, acc, .. } = *part;
+        chains::<L, FullByHalf>(&Part { w, width, x: &x[..part.x.len()], at: 0, pairs, lone, acc });
     }
 }
 
