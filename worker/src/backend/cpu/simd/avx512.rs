@@ -57,6 +57,7 @@ unsafe impl<const DOT: bool, const TILES: bool> Lanes for Avx512<DOT, TILES> {
     type F = __m512;
     type I = __m512i;
     const WIDE: bool = true;
+    const DOT: bool = DOT;
     const TILES: bool = TILES;
 
     #[inline(always)]

@@ -19,12 +19,23 @@ use std::ops::Range;
 
 /// Rows of one task.
 pub const TASK_ROWS: usize = 48;
-/// Pairs between two stores of the accumulators: 64 KiB of a bf16 panel.
+/// Most pairs between two stores of the accumulators: 64 KiB of a bf16 panel.
 pub const CHUNK: usize = 256;
 /// Pairs that AMX sums from zero before it adds to the accumulator.
 pub const AMX_PAIRS: usize = 16;
+/// Rows that registers hold at once.
+const PASS_ROWS: usize = 6;
 /// Sums pending in the tree: one for each power of two up to 8 segments.
 const PENDING: usize = 4;
+
+/// Pairs between two stores: with a few passes of [`PASS_ROWS`] a chunk stays in the first cache between them.
+const fn chunk(rows: usize) -> usize {
+    match rows.div_ceil(PASS_ROWS) {
+        2 => CHUNK / 8,
+        3 | 4 => CHUNK / 4,
+        _ => CHUNK,
+    }
+}
 
 /// Activations of one format that weights can meet.
 pub trait Input: Element {
@@ -190,7 +201,7 @@ impl<T: Input> Kernel for Task<'_, T> {
                 std::ptr::write_bytes(acc, 0, rows * PANEL);
                 let mut pair = 0;
                 while pair < length.div_ceil(2) {
-                    let pairs = (length / 2).saturating_sub(pair).min(CHUNK);
+                    let pairs = (length / 2).saturating_sub(pair).min(chunk(rows));
                     let lone = length % 2 == 1 && pair + pairs == length / 2;
                     let at = segment * length + pair * 2;
                     let start = w.panel_start(self.panel) + (segment * w.pairs + pair) * words * width;
@@ -245,7 +256,8 @@ impl Input for bf16 {
     unsafe fn accumulate<L: Lanes>(task: &Task<'_, bf16>, part: &Part<'_, bf16>) {
         unsafe {
             match task.family {
-                KernelFamily::Vector => chains::<L, HalfByHalf>(part),
+                KernelFamily::Vector if L::DOT => chains::<L, HalfByHalf>(part),
+                KernelFamily::Vector => widened::<L>(part),
                 KernelFamily::Amx => blocks::<L>(part),
             }
         }
@@ -259,14 +271,36 @@ impl Input for f32 {
     }
 }
 
+/// Without bf16 products the rows are widened once for all columns of the part; the chains are the same.
+#[inline(always)]
+unsafe fn widened<L: Lanes>(part: &Part<'_, bf16>) {
+    const STRIDE: usize = 2 * CHUNK + LANES;
+    let mut wide = MaybeUninit::<[f32; TASK_ROWS * STRIDE]>::uninit();
+    let wide = wide.as_mut_ptr().cast::<f32>();
+    let mut x = [std::ptr::null::<f32>(); TASK_ROWS];
+    let inputs = 2 * part.pairs + usize::from(part.lone);
+    // SAFETY: a row of a part is at most a chunk, and its lanes are read no further than it goes.
+    unsafe {
+        for (row, from) in part.x.iter().enumerate() {
+            let to = wide.add(row * STRIDE);
+            x[row] = to;
+            for i in (0..inputs).step_by(LANES) {
+                L::store(to.add(i), bf16::load_up_to::<L>(from.add(part.at + i), inputs - i));
+            }
+        }
+        let Part { w, width, pairs, lone, acc, .. } = *part;
+        chains::<L, FullByHalf>(&Part { w, width, x: &x[..part.x.len()], at: 0, pairs, lone, acc });
+    }
+}
+
 /// All rows and columns of a part, in register tiles.
 #[inline(always)]
 unsafe fn chains<L: Lanes, M: Product<L>>(part: &Part<'_, M::X>) {
     unsafe {
         let mut row = 0;
-        while part.x.len() - row >= 6 {
-            columns::<L, M, 6>(part, row);
-            row += 6;
+        while part.x.len() - row >= PASS_ROWS {
+            columns::<L, M, PASS_ROWS>(part, row);
+            row += PASS_ROWS;
         }
         if part.x.len() - row >= 4 {
             columns::<L, M, 4>(part, row);
@@ -320,8 +354,8 @@ unsafe fn tile<L: Lanes, M: Product<L>, const R: usize, const V: usize>(
             }
         }
         let mut w = part.w.add(lane);
-        let (passes, chunk) = (part.x.len().div_ceil(6), CHUNK * M::WORDS * part.width);
-        let mut turn = if passes > 1 { row / 6 } else { usize::MAX };
+        let (passes, chunk) = (part.x.len().div_ceil(PASS_ROWS), part.pairs * M::WORDS * part.width);
+        let mut turn = if passes > 1 { row / PASS_ROWS } else { usize::MAX };
         for pair in 0..part.pairs + usize::from(part.lone) {
             let mut weights = [M::weights(w, part.width); V];
             for v in 1..V {
