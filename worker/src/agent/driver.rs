@@ -184,7 +184,11 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn command(&mut self, command: wire::Command, beat: &mut tokio::time::Interval) -> Result<Option<Event>, AgentError> {
+    fn command(
+        &mut self,
+        command: wire::Command,
+        beat: &mut tokio::time::Interval,
+    ) -> Result<Option<Event>, AgentError> {
         use wire::command::Body;
         Ok(match command.body {
             Some(Body::Welcome(welcome)) => {
@@ -192,9 +196,11 @@ impl<'a> Session<'a> {
                 None
             }
             Some(Body::Load(load)) => match load.plan.map(proto::convert::plan_from_wire) {
-                Some(Ok(plan)) => {
-                    Some(Event::Load { plan: Arc::new(plan), model_path: load.model_path, identity: load.model_identity })
-                }
+                Some(Ok(plan)) => Some(Event::Load {
+                    plan: Arc::new(plan),
+                    model_path: load.model_path,
+                    identity: load.model_identity,
+                }),
                 Some(Err(e)) => return Err(Fault::new(FaultKind::Incompatible, e.to_string()).into()),
                 None => None,
             },
@@ -256,7 +262,11 @@ impl<'a> Session<'a> {
             }
             Action::SayLoaded { epoch, identity } => {
                 let resident_bytes = resident_bytes();
-                self.say(message(Body::Loaded(wire::Loaded { epoch: epoch.0, model_identity: identity, resident_bytes })));
+                self.say(message(Body::Loaded(wire::Loaded {
+                    epoch: epoch.0,
+                    model_identity: identity,
+                    resident_bytes,
+                })));
             }
             Action::SayFailed { epoch, fault } => self.say(message(Body::Failed(proto::fault::to_wire(&fault, epoch)))),
             Action::OpenSteps { epoch } => return self.open_steps(epoch).await,

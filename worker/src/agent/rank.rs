@@ -27,9 +27,20 @@ const SPIN: u32 = 20_000;
 #[derive(Debug)]
 pub enum Report {
     /// All ranks have loaded.
-    Loaded { epoch: Epoch, identity: Vec<u8> },
-    Answer { epoch: Epoch, step: StepId, lane: usize, result: LaneResult },
-    Failed { epoch: Epoch, fault: Fault },
+    Loaded {
+        epoch: Epoch,
+        identity: Vec<u8>,
+    },
+    Answer {
+        epoch: Epoch,
+        step: StepId,
+        lane: usize,
+        result: LaneResult,
+    },
+    Failed {
+        epoch: Epoch,
+        fault: Fault,
+    },
 }
 
 /// What loading and stepping count, read by beats.
@@ -72,7 +83,11 @@ struct Setting {
 impl Ranks {
     /// Starts loading; `reports` gets one `Loaded`, or `Failed`, then answers.
     pub fn start(
-        plan: Arc<Plan>, me: WorkerId, model: PathBuf, plane: Arc<DataPlane>, counters: &Counters,
+        plan: Arc<Plan>,
+        me: WorkerId,
+        model: PathBuf,
+        plane: Arc<DataPlane>,
+        counters: &Counters,
         reports: mpsc::Sender<Report>,
     ) -> Ranks {
         let epoch = plan.epoch;
@@ -169,7 +184,9 @@ fn run_ranks(setting: &Setting, seats: Vec<(RankId, channel::Receiver<Order>)>) 
         }
         drop(loaded);
         if (0..count).all(|_| all_loaded.recv().is_ok()) {
-            let _ = setting.reports.blocking_send(Report::Loaded { epoch: setting.plan.epoch, identity: checkpoint.identity() });
+            let _ = setting
+                .reports
+                .blocking_send(Report::Loaded { epoch: setting.plan.epoch, identity: checkpoint.identity() });
         }
         Ok(())
     })

@@ -11,26 +11,53 @@ use std::sync::Arc;
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// The coordinator wants this plan loaded.
-    Load { plan: Arc<Plan>, model_path: String, identity: Vec<u8> },
-    Release { epoch: Epoch },
+    Load {
+        plan: Arc<Plan>,
+        model_path: String,
+        identity: Vec<u8>,
+    },
+    Release {
+        epoch: Epoch,
+    },
     /// All of this worker's ranks have loaded.
-    RanksLoaded { epoch: Epoch, identity: Vec<u8> },
+    RanksLoaded {
+        epoch: Epoch,
+        identity: Vec<u8>,
+    },
     /// A rank failed, while loading or in a step.
-    RankFailed { epoch: Epoch, fault: Fault },
+    RankFailed {
+        epoch: Epoch,
+        fault: Fault,
+    },
     /// The step stream of an epoch ended.
-    StepsClosed { epoch: Epoch },
+    StepsClosed {
+        epoch: Epoch,
+    },
     /// The coordinator's stream ended.
     Disconnected,
 }
 
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
-    StartRanks { plan: Arc<Plan>, model_path: String },
+    StartRanks {
+        plan: Arc<Plan>,
+        model_path: String,
+    },
     /// Abort collectives, end the threads, free the memory.
-    StopRanks { epoch: Epoch },
-    SayLoaded { epoch: Epoch, identity: Vec<u8> },
-    SayFailed { epoch: Epoch, fault: Fault },
-    OpenSteps { epoch: Epoch },
+    StopRanks {
+        epoch: Epoch,
+    },
+    SayLoaded {
+        epoch: Epoch,
+        identity: Vec<u8>,
+    },
+    SayFailed {
+        epoch: Epoch,
+        fault: Fault,
+    },
+    OpenSteps {
+        epoch: Epoch,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -154,8 +181,13 @@ mod tests {
     fn a_stale_epoch_is_refused_and_a_newer_one_replaces_the_old() {
         let mut agent = Agent::default();
         agent.handle(load(5));
-        assert!(matches!(&agent.handle(load(5))[..], [Action::SayFailed { fault, .. }] if fault.kind == FaultKind::StaleEpoch));
-        assert!(matches!(agent.handle(load(6))[..], [Action::StopRanks { epoch: Epoch(5) }, Action::StartRanks { .. }]));
+        assert!(
+            matches!(&agent.handle(load(5))[..], [Action::SayFailed { fault, .. }] if fault.kind == FaultKind::StaleEpoch)
+        );
+        assert!(matches!(
+            agent.handle(load(6))[..],
+            [Action::StopRanks { epoch: Epoch(5) }, Action::StartRanks { .. }]
+        ));
         assert!(agent.handle(Event::RanksLoaded { epoch: Epoch(5), identity: vec![1] }).is_empty());
     }
 

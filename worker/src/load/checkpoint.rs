@@ -5,8 +5,8 @@ use super::{Encoding, Entry, bad, gguf, safetensors};
 use crate::backend::MatrixView;
 use memmap2::Mmap;
 use model::fault::Fault;
-use model::identity::identity;
 use model::gguf::{ROPE_FACTORS, Value};
+use model::identity::identity;
 use model::quant::Format;
 use model::spec::ModelSpec;
 use std::collections::{BTreeMap, BTreeSet};
@@ -39,9 +39,15 @@ struct Place {
 /// What says which model it is.
 #[derive(Debug)]
 enum Description {
-    Config { config: String, generation: Option<String> },
+    Config {
+        config: String,
+        generation: Option<String>,
+    },
     /// Metadata, and the header's length in bytes.
-    Gguf { metadata: BTreeMap<String, Value>, header: usize },
+    Gguf {
+        metadata: BTreeMap<String, Value>,
+        header: usize,
+    },
 }
 
 /// A stored tensor.

@@ -23,7 +23,8 @@ pub struct Header {
 pub fn header(bytes: &[u8]) -> Result<Header, Fault> {
     let gguf = file::parse(bytes).map_err(|e| bad(format!("truncated or corrupt: {e}")))?;
     let data = usize::try_from(gguf.data_offset).ok().filter(|&at| at <= bytes.len());
-    let data = data.ok_or_else(|| bad(format!("truncated: the data begins at {} of {}", gguf.data_offset, bytes.len())))?;
+    let data =
+        data.ok_or_else(|| bad(format!("truncated: the data begins at {} of {}", gguf.data_offset, bytes.len())))?;
     let entries = gguf.tensors.iter().map(|t| entry(t, data, bytes.len())).collect::<Result<Vec<_>, _>>()?;
     check_apart(&entries)?;
     Ok(Header { metadata: gguf.metadata, entries, data })
