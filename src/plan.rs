@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use coordinator::config::parse_dtype;
-use coordinator::plan::{Policy, explain, hypothetical, parse_bytes, plan};
+use coordinator::plan::{Policy, explain, parse_bytes, parse_devices, plan};
 use coordinator::source::Source;
 use model::quant::Dtype;
 use std::path::PathBuf;
@@ -11,12 +11,9 @@ use std::path::PathBuf;
 pub struct Args {
     /// A directory in Hugging Face's layout (its config.json and headers are enough), or a .gguf file
     model: PathBuf,
-    /// Devices and their memory, e.g. 16x141GiB
+    /// Devices and their memory, e.g. 16x141GiB, or hosts of them: 2x8x141GiB
     #[arg(long)]
     devices: String,
-    /// Devices of one host, which share fast memory
-    #[arg(long, default_value_t = 8)]
-    devices_per_host: usize,
     #[arg(long, visible_alias = "tp")]
     tensor_parallel_size: Option<usize>,
     #[arg(long, visible_alias = "dp")]
@@ -44,7 +41,7 @@ type Setting<T> = Option<T>;
 
 pub fn run(args: Args) -> Result<()> {
     let source = Source::open(&args.model)?;
-    let members = hypothetical(&args.devices, args.devices_per_host)?;
+    let members = parse_devices(&args.devices).map_err(anyhow::Error::msg)?;
     let policy = Policy {
         tensor: args.tensor_parallel_size,
         data: args.data_parallel_size,

@@ -7,7 +7,8 @@ use std::time::Duration;
 use ::metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
-use crate::api::view::{ClusterView, LoadView};
+use crate::api::view::ClusterView;
+use crate::schedule::load::Load;
 
 const RUNNING: &str = "conclave_num_requests_running";
 const WAITING: &str = "conclave_num_requests_waiting";
@@ -15,6 +16,11 @@ const CACHE_USED: &str = "conclave_kv_cache_usage_perc";
 const PREEMPTIONS: &str = "conclave_num_preemptions_total";
 const PREFIX_QUERIES: &str = "conclave_prefix_cache_queries_total";
 const PREFIX_HITS: &str = "conclave_prefix_cache_hits_total";
+const REQUEUES: &str = "conclave_num_requeues_total";
+const STEPS: &str = "conclave_steps_total";
+const STEP_MILLISECONDS: &str = "conclave_step_milliseconds_total";
+const QUEUE_MILLISECONDS: &str = "conclave_request_queue_milliseconds_total";
+const PREFILLED: &str = "conclave_prefilled_tokens_total";
 const PROMPT_TOKENS: &str = "conclave_prompt_tokens_total";
 const GENERATION_TOKENS: &str = "conclave_generation_tokens_total";
 const FIRST_TOKEN: &str = "conclave_time_to_first_token_seconds";
@@ -47,13 +53,13 @@ pub fn install(model_name: &str) -> Result<(), BuildError> {
     describe();
     gauge!(BUILD, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
     // A rate over a counter that is not there yet is no data; over one that is 0 it is 0.
-    for name in [PREEMPTIONS, PREFIX_QUERIES, PREFIX_HITS, PROMPT_TOKENS, GENERATION_TOKENS] {
+    for name in [PROMPT_TOKENS, GENERATION_TOKENS] {
         counter!(name).absolute(0);
     }
     for reason in ["stop", "length", "abort", "error"] {
         counter!(FINISHED, "finished_reason" => reason).absolute(0);
     }
-    observe(&LoadView::default());
+    observe(&Load::default());
     RECORDER.get_or_init(|| handle);
     Ok(())
 }
@@ -77,6 +83,11 @@ fn describe() {
     describe_counter!(PREEMPTIONS, "Sequences put back to waiting because cache ran out");
     describe_counter!(PREFIX_QUERIES, "Prompt tokens looked up in the prefix cache");
     describe_counter!(PREFIX_HITS, "Prompt tokens found in the prefix cache");
+    describe_counter!(REQUEUES, "Sequences put back to waiting because a group failed");
+    describe_counter!(STEPS, "Steps that were answered");
+    describe_counter!(STEP_MILLISECONDS, "Time from packing a step to its answer, summed over steps");
+    describe_counter!(QUEUE_MILLISECONDS, "Time from acceptance to admission, summed over requests");
+    describe_counter!(PREFILLED, "Prompt tokens computed, recomputed ones again; cached ones not");
     describe_counter!(PROMPT_TOKENS, "Prompt tokens of requests whose first token was drawn");
     describe_counter!(GENERATION_TOKENS, "Tokens generated");
     describe_histogram!(FIRST_TOKEN, Unit::Seconds, "From a request's submission to its first token");
@@ -91,13 +102,18 @@ fn describe() {
 }
 
 /// The scheduler's load, after a step or when it changes.
-pub fn observe(load: &LoadView) {
+pub fn observe(load: &Load) {
     gauge!(RUNNING).set(load.running as f64);
     gauge!(WAITING).set(load.waiting as f64);
-    gauge!(CACHE_USED).set(load.cache_used);
+    gauge!(CACHE_USED).set(load.blocks_used as f64 / load.blocks_total.max(1) as f64);
     counter!(PREEMPTIONS).absolute(load.preemptions);
-    counter!(PREFIX_QUERIES).absolute(load.prefix_queries);
-    counter!(PREFIX_HITS).absolute(load.prefix_hits);
+    counter!(PREFIX_QUERIES).absolute(load.prefix_queried_tokens);
+    counter!(PREFIX_HITS).absolute(load.prefix_hits_tokens);
+    counter!(REQUEUES).absolute(load.requeues);
+    counter!(STEPS).absolute(load.steps);
+    counter!(STEP_MILLISECONDS).absolute(load.stepping.as_millis() as u64);
+    counter!(QUEUE_MILLISECONDS).absolute(load.queued.as_millis() as u64);
+    counter!(PREFILLED).absolute(load.tokens_prefilled);
 }
 
 /// The cluster, when it changes or is scraped.

@@ -1,8 +1,11 @@
 //! One coordinator: the API on the caller's runtime; scheduler, cluster and node plane on a thread of their own, whose
 //! single-threaded runtime keeps a step's path free of hops between threads.
 
-use crate::api;
+use crate::api::auth::Keys;
+use crate::api::request::{Defaults, ModelFacts};
 use crate::api::view::ClusterView;
+use crate::api::words::Words;
+use crate::api::{self, State};
 use crate::cluster::driver::{GroupEnded, Parts, Shell, Turn};
 use crate::cluster::memory::MemoryStore;
 use crate::cluster::service::{Door as NodeDoor, Service};
@@ -12,7 +15,6 @@ use crate::plan::{self, Offer, Policy};
 use crate::schedule::Settings;
 use crate::schedule::driver::{Driver, Ended};
 use crate::schedule::job::{Door, Submission};
-use crate::schedule::load::Load;
 use crate::source::{Source, SourceError};
 use crate::text::{Text, TextError};
 use model::plan::{Epoch, Limits, Plan};
@@ -120,7 +122,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
             let _ = ended.send(why);
         })
         .map_err(|source| StartError::Io { what: "the engine's thread", source })?;
-    let state = api::State::for_model(&config, &source, text, Door::new(submissions), view.clone());
+    let state = state(&config, &source, text, Door::new(submissions), view.clone());
     let mut stop_of_api = stopping;
     let api = tokio::spawn(async move {
         let shutdown = async move {
@@ -131,6 +133,21 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
         }
     });
     Ok(Coordinator { view, stop, engine_ended, api })
+}
+
+fn state(config: &Config, source: &Source, text: Text, door: Door, view: watch::Receiver<ClusterView>) -> State {
+    let defaults = Defaults::of(&text.defaults);
+    let end_tokens = if text.end_tokens.is_empty() { source.spec.end_tokens.clone() } else { text.end_tokens.clone() };
+    let facts = ModelFacts {
+        names: vec![config.served_model_name.clone().unwrap_or_else(|| source.name())],
+        vocabulary: source.spec.vocab,
+        model_len_max: config.max_model_len.unwrap_or(source.spec.positions_max),
+        end_tokens,
+        defaults,
+        fingerprint: source.identity.iter().take(6).map(|b| format!("{b:02x}")).collect(),
+    };
+    let keys = Keys::new(config.api_keys.iter().map(String::as_str));
+    State::new(door, Words::new(text), facts, keys, view, config.body_bytes_max)
 }
 
 fn policy(config: &Config) -> Policy {
@@ -199,7 +216,7 @@ impl Engine {
                 turns,
                 ended: ended_queue,
                 view: self.view,
-                load: load.clone(),
+                load,
                 model_path: source.path.to_string_lossy().into_owned(),
                 identity: source.identity.clone(),
                 explain: Box::new(move |plan| plan::explain::table(&source.spec, &source.formats, plan)),
@@ -208,7 +225,6 @@ impl Engine {
                 served = server => served.map_err(std::io::Error::other)?,
                 () = shell.run() => {}
                 () = steps(driver, turn_queue, ended, self.config.max_waiting) => {}
-                () = export(load) => {}
                 _ = stopping.wait_for(|&stop| stop) => {}
             }
             Ok(())
@@ -247,12 +263,4 @@ async fn steps(mut driver: Driver, mut turns: mpsc::Receiver<Turn>, ended: mpsc:
             }
         }
     }
-}
-
-/// Exports what the scheduler counts, as it changes.
-async fn export(mut load: watch::Receiver<Load>) {
-    while load.changed().await.is_ok() {
-        crate::metrics::observe(&load.borrow_and_update());
-    }
-    std::future::pending().await
 }

@@ -1,7 +1,7 @@
 //! Weight formats: a property of a tensor, not of a layer.
 
 /// How a tensor's values are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Format {
     F32,
     Bf16,

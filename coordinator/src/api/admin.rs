@@ -27,7 +27,7 @@ pub async fn status(extract::State(state): extract::State<Arc<State>>) -> Json<V
     fields.insert("reasons".into(), json!(reasons));
     fields.insert("progress_age_ms".into(), json!(progress_age_ms));
     fields.insert("model".into(), json!(state.name()));
-    fields.insert("model_len_max".into(), json!(state.model.model_len_max));
+    fields.insert("model_len_max".into(), json!(state.model_len_max()));
     fields.insert("uptime_seconds".into(), json!(state.began.elapsed().as_secs()));
     fields.insert("version".into(), json!(env!("CARGO_PKG_VERSION")));
     Json(body)

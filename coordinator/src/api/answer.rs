@@ -7,8 +7,8 @@ use std::sync::Arc;
 use model::step::Score;
 
 use super::request::Wording;
-use super::words::{Detokenizer, StopStrings, Words};
 use crate::schedule::job::{DoneReason, Output, Refusal};
+use crate::text::{Detokenizer, StopStrings, Tokenizer};
 
 /// What one prompt of a request is, for its answers.
 #[derive(Debug, Clone, PartialEq)]
@@ -103,7 +103,7 @@ pub struct Usage {
 
 /// All answers of a request.
 pub struct Answers {
-    words: Arc<Words>,
+    tokenizer: Arc<Tokenizer>,
     wording: Wording,
     end_tokens: Vec<u32>,
     prompts: Vec<Prompt>,
@@ -119,35 +119,43 @@ struct Voice {
     detokenizer: Detokenizer,
     stops: StopStrings,
     tokens: u32,
-    /// Characters of the tokens so far.
-    characters: usize,
+    /// Where the answer begins in the choice's text, in characters: behind an echo.
+    offset: usize,
     /// The end token drawn, until `Done` confirms it.
     end: Option<u32>,
     echoed: bool,
     finished: bool,
 }
 
+impl Voice {
+    /// Passes text by the stop strings: what is certain now, and the one that was met.
+    fn release(&mut self, text: &str) -> (String, Option<usize>) {
+        let released = self.stops.push(text);
+        (released.text, released.stop)
+    }
+}
+
 impl Answers {
     /// `choices` for each prompt.
     pub fn new(
-        words: Arc<Words>,
+        tokenizer: Arc<Tokenizer>,
         wording: Wording,
         end_tokens: Vec<u32>,
         prompts: Vec<Prompt>,
         choices: usize,
     ) -> Answers {
         let voice = |prompt: &Prompt| Voice {
-            detokenizer: words.detokenizer(&prompt.tokens, wording.skip_special),
-            stops: StopStrings::new(&wording.stop, wording.include_stop),
+            detokenizer: Detokenizer::continuing(Arc::clone(&tokenizer), wording.skip_special),
+            stops: wording.stops.clone(),
             tokens: 0,
-            characters: 0,
+            offset: 0,
             end: None,
             echoed: prompt.echo.is_none(),
             finished: false,
         };
         let voices = prompts.iter().flat_map(|prompt| (0..choices).map(move |_| prompt)).map(voice).collect();
         let usage = Usage { prompt_tokens: prompts.iter().map(|p| p.tokens.len()).sum(), ..Usage::default() };
-        Answers { words, wording, end_tokens, prompts, voices, choices, usage, ready: VecDeque::new() }
+        Answers { tokenizer, wording, end_tokens, prompts, voices, choices, usage, ready: VecDeque::new() }
     }
 
     /// The number of choices over all prompts.
@@ -196,18 +204,18 @@ impl Answers {
     /// Repeats the prompt at the head of each of its choices. `scores` are those of tokens 1.., or none.
     fn echo(&mut self, prompt: usize, scores: Vec<Score>) {
         let Some(text) = &self.prompts[prompt].echo else { return };
+        let offset = text.chars().count();
         let mut told = Vec::with_capacity(self.prompts[prompt].tokens.len());
-        let mut offset = 0;
+        let mut detokenizer = Detokenizer::new(Arc::clone(&self.tokenizer), self.wording.skip_special);
         // The first token follows nothing, so it has no probability.
         let mut scores = std::iter::once(None).chain(scores.into_iter().map(Some));
         for &token in &self.prompts[prompt].tokens {
-            told.push(Told { token, score: scores.next().flatten(), offset });
-            offset += characters(&self.words.token_bytes(token));
+            told.push(Told { token, score: scores.next().flatten(), offset: detokenizer.push(token).offset });
         }
         for index in prompt * self.choices..(prompt + 1) * self.choices {
             let voice = &mut self.voices[index];
             if !std::mem::replace(&mut voice.echoed, true) {
-                voice.characters = offset;
+                voice.offset = offset;
                 let (text, tokens) = (text.clone(), told.clone());
                 self.ready.push_back(Piece { index, prompt, text, tokens, echo: true, finish: None });
             }
@@ -221,19 +229,19 @@ impl Answers {
         }
         self.usage.completion_tokens += 1;
         voice.tokens += 1;
-        let told = Told { token, score, offset: voice.characters };
-        voice.characters += characters(&self.words.token_bytes(token));
+        let offset = voice.offset + voice.detokenizer.characters();
         let (text, stop) = if self.end_tokens.contains(&token) {
             voice.end = Some(token);
             // The end token's own text is shown only on demand, and never looked at for stop strings.
-            let own = if self.wording.include_stop { voice.detokenizer.push(token) } else { String::new() };
+            let own = if self.wording.include_stop { voice.detokenizer.push(token).text } else { String::new() };
             (voice.stops.flush() + &own, None)
         } else {
-            let text = voice.detokenizer.push(token);
-            if voice.tokens <= self.wording.tokens_min { (text, None) } else { voice.stops.push(&text) }
+            let text = voice.detokenizer.push(token).text;
+            if voice.tokens <= self.wording.tokens_min { (text, None) } else { voice.release(&text) }
         };
         voice.finished = stop.is_some();
-        let finish = stop.map(Finish::Stop);
+        let finish = stop.map(|which| Finish::Stop(self.wording.stop[which].clone()));
+        let told = Told { token, score, offset };
         self.ready.push_back(Piece { index, prompt, text, tokens: vec![told], echo: false, finish });
     }
 
@@ -244,9 +252,9 @@ impl Answers {
         }
         // What was held back as half a character or half a stop string comes out now.
         let rest = voice.detokenizer.flush();
-        let (mut text, stop) = voice.stops.push(&rest);
+        let (mut text, stop) = voice.release(&rest);
         let finish = match (stop, reason, voice.end) {
-            (Some(stop), ..) => Finish::Stop(stop),
+            (Some(which), ..) => Finish::Stop(self.wording.stop[which].clone()),
             (None, DoneReason::End, Some(token)) if self.wording.stop_tokens.contains(&token) => {
                 Finish::StopToken(token)
             }
@@ -258,9 +266,4 @@ impl Answers {
         }
         self.ready.push_back(Piece { index, prompt, text, tokens: Vec::new(), echo: false, finish: Some(finish) });
     }
-}
-
-/// Characters that begin in these bytes; a character split over tokens counts where it begins.
-fn characters(bytes: &[u8]) -> usize {
-    bytes.iter().filter(|&&byte| byte & 0xC0 != 0x80).count()
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::{self, Extension, Request};
 use axum::response::{IntoResponse, Response};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::State;
 use super::answer::{Piece, Prompt};
@@ -19,16 +19,17 @@ use super::request::Ask;
 use super::running::Running;
 use super::shape::{Shape, reason, stop_reason, usage};
 use super::sse::EventStream;
+use super::tokens::encode;
 use super::trace::RequestId;
+use super::unix_seconds;
+use crate::text::{Conversation, RenderError, Text};
 
-/// A conversation as the template takes it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Conversation {
-    pub messages: Vec<Value>,
-    pub tools: Option<Vec<Value>>,
-    pub add_generation_prompt: bool,
-    pub kwargs: Map<String, Value>,
-    pub add_special: bool,
+/// A conversation to render and tokenise.
+#[derive(Debug, Clone)]
+pub struct Chat {
+    conversation: Conversation,
+    /// Put the model's special tokens around it; templates usually write them themselves.
+    add_special: bool,
 }
 
 pub async fn create(
@@ -46,11 +47,11 @@ pub async fn create(
     if fields.flag("echo", false)? {
         return Err(ApiError::unsupported("echo", "`echo` is not supported for chats, only for completions"));
     }
-    let conversation = Conversation::read(&mut fields)?;
+    let chat = Chat::read(&mut fields)?;
     drop(fields);
     state.check_serving()?;
-    let tokens = conversation.tokens(&state).await?;
-    let room = ask.room(tokens.len(), usize::MAX, &state.model)?;
+    let tokens = chat.tokens(&state).await?;
+    let room = ask.room(tokens.len(), usize::MAX, state.model_len_max())?;
     let mut shape = Shape::new(&state, format!("chatcmpl-{id}"), ask.report, "chat.completion.chunk");
     shape.prompts = if ask.report.token_ids { vec![tokens.clone()] } else { Vec::new() };
     (shape.first, shape.choice) = (first_chunk, chunk_choice);
@@ -81,7 +82,7 @@ async fn whole(running: Running, shape: &Shape) -> Result<Response, ApiError> {
         let mut value = json!({
             "index": index,
             "message": {"role": "assistant", "content": choice.text, "refusal": null},
-            "logprobs": shape.report.logprobs.map(|_| logprobs::chat(&shape.words, &choice.tokens)),
+            "logprobs": shape.report.logprobs.map(|_| logprobs::chat(&shape.tokenizer, &choice.tokens)),
             "finish_reason": reason(&choice.finish),
             "stop_reason": stop_reason(&choice.finish),
         });
@@ -116,7 +117,7 @@ fn chunk_choice(shape: &Shape, piece: &Piece) -> Value {
     let mut choice = json!({
         "index": piece.index,
         "delta": delta,
-        "logprobs": scores.map(|_| logprobs::chat(&shape.words, &piece.tokens)),
+        "logprobs": scores.map(|_| logprobs::chat(&shape.tokenizer, &piece.tokens)),
         "finish_reason": reason(&piece.finish),
     });
     if piece.finish.is_some() {
@@ -128,102 +129,81 @@ fn chunk_choice(shape: &Shape, piece: &Piece) -> Value {
     choice
 }
 
-impl Conversation {
+impl Chat {
     /// Reads the fields that the template sees.
-    pub fn read(fields: &mut Fields) -> Result<Conversation, ApiError> {
+    pub fn read(fields: &mut Fields) -> Result<Chat, ApiError> {
         let Some(messages) = fields.array("messages", limits::MESSAGES_MAX)? else {
             return Err(ApiError::invalid("messages", "`messages` is needed: an array of messages"));
         };
         if messages.is_empty() {
             return Err(ApiError::invalid("messages", "`messages` must hold at least one message"));
         }
-        let messages = messages.into_iter().enumerate().map(|(number, value)| message(number, value));
-        let messages = messages.collect::<Result<_, _>>()?;
+        messages.iter().enumerate().try_for_each(|(number, message)| check_message(number, message))?;
         let tools = tools(fields)?;
-        let mut kwargs = fields.object("chat_template_kwargs")?.unwrap_or_default();
+        let mut extra = fields.object("chat_template_kwargs")?.unwrap_or_default();
         if let Some(effort) = fields.text("reasoning_effort")? {
-            kwargs.insert("reasoning_effort".into(), Value::from(effort));
+            extra.insert("reasoning_effort".into(), Value::from(effort));
         }
-        Ok(Conversation {
+        let conversation = Conversation {
             messages,
             tools,
+            documents: fields.array("documents", limits::TOOLS_MAX)?,
             add_generation_prompt: fields.flag("add_generation_prompt", true)?,
-            kwargs,
-            // Templates write the special tokens themselves.
-            add_special: fields.flag("add_special_tokens", false)?,
-        })
+            continue_final_message: fields.flag("continue_final_message", false)?,
+            extra,
+            now: unix_seconds() as i64,
+        };
+        Ok(Chat { conversation, add_special: fields.flag("add_special_tokens", false)? })
     }
 
     /// The prompt's tokens.
     pub async fn tokens(self, state: &State) -> Result<Vec<u32>, ApiError> {
-        let bytes = self.messages.iter().map(|message| message["content"].as_str().map_or(0, str::len)).sum();
-        let words = Arc::clone(&state.words);
-        let work = move || {
-            let prompt = self.add_generation_prompt;
-            let text = words.render(&self.messages, self.tools.as_deref(), prompt, &self.kwargs);
-            let text = text.map_err(|error| {
-                ApiError::invalid("messages", format!("the model's chat template refuses this: {error}"))
-            })?;
-            words.encode(&text, self.add_special).map_err(ApiError::Failed)
+        let size = |message: &Value| match &message["content"] {
+            Value::String(text) => text.len(),
+            Value::Array(parts) => parts.iter().filter_map(|part| part["text"].as_str()).map(str::len).sum(),
+            _ => 0,
         };
-        let tokens = state.text_work(bytes, work).await?;
+        let bytes = self.conversation.messages.iter().map(size).sum();
+        let text = Arc::clone(&state.text);
+        let tokens = state.text_work(bytes, move || self.encode(&text)).await?;
         if tokens.is_empty() {
             return Err(ApiError::invalid("messages", "the prompt has no tokens"));
         }
         Ok(tokens)
     }
+
+    fn encode(&self, text: &Text) -> Result<Vec<u32>, ApiError> {
+        let Some(template) = &text.template else {
+            let message = "this model has no chat template; use /v1/completions";
+            return Err(ApiError::invalid("messages", message));
+        };
+        let refused = |error: RenderError| ApiError::invalid("messages", format!("the chat template: {error}"));
+        let rendered = template.render(&self.conversation).map_err(refused)?;
+        if self.add_special {
+            return encode(&text.tokenizer, &rendered, true);
+        }
+        let failed = |error| ApiError::Failed(format!("the prompt could not be tokenised: {error}"));
+        text.tokenizer.encode_rendered(&rendered).map_err(failed)
+    }
 }
 
-/// Checks a message and brings it into the form that templates expect: text parts joined, arguments as objects.
-fn message(number: usize, value: Value) -> Result<Value, ApiError> {
+/// Checks what every message must have; the rest is the template's to judge.
+fn check_message(number: usize, message: &Value) -> Result<(), ApiError> {
     let name = format!("messages[{number}]");
-    let Value::Object(mut message) = value else { return Err(wrong(&name, "an object", &value)) };
-    match message.get("role") {
-        Some(Value::String(role)) if !role.is_empty() => {}
-        Some(other) => return Err(wrong(&format!("{name}.role"), "a role's name", other)),
-        None => return Err(ApiError::invalid(format!("{name}.role"), format!("`{name}` has no `role`"))),
+    if !message.is_object() {
+        return Err(wrong(&name, "an object", message));
     }
-    let content = match message.remove("content") {
-        Some(Value::String(text)) => Value::String(text),
-        Some(Value::Array(parts)) => Value::String(joined(&name, parts)?),
+    match &message["role"] {
+        Value::String(role) if !role.is_empty() => {}
+        Value::Null => return Err(ApiError::invalid(format!("{name}.role"), format!("`{name}` has no `role`"))),
+        other => return Err(wrong(&format!("{name}.role"), "a role's name", other)),
+    }
+    match &message["content"] {
+        Value::String(_) | Value::Array(_) => Ok(()),
         // Only a message that calls tools may be silent.
-        None | Some(Value::Null) if message.contains_key("tool_calls") => Value::Null,
-        None | Some(Value::Null) => {
-            return Err(ApiError::invalid(format!("{name}.content"), format!("`{name}` has no `content`")));
-        }
-        Some(other) => return Err(wrong(&format!("{name}.content"), "a string or an array of parts", &other)),
-    };
-    message.insert("content".into(), content);
-    if let Some(Value::Array(calls)) = message.get_mut("tool_calls") {
-        calls.iter_mut().for_each(open_arguments);
-    }
-    Ok(Value::Object(message))
-}
-
-fn joined(name: &str, parts: Vec<Value>) -> Result<String, ApiError> {
-    let mut texts = Vec::with_capacity(parts.len());
-    for (number, part) in parts.iter().enumerate() {
-        match (part["type"].as_str(), part["text"].as_str()) {
-            (Some("text"), Some(text)) => texts.push(text),
-            (kind, _) => {
-                let kind: String = kind.unwrap_or("none").chars().take(40).collect();
-                let param = format!("{name}.content[{number}]");
-                let message = format!("`{param}`: only parts of type \"text\" are supported, got {kind:?}");
-                return Err(ApiError::unsupported(param, message));
-            }
-        }
-    }
-    Ok(texts.join("\n"))
-}
-
-/// OpenAI carries a call's arguments as a string of JSON; templates iterate over them.
-fn open_arguments(call: &mut Value) {
-    let arguments = call.get_mut("function").and_then(|function| function.get_mut("arguments"));
-    if let Some(arguments) = arguments {
-        let parsed = arguments.as_str().and_then(|text| serde_json::from_str::<Map<String, Value>>(text).ok());
-        if let Some(map) = parsed {
-            *arguments = Value::Object(map);
-        }
+        Value::Null if message["tool_calls"].is_array() => Ok(()),
+        Value::Null => Err(ApiError::invalid(format!("{name}.content"), format!("`{name}` has no `content`"))),
+        other => Err(wrong(&format!("{name}.content"), "a string or an array of parts", other)),
     }
 }
 

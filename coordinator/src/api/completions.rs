@@ -19,6 +19,7 @@ use super::request::Ask;
 use super::running::Running;
 use super::shape::{Shape, reason, stop_reason, usage};
 use super::sse::EventStream;
+use super::tokens::encode;
 use super::trace::RequestId;
 
 /// OpenAI's own default.
@@ -51,7 +52,7 @@ pub async fn create(
     drop(fields);
     state.check_serving()?;
     let prompts = prompts(&state, given, add_special, &ask).await?;
-    let room = |prompt: &Prompt| ask.room(prompt.tokens.len(), TOKENS_DEFAULT, &state.model);
+    let room = |prompt: &Prompt| ask.room(prompt.tokens.len(), TOKENS_DEFAULT, state.model_len_max());
     let rooms = prompts.iter().map(room).collect::<Result<_, _>>()?;
     let mut shape = Shape::new(&state, format!("cmpl-{id}"), ask.report, "text_completion");
     shape.choice = chunk_choice;
@@ -128,10 +129,10 @@ async fn prompts(state: &State, given: Vec<Given>, add_special: bool, ask: &Ask)
     };
     let bytes = given.iter().map(size).sum();
     let (echo, scored) = (ask.report.echo, ask.sampling.prompt_logprobs.is_some());
-    let (words, skip_special) = (Arc::clone(&state.words), ask.wording.skip_special);
+    let (tokenizer, skip_special) = (Arc::clone(&state.text.tokenizer), ask.wording.skip_special);
     let one = move |given: Given| -> Result<Prompt, ApiError> {
         let (tokens, text) = match given {
-            Given::Text(text) => (words.encode(&text, add_special).map_err(ApiError::Failed)?, Some(text)),
+            Given::Text(text) => (encode(&tokenizer, &text, add_special)?, Some(text)),
             Given::Tokens(tokens) => (tokens, None),
         };
         if tokens.is_empty() {
@@ -140,7 +141,7 @@ async fn prompts(state: &State, given: Vec<Given>, add_special: bool, ask: &Ask)
         let echo = match (echo, text) {
             (false, _) => None,
             (true, Some(text)) => Some(text),
-            (true, None) => Some(words.decode(&tokens, skip_special).map_err(ApiError::Failed)?),
+            (true, None) => Some(tokenizer.decode(&tokens, skip_special)),
         };
         Ok(Prompt { tokens, echo, scored })
     };
@@ -153,7 +154,7 @@ async fn whole(running: Running, shape: &Shape) -> Result<Response, ApiError> {
         let mut value = json!({
             "index": index,
             "text": choice.text,
-            "logprobs": shape.report.logprobs.map(|_| logprobs::completion(&shape.words, &choice.tokens)),
+            "logprobs": shape.report.logprobs.map(|_| logprobs::completion(&shape.tokenizer, &choice.tokens)),
             "finish_reason": reason(&choice.finish),
             "stop_reason": stop_reason(&choice.finish),
         });
@@ -182,7 +183,7 @@ fn chunk_choice(shape: &Shape, piece: &Piece) -> Value {
     let mut choice = json!({
         "index": piece.index,
         "text": piece.text,
-        "logprobs": scores.map(|_| logprobs::completion(&shape.words, &piece.tokens)),
+        "logprobs": scores.map(|_| logprobs::completion(&shape.tokenizer, &piece.tokens)),
         "finish_reason": reason(&piece.finish),
     });
     if piece.finish.is_some() {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use model::step::Score;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
@@ -13,15 +13,42 @@ use tokio::sync::{mpsc, watch};
 use super::auth::Keys;
 use super::request::{Defaults, ModelFacts};
 use super::view::{ClusterView, Phase};
-use super::words::Words;
 use super::{State, serve};
 use crate::schedule::job::{DoneReason, Door, Job, Output, Refusal, Submission};
+use crate::text::{ChatTemplate, SamplingDefaults, Text, Tokenizer, TokenizerConfig};
 
 /// The end token of the scripted model.
 pub const END: u32 = 256;
 
-pub fn words() -> Words {
-    Words
+/// A tokenizer whose ids are bytes, and a template that shows roles.
+pub fn text() -> Text {
+    // Byte-level vocabularies spell a byte as itself where it is printable, else as the next character from 256 on.
+    let printable = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
+    let hidden = |byte: u32| 256 + (0..byte).filter(|&byte| !printable(byte)).count() as u32;
+    let spelled = |byte: u32| char::from_u32(if printable(byte) { byte } else { hidden(byte) }).unwrap().to_string();
+    let vocab: serde_json::Map<String, Value> = (0..256).map(|byte| (spelled(byte), json!(byte))).collect();
+    let file = json!({
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
+        "added_tokens": [{"id": END, "content": "<end>", "single_word": false, "lstrip": false, "rstrip": false,
+                          "normalized": false, "special": true}],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                  "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+                  "vocab": vocab, "merges": []},
+    });
+    let config = TokenizerConfig::from_json(&Value::Null);
+    let tokenizer = Tokenizer::from_json(file.to_string().as_bytes(), &config).unwrap();
+    let template = "{% for m in messages %}{% if m.role == 'bad' %}{{ raise_exception('unknown role') }}{% endif %}\
+                    {{ m.role }}:{{ m.content }}{{ '\n' }}{% endfor %}{% if tools %}tools{% endif %}\
+                    {% if add_generation_prompt %}>{% endif %}";
+    let template = ChatTemplate::new(&[("default".to_string(), template.to_string())].into(), tokenizer.names());
+    Text {
+        tokenizer: Arc::new(tokenizer),
+        template: Some(template.unwrap()),
+        end_tokens: vec![END],
+        defaults: SamplingDefaults::default(),
+    }
 }
 
 pub fn facts() -> ModelFacts {
@@ -80,7 +107,7 @@ impl Server {
         let jobs = Arc::new(Mutex::new(Vec::new()));
         let scheduler = tokio::spawn(schedule(script, received, Arc::clone(&jobs), told));
         let keys = Keys::new(keys.iter().copied());
-        let state = State::new(Door::new(submissions), words(), facts(), keys, views, body_bytes_max);
+        let state = State::new(Door::new(submissions), text(), facts(), keys, views, body_bytes_max);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let server = async move { serve(listener, Arc::new(state), std::future::pending()).await.unwrap() };

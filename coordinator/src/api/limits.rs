@@ -14,9 +14,6 @@ pub const CHOICES_MAX: usize = 256;
 /// Messages of one chat.
 pub const MESSAGES_MAX: usize = 4096;
 pub const TOOLS_MAX: usize = 256;
-/// Stop strings, and the bytes of each: text is held back while it could still become one.
-pub const STOPS_MAX: usize = 16;
-pub const STOP_BYTES_MAX: usize = 1024;
 pub const STOP_TOKENS_MAX: usize = 1024;
 pub const LOGIT_BIAS_MAX: usize = 1024;
 /// Candidates reported a token.

@@ -4,16 +4,16 @@ use model::step::Score;
 use serde_json::{Map, Value, json};
 
 use super::answer::Told;
-use super::words::Words;
+use crate::text::Tokenizer;
 
 /// JSON has no infinity: what cannot be drawn is reported as this.
 const LEAST: f32 = -9999.0;
 
 /// `choices[].logprobs` of a chat: the drawn token and exactly the `best` candidates asked for.
-pub fn chat(words: &Words, told: &[Told]) -> Value {
+pub fn chat(tokenizer: &Tokenizer, told: &[Told]) -> Value {
     let entry = |token: u32, logprob: f32| {
-        let bytes = words.token_bytes(token);
-        json!({"token": String::from_utf8_lossy(&bytes), "logprob": finite(logprob), "bytes": bytes})
+        let bytes = tokenizer.token_bytes(token);
+        json!({"token": tokenizer.token_text(token), "logprob": finite(logprob), "bytes": bytes})
     };
     let content: Vec<Value> = told
         .iter()
@@ -28,8 +28,8 @@ pub fn chat(words: &Words, told: &[Told]) -> Value {
 }
 
 /// `choices[].logprobs` of a completion: parallel arrays. A prompt's first token has no probability.
-pub fn completion(words: &Words, told: &[Told]) -> Value {
-    let text = |token: u32| String::from_utf8_lossy(&words.token_bytes(token)).into_owned();
+pub fn completion(tokenizer: &Tokenizer, told: &[Told]) -> Value {
+    let text = |token: u32| tokenizer.token_text(token);
     let best = |token: u32, score: &Score| {
         let mut map = Map::new();
         // The drawn token is always there, so there may be one more than asked for. Of tokens that read the same
@@ -60,7 +60,7 @@ mod tests {
     fn what_cannot_be_drawn_is_still_json() {
         let score = Score { logprob: f32::NEG_INFINITY, rank: 9, best: vec![(98, -0.5)] };
         let told = [Told { token: 97, score: Some(score), offset: 0 }];
-        let value = completion(&super::super::harness::words(), &told);
+        let value = completion(&super::super::harness::text().tokenizer, &told);
         assert_eq!(value["token_logprobs"], json!([-9999.0]));
         assert_eq!(value["top_logprobs"], json!([{"b": -0.5, "a": -9999.0}]));
     }

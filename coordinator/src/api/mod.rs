@@ -1,6 +1,6 @@
 //! The API: OpenAI's endpoints, health, metrics and a page, over HTTP/1.1. Only here is OpenAI's JSON known; a request
-//! becomes a [`Job`](crate::schedule::job::Job), its outputs become the response. Text is [`words`]' business,
-//! scheduling is behind [`Door`].
+//! becomes a [`Job`](crate::schedule::job::Job), its outputs become the response. Text is [`crate::text`]'s
+//! business, scheduling is behind [`Door`].
 
 pub mod admin;
 pub mod answer;
@@ -26,7 +26,6 @@ pub mod sse;
 pub mod tokens;
 pub mod trace;
 pub mod view;
-pub mod words;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -47,9 +46,11 @@ use self::error::ApiError;
 use self::fields::Fields;
 use self::request::ModelFacts;
 use self::view::{ClusterView, Phase};
-use self::words::Words;
+use crate::config::Config;
 use crate::metrics;
 use crate::schedule::job::Door;
+use crate::source::Source;
+use crate::text::Text;
 
 /// How often recorded samples are folded into histograms.
 const UPKEEP: Duration = Duration::from_secs(5);
@@ -57,7 +58,7 @@ const UPKEEP: Duration = Duration::from_secs(5);
 /// What all requests share.
 pub struct State {
     pub door: Door,
-    pub words: Arc<Words>,
+    pub text: Arc<Text>,
     pub model: ModelFacts,
     pub keys: Keys,
     pub view: watch::Receiver<ClusterView>,
@@ -72,7 +73,7 @@ pub struct State {
 impl State {
     pub fn new(
         door: Door,
-        words: Words,
+        text: Text,
         model: ModelFacts,
         keys: Keys,
         view: watch::Receiver<ClusterView>,
@@ -82,7 +83,7 @@ impl State {
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
         State {
             door,
-            words: Arc::new(words),
+            text: Arc::new(text),
             model,
             keys,
             view,
@@ -91,6 +92,27 @@ impl State {
             started: AtomicBool::new(false),
             began: Instant::now(),
             began_unix_seconds: unix_seconds(),
+        }
+    }
+
+    /// For a model as its files and the configuration describe it.
+    pub fn for_model(
+        config: &Config,
+        source: &Source,
+        text: Text,
+        door: Door,
+        view: watch::Receiver<ClusterView>,
+    ) -> State {
+        let model = ModelFacts::new(config, source, &text);
+        let keys = Keys::new(config.api_keys.iter().map(String::as_str));
+        State::new(door, text, model, keys, view, config.body_bytes_max)
+    }
+
+    /// Longest sequence that the current plan holds.
+    pub fn model_len_max(&self) -> usize {
+        match self.view.borrow().model_len_max {
+            0 => self.model.model_len_max,
+            planned => planned.min(self.model.model_len_max),
         }
     }
 
@@ -113,13 +135,11 @@ impl State {
             return reasons;
         }
         self.started.store(true, Ordering::Relaxed);
-        let age = view.progress.map(|at| at.elapsed());
-        match age {
+        match view.progress.map(|at| at.elapsed()) {
             Some(age) if age > limits::PROGRESS_AGE_MAX => {
                 vec![format!("no step and no heartbeat completed for {:.1} s", age.as_secs_f64())]
             }
-            Some(_) => Vec::new(),
-            None => vec![format!("no step has completed under epoch {}", view.epoch)],
+            _ => Vec::new(),
         }
     }
 

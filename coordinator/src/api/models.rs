@@ -32,6 +32,6 @@ fn model(state: &State, name: &str) -> Value {
         "owned_by": "conclave",
         "root": state.name(),
         "parent": null,
-        "max_model_len": state.model.model_len_max,
+        "max_model_len": state.model_len_max(),
     })
 }

@@ -12,7 +12,6 @@ const ALWAYS: &[&str] = &[
     "audio",
     "bad_words",
     "chat_template",
-    "documents",
     "dry_multiplier",
     "function_call",
     "functions",
@@ -47,9 +46,8 @@ const ALWAYS: &[&str] = &[
 ];
 
 /// Accepted only with the value that changes nothing.
-fn neutral() -> [(&'static str, Value); 8] {
+fn neutral() -> [(&'static str, Value); 7] {
     [
-        ("continue_final_message", json!(false)),
         ("early_stopping", json!(false)),
         ("length_penalty", json!(1)),
         ("modalities", json!(["text"])),

@@ -6,11 +6,15 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 
 use model::step::Sampling;
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use super::error::ApiError;
 use super::fields::{self, Fields};
 use super::limits;
 use super::refused;
+use crate::config::Config;
+use crate::source::Source;
+use crate::text::{StopStrings, Text};
 
 /// What the API knows of the model that it serves.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,6 +30,31 @@ pub struct ModelFacts {
     pub defaults: Defaults,
     /// Identifies build and weights, so that clients see when the same seed may give something else.
     pub fingerprint: String,
+}
+
+impl ModelFacts {
+    pub fn new(config: &Config, source: &Source, text: &Text) -> ModelFacts {
+        let name = config.served_model_name.clone().unwrap_or_else(|| source.name());
+        let own = source.spec.positions_max;
+        let given = &text.defaults;
+        let silent = Defaults::default();
+        let defaults = Defaults {
+            temperature: given.temperature.unwrap_or(silent.temperature),
+            top_p: given.top_p.unwrap_or(silent.top_p),
+            top_k: given.top_k.unwrap_or(silent.top_k),
+            min_p: given.min_p.unwrap_or(silent.min_p),
+            repetition_penalty: given.repetition_penalty.unwrap_or(silent.repetition_penalty),
+        };
+        let digest = Sha256::new().chain_update(env!("CARGO_PKG_VERSION")).chain_update(&source.identity).finalize();
+        ModelFacts {
+            names: vec![name],
+            vocabulary: source.spec.vocab,
+            model_len_max: config.max_model_len.map_or(own, |most| most.min(own)),
+            end_tokens: text.end_tokens.clone(),
+            defaults,
+            fingerprint: digest[..6].iter().fold("fp_".to_string(), |text, byte| text + &format!("{byte:02x}")),
+        }
+    }
 }
 
 /// Sampling where a request says nothing: from the model's `generation_config.json`.
@@ -45,7 +74,7 @@ impl Default for Defaults {
 }
 
 /// A request for answers, without its prompt.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct Ask {
     /// `choice` is 0, `suppress` is set; the scores asked for are the endpoint's to fill in.
     pub sampling: Sampling,
@@ -62,9 +91,11 @@ pub struct Ask {
 }
 
 /// How tokens become text.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone)]
 pub struct Wording {
     pub stop: Vec<String>,
+    /// Watches for them; each choice takes a copy.
+    pub stops: StopStrings,
     /// The request's own end tokens.
     pub stop_tokens: Vec<u32>,
     /// Keep the stop string, or the stop token, in the text.
@@ -107,8 +138,7 @@ impl Ask {
 
     /// How many tokens a prompt of `prompt_tokens` may be answered with: what was asked, which must fit, else
     /// `default` as far as it fits.
-    pub fn room(&self, prompt_tokens: usize, default: usize, facts: &ModelFacts) -> Result<u32, ApiError> {
-        let length = facts.model_len_max;
+    pub fn room(&self, prompt_tokens: usize, default: usize, length: usize) -> Result<u32, ApiError> {
         let asked = self.tokens_max.map(|tokens| tokens as usize);
         // Without a wish there must be room for one token, or a prompt that fills the model would get no answer.
         let needed = prompt_tokens + asked.unwrap_or(1);
@@ -242,7 +272,6 @@ fn wording(fields: &mut Fields, tokens_min: u32) -> Result<Wording, ApiError> {
         None => Vec::new(),
         Some(Value::String(text)) => vec![text],
         Some(Value::Array(items)) => {
-            fields::check_length("stop", items.len(), limits::STOPS_MAX)?;
             let text = |item: Value| match item {
                 Value::String(text) => Ok(text),
                 other => Err(fields::wrong("stop", "a string or an array of strings", &other)),
@@ -251,16 +280,11 @@ fn wording(fields: &mut Fields, tokens_min: u32) -> Result<Wording, ApiError> {
         }
         Some(other) => return Err(fields::wrong("stop", "a string or an array of strings", &other)),
     };
-    for text in &stop {
-        if text.is_empty() || text.len() > limits::STOP_BYTES_MAX {
-            let most = limits::STOP_BYTES_MAX;
-            let message = format!("`stop`: each string must have 1 to {most} bytes, got {}", text.len());
-            return Err(ApiError::invalid("stop", message));
-        }
-    }
     let include_stop = fields.flag("include_stop_str_in_output", false)?;
     let skip_special = fields.flag("skip_special_tokens", true)?;
-    Ok(Wording { stop, stop_tokens: Vec::new(), include_stop, skip_special, tokens_min })
+    let stops = StopStrings::new(&stop, include_stop);
+    let stops = stops.map_err(|error| ApiError::invalid("stop", format!("`stop`: {error}")))?;
+    Ok(Wording { stop, stops, stop_tokens: Vec::new(), include_stop, skip_special, tokens_min })
 }
 
 fn report(fields: &mut Fields) -> Result<Report, ApiError> {
@@ -322,7 +346,7 @@ mod tests {
 
     #[test]
     fn an_answer_s_room_is_what_the_model_leaves() {
-        let room = |body: &str, prompt| read(body).unwrap().room(prompt, 16, &facts());
+        let room = |body: &str, prompt| read(body).unwrap().room(prompt, 16, 64);
         assert_eq!(room("{}", 10), Ok(16));
         assert_eq!(room("{}", 60), Ok(4));
         assert_eq!(room(r#"{"max_tokens":54}"#, 10), Ok(54));

@@ -58,8 +58,9 @@ impl Running {
             };
             jobs.push(Some(submit(&state.door, job).await?));
         }
-        let words = Arc::clone(&state.words);
-        let answers = Answers::new(words, ask.wording.clone(), ask.end_tokens.clone(), prompts, ask.choices as usize);
+        let tokenizer = Arc::clone(&state.text.tokenizer);
+        let answers =
+            Answers::new(tokenizer, ask.wording.clone(), ask.end_tokens.clone(), prompts, ask.choices as usize);
         let (open, meter) = (answers.count(), Meter::start(&answers));
         Ok(Running { jobs, answers, open, meter })
     }

@@ -8,7 +8,7 @@ use super::State;
 use super::answer::{Finish, Piece, Usage};
 use super::request::Report;
 use super::unix_seconds;
-use super::words::Words;
+use crate::text::Tokenizer;
 
 /// A request's fixed words. The endpoint gives its own ways to write a piece.
 pub struct Shape {
@@ -17,7 +17,7 @@ pub struct Shape {
     pub model: String,
     pub fingerprint: String,
     pub report: Report,
-    pub words: Arc<Words>,
+    pub tokenizer: Arc<Tokenizer>,
     /// Prompt token ids, to be told in a choice's first chunk.
     pub prompts: Vec<Vec<u32>>,
     /// The `object` of a chunk.
@@ -36,7 +36,7 @@ impl Shape {
             model: state.name().to_string(),
             fingerprint: state.model.fingerprint.clone(),
             report,
-            words: Arc::clone(&state.words),
+            tokenizer: Arc::clone(&state.text.tokenizer),
             prompts: Vec::new(),
             object,
             first: |_, _| None,

@@ -5,6 +5,8 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use crate::schedule::load::Load;
+
 /// Where a group is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Default)]
 #[serde(rename_all = "snake_case")]
@@ -48,7 +50,9 @@ pub struct ClusterView {
     /// Why the phase is not `Serving`, each a sentence.
     pub reasons: Vec<String>,
     pub load: LoadView,
-    /// When a step, or an idle heartbeat, last completed under the current epoch.
+    /// Longest sequence under the plan, 0 where only the model's own bound is known.
+    pub model_len_max: usize,
+    /// When a step, or an idle heartbeat, last completed under the current epoch; none leaves it to the phase alone.
     #[serde(skip)]
     pub progress: Option<Instant>,
 }
@@ -73,8 +77,11 @@ pub struct LoadView {
     pub waiting: usize,
     /// Of the cache's blocks, 0 to 1.
     pub cache_used: f64,
-    /// Counted since the start.
-    pub preemptions: u64,
-    pub prefix_queries: u64,
-    pub prefix_hits: u64,
+}
+
+impl From<&Load> for LoadView {
+    fn from(load: &Load) -> LoadView {
+        let cache_used = load.blocks_used as f64 / load.blocks_total.max(1) as f64;
+        LoadView { running: load.running, waiting: load.waiting, cache_used }
+    }
 }

@@ -5,8 +5,9 @@ use super::event::{Action, Event};
 use super::service::{Notice, Said, StepStream};
 use super::state::{Cluster, Phase, Planner};
 use super::store::{Expect, Revision, Store, StoreError};
-use crate::api::view::{self, ClusterView, MemberView};
+use crate::api::view::{self, ClusterView, LoadView, MemberView};
 use crate::group::{Answer, GrpcGroup, ORDERS_MAX};
+use crate::schedule::load::Load;
 use model::fault::{Fault, FaultKind};
 use model::plan::{Epoch, Plan, WorkerId};
 use proto::cluster::v1 as wire;
@@ -38,6 +39,7 @@ pub struct Parts<S, P> {
     pub turns: mpsc::Sender<Turn>,
     pub ended: mpsc::Receiver<GroupEnded>,
     pub view: watch::Sender<ClusterView>,
+    pub load: watch::Receiver<Load>,
     /// Where workers find the model, and what proves that they read the same.
     pub model_path: String,
     pub identity: Vec<u8>,
@@ -289,9 +291,22 @@ impl<S: Store, P: Planner> Shell<S, P> {
             }
             let reasons: Vec<String> =
                 Some(cluster.reason().to_string()).filter(|r| !r.is_empty()).into_iter().collect();
-            let changed = view.phase != phase || view.epoch != epoch || view.members != members || view.reasons != reasons;
-            (view.phase, view.epoch, view.members, view.reasons) = (phase, epoch, members, reasons);
+            let load = LoadView::from(&*self.parts.load.borrow());
+            view.progress = self.moved();
+            let changed = view.load != load || view.phase != phase || view.epoch != epoch || view.members != members || view.reasons != reasons;
+            (view.phase, view.epoch, view.members, view.reasons, view.load) = (phase, epoch, members, reasons, load);
             changed
         });
+    }
+
+    /// When every member of the plan last showed progress, or, idle, a sign of life.
+    fn moved(&self) -> Option<Instant> {
+        let plan = self.parts.cluster.plan()?;
+        let at = |m: &model::plan::Member| {
+            let worker = self.parts.cluster.workers().get(&m.worker)?;
+            Some(if worker.beat.steps_pending > 0 { worker.moved } else { worker.heard })
+        };
+        let oldest = plan.members.iter().map(at).collect::<Option<Vec<_>>>()?.into_iter().min()?;
+        Some(self.began + oldest)
     }
 }

@@ -9,19 +9,47 @@ use std::sync::Arc;
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// A worker was let in (token, wire version and build were checked at the door).
-    Joined { offer: Offer },
+    Joined {
+        offer: Offer,
+    },
     /// Its stream ended, or it asked to leave.
-    Lost { worker: WorkerId, why: String },
-    Beat { worker: WorkerId, beat: Beat },
-    Loading { worker: WorkerId, epoch: Epoch, bytes_done: u64, bytes_total: u64 },
-    LoadFailed { worker: WorkerId, epoch: Epoch, fault: Fault },
+    Lost {
+        worker: WorkerId,
+        why: String,
+    },
+    Beat {
+        worker: WorkerId,
+        beat: Beat,
+    },
+    Loading {
+        worker: WorkerId,
+        epoch: Epoch,
+        bytes_done: u64,
+        bytes_total: u64,
+    },
+    LoadFailed {
+        worker: WorkerId,
+        epoch: Epoch,
+        fault: Fault,
+    },
     /// Loaded, identity proven, step stream open.
-    Ready { worker: WorkerId, epoch: Epoch },
+    Ready {
+        worker: WorkerId,
+        epoch: Epoch,
+    },
     /// The store took the plan, or somebody else's was there first.
-    Committed { epoch: Epoch },
-    CommitFailed { found: Epoch, why: String },
+    Committed {
+        epoch: Epoch,
+    },
+    CommitFailed {
+        found: Epoch,
+        why: String,
+    },
     /// A step of the epoch failed.
-    GroupFault { epoch: Epoch, fault: Fault },
+    GroupFault {
+        epoch: Epoch,
+        fault: Fault,
+    },
     /// Time passed.
     Tick,
 }
@@ -40,14 +68,30 @@ pub struct Beat {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
     /// Compare-and-swap the plan into the store; answer with `Committed` or `CommitFailed`.
-    Commit { plan: Arc<Plan> },
-    Load { worker: WorkerId, plan: Arc<Plan> },
+    Commit {
+        plan: Arc<Plan>,
+    },
+    Load {
+        worker: WorkerId,
+        plan: Arc<Plan>,
+    },
     /// Drop the epoch's ranks, abort their collectives.
-    Release { worker: WorkerId, epoch: Epoch },
+    Release {
+        worker: WorkerId,
+        epoch: Epoch,
+    },
     /// Close a worker's stream; it is no member any more.
-    Expel { worker: WorkerId, why: String },
+    Expel {
+        worker: WorkerId,
+        why: String,
+    },
     /// All ranks are ready: steps may run under this plan.
-    Serve { plan: Arc<Plan> },
+    Serve {
+        plan: Arc<Plan>,
+    },
     /// Stop stepping; requests wait for the next `Serve`.
-    Halt { epoch: Epoch, why: String },
+    Halt {
+        epoch: Epoch,
+        why: String,
+    },
 }

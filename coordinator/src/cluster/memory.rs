@@ -105,7 +105,11 @@ impl Store for MemoryStore {
     }
 
     async fn put_if_leased(
-        &self, key: &str, value: &[u8], expect: Expect, lease: &Lease,
+        &self,
+        key: &str,
+        value: &[u8],
+        expect: Expect,
+        lease: &Lease,
     ) -> Result<Revision, StoreError> {
         self.put(key, value, expect, Some(lease.0))
     }

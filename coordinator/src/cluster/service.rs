@@ -24,11 +24,28 @@ const COMMANDS_MAX: usize = 64;
 
 /// What the driver learns from the wire.
 pub enum Notice {
-    Joined { connection: u64, offer: Offer, commands: mpsc::Sender<Result<wire::Command, Status>> },
-    Said { connection: u64, worker: WorkerId, message: Said },
-    Gone { connection: u64, worker: WorkerId, why: String },
+    Joined {
+        connection: u64,
+        offer: Offer,
+        commands: mpsc::Sender<Result<wire::Command, Status>>,
+    },
+    Said {
+        connection: u64,
+        worker: WorkerId,
+        message: Said,
+    },
+    Gone {
+        connection: u64,
+        worker: WorkerId,
+        why: String,
+    },
     /// A loaded worker opened its step stream; the driver answers with where to send what comes up.
-    StepsOpened { worker: WorkerId, epoch: Epoch, stream: StepStream, accept: tokio::sync::oneshot::Sender<mpsc::Sender<Answer>> },
+    StepsOpened {
+        worker: WorkerId,
+        epoch: Epoch,
+        stream: StepStream,
+        accept: tokio::sync::oneshot::Sender<mpsc::Sender<Answer>>,
+    },
 }
 
 /// A worker's message, understood.
@@ -76,8 +93,7 @@ impl Service {
             return Err(Status::failed_precondition(format!("build {theirs}, the coordinator's is {ours}")));
         }
         let bad = |e: proto::WireError| Status::invalid_argument(e.to_string());
-        let families: Result<Vec<_>, _> =
-            offer.families().map(proto::convert::family_from_wire).collect();
+        let families: Result<Vec<_>, _> = offer.families().map(proto::convert::family_from_wire).collect();
         if offer.worker.is_empty() || offer.worker.len() > 256 || offer.devices.is_empty() {
             return Err(Status::invalid_argument("an offer needs a name and a device"));
         }
@@ -107,7 +123,10 @@ impl wire::cluster_server::Cluster for Service {
     type JoinStream = Answers<wire::Command>;
     type StepsStream = Answers<wire::StepOrder>;
 
-    async fn join(&self, request: Request<Streaming<wire::WorkerMessage>>) -> Result<Response<Self::JoinStream>, Status> {
+    async fn join(
+        &self,
+        request: Request<Streaming<wire::WorkerMessage>>,
+    ) -> Result<Response<Self::JoinStream>, Status> {
         let mut messages = request.into_inner();
         let Some(Body::Offer(offer)) = first(&mut messages).await?.body else {
             return Err(Status::invalid_argument("the first message must be an offer"));
@@ -139,7 +158,10 @@ impl wire::cluster_server::Cluster for Service {
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
-    async fn steps(&self, request: Request<Streaming<wire::StepAnswer>>) -> Result<Response<Self::StepsStream>, Status> {
+    async fn steps(
+        &self,
+        request: Request<Streaming<wire::StepAnswer>>,
+    ) -> Result<Response<Self::StepsStream>, Status> {
         let mut messages = request.into_inner();
         let hello = first(&mut messages).await?;
         if !same_secret(&hello.token, &self.door.token) {

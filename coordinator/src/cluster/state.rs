@@ -155,8 +155,7 @@ impl<P: Planner> Cluster<P> {
             // The same name twice: the newer process is the real one (the older's socket is about to close).
             self.lost(now, &id, "joined again", actions);
         }
-        let worker =
-            Worker { offer, heard: now, beat: Beat::default(), moved: now, loading: None, ready: None };
+        let worker = Worker { offer, heard: now, beat: Beat::default(), moved: now, loading: None, ready: None };
         self.workers.insert(id, worker);
         self.since = now;
         self.retry_at = now;
@@ -184,8 +183,12 @@ impl<P: Planner> Cluster<P> {
 
     fn silent(&mut self, now: Duration, actions: &mut Vec<Action>) {
         let silence = self.rules.silence;
-        let dead: Vec<WorkerId> =
-            self.workers.iter().filter(|(_, w)| now.saturating_sub(w.heard) > silence).map(|(id, _)| id.clone()).collect();
+        let dead: Vec<WorkerId> = self
+            .workers
+            .iter()
+            .filter(|(_, w)| now.saturating_sub(w.heard) > silence)
+            .map(|(id, _)| id.clone())
+            .collect();
         for worker in dead {
             self.lost(now, &worker, &format!("silent for more than {} ms", silence.as_millis()), actions);
         }

@@ -56,12 +56,20 @@ pub trait Store: Send + Sync + 'static {
     fn list(&self, prefix: &str) -> impl Future<Output = Result<Vec<Entry>, StoreError>> + Send;
 
     /// Writes if the key is as expected; the compare-and-swap that plans go through.
-    fn put_if(&self, key: &str, value: &[u8], expect: Expect)
-    -> impl Future<Output = Result<Revision, StoreError>> + Send;
+    fn put_if(
+        &self,
+        key: &str,
+        value: &[u8],
+        expect: Expect,
+    ) -> impl Future<Output = Result<Revision, StoreError>> + Send;
 
     /// The same; the key vanishes with the lease.
     fn put_if_leased(
-        &self, key: &str, value: &[u8], expect: Expect, lease: &Lease,
+        &self,
+        key: &str,
+        value: &[u8],
+        expect: Expect,
+        lease: &Lease,
     ) -> impl Future<Output = Result<Revision, StoreError>> + Send;
 
     /// Deletes a key; absent is no error.
@@ -75,6 +83,8 @@ pub trait Store: Send + Sync + 'static {
     /// Changes under `prefix` with a revision above `from`, in order, none left out. The channel closes when the store
     /// is gone or the watcher lags beyond the channel's bound: list again and watch from there.
     fn watch(
-        &self, prefix: &str, from: Revision,
+        &self,
+        prefix: &str,
+        from: Revision,
     ) -> impl Future<Output = Result<mpsc::Receiver<Change>, StoreError>> + Send;
 }

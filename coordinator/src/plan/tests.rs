@@ -211,7 +211,8 @@ fn broken_plans_are_told_apart() {
         change(&mut plan);
         check::check(&spec, &plan).expect_err("the plan is broken")
     };
-    let cases: [(&dyn Fn(&mut Plan), &str); 10] = [
+    type Change<'a> = &'a dyn Fn(&mut Plan);
+    let cases: [(Change<'_>, &str); 10] = [
         (&|p| p.mesh.tensor = 3, "not a power of two"),
         (&|p| p.mesh.tensor = 16, "segments"),
         (&|p| p.stages[0].end = 2, "must begin at layer 2"),

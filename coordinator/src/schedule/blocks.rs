@@ -224,3 +224,132 @@ impl BlockPool {
         &mut self.blocks[block.0 as usize]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn collide(_: u64, _: &[u32]) -> u64 {
+        7
+    }
+
+    fn hashes(hash: BlockHash, salt: u64, tokens: &[u32]) -> Vec<u64> {
+        let mut parent = hash(salt, &[]);
+        let chain = tokens.chunks_exact(BLOCK_TOKENS).map(|tokens| {
+            parent = hash(parent, tokens);
+            parent
+        });
+        chain.collect()
+    }
+
+    fn find(pool: &BlockPool, hash: BlockHash, salt: u64, tokens: &[u32]) -> Vec<BlockId> {
+        pool.longest_prefix(salt, &hashes(hash, salt, tokens), tokens).0
+    }
+
+    /// Computes and releases all full blocks of `tokens`.
+    fn cache(pool: &mut BlockPool, hash: BlockHash, salt: u64, tokens: &[u32]) -> Vec<BlockId> {
+        let mut parent = Some(Parent::Root { salt });
+        let mut table = Vec::new();
+        for (hash, tokens) in hashes(hash, salt, tokens).into_iter().zip(tokens.chunks_exact(BLOCK_TOKENS)) {
+            let block = pool.allocate().unwrap();
+            parent = parent.and_then(|parent| pool.register(block, parent, hash, tokens));
+            table.push(block);
+            pool.check_integrity([table.as_slice()].into_iter()).unwrap();
+        }
+        for block in table.iter().rev() {
+            pool.release(*block);
+        }
+        pool.check_integrity(std::iter::empty()).unwrap();
+        table
+    }
+
+    fn prompt(first: u32, blocks: usize) -> Vec<u32> {
+        (0..(blocks * BLOCK_TOKENS) as u32).map(|position| if position == 0 { first } else { position }).collect()
+    }
+
+    #[test]
+    fn a_released_prefix_is_found_again() {
+        for hash in [chained_hash as BlockHash, collide] {
+            let mut pool = BlockPool::new(8);
+            let table = cache(&mut pool, hash, 1, &prompt(9, 3));
+            assert_eq!(pool.available(), 8);
+            assert_eq!(find(&pool, hash, 1, &prompt(9, 4)), table);
+            assert_eq!(find(&pool, hash, 1, &prompt(9, 2)), table[..2]);
+        }
+    }
+
+    #[test]
+    fn a_collision_or_another_tenant_finds_nothing() {
+        for hash in [chained_hash as BlockHash, collide] {
+            let mut pool = BlockPool::new(8);
+            let table = cache(&mut pool, hash, 1, &prompt(9, 3));
+            // Blocks 2 and 3 are equal, what stands before them is not.
+            assert_eq!(find(&pool, hash, 1, &prompt(8, 3)), []);
+            assert_eq!(find(&pool, hash, 2, &prompt(9, 3)), []);
+            let mut other_tail = prompt(9, 3);
+            other_tail[2 * BLOCK_TOKENS] += 1;
+            assert_eq!(find(&pool, hash, 1, &other_tail), table[..2]);
+        }
+    }
+
+    #[test]
+    fn a_freed_block_is_reused_last_and_a_tail_before_its_head() {
+        let mut pool = BlockPool::new(6);
+        let old = cache(&mut pool, chained_hash, 0, &prompt(1, 2));
+        let new = cache(&mut pool, chained_hash, 0, &prompt(2, 2));
+        let order: Vec<BlockId> = (0..6).map(|_| pool.allocate().unwrap()).collect();
+        assert_eq!(order[2..], [old[1], old[0], new[1], new[0]]);
+        assert_eq!(pool.allocate(), None);
+        assert_eq!(find(&pool, chained_hash, 0, &prompt(1, 2)), []);
+        pool.check_integrity([order.as_slice()].into_iter()).unwrap();
+    }
+
+    #[test]
+    fn a_shared_block_is_free_after_its_last_holder() {
+        let mut pool = BlockPool::new(1);
+        let block = cache(&mut pool, chained_hash, 0, &prompt(1, 1))[0];
+        pool.share(block);
+        pool.share(block);
+        assert_eq!((pool.used(), pool.allocate()), (1, None));
+        pool.check_integrity([[block].as_slice(), &[block]].into_iter()).unwrap();
+        pool.release(block);
+        assert_eq!(pool.allocate(), None);
+        pool.release(block);
+        assert_eq!(pool.allocate(), Some(block));
+    }
+
+    #[test]
+    fn a_child_of_an_evicted_parent_is_not_cached() {
+        let mut pool = BlockPool::new(2);
+        let tokens = prompt(1, 2);
+        let chain = hashes(chained_hash, 0, &tokens);
+        let head = pool.allocate().unwrap();
+        let parent = pool.register(head, Parent::Root { salt: 0 }, chain[0], &tokens[..BLOCK_TOKENS]).unwrap();
+        pool.release(head);
+        let (first, second) = (pool.allocate().unwrap(), pool.allocate().unwrap());
+        assert_eq!(second, head, "the cached block is evicted last");
+        assert_eq!(pool.register(first, parent, chain[1], &tokens[BLOCK_TOKENS..]), None);
+    }
+
+    #[test]
+    fn a_block_computed_twice_is_cached_once() {
+        let mut pool = BlockPool::new(2);
+        let tokens = prompt(1, 1);
+        let hash = hashes(chained_hash, 0, &tokens)[0];
+        let (first, second) = (pool.allocate().unwrap(), pool.allocate().unwrap());
+        let parent = pool.register(first, Parent::Root { salt: 0 }, hash, &tokens);
+        assert_eq!(pool.register(second, Parent::Root { salt: 0 }, hash, &tokens), parent);
+        pool.release(second);
+        assert_eq!(pool.allocate(), Some(second));
+        assert_eq!(find(&pool, chained_hash, 0, &tokens), [first]);
+    }
+
+    #[test]
+    fn wrong_books_are_noticed() {
+        let mut pool = BlockPool::new(2);
+        let block = pool.allocate().unwrap();
+        assert!(pool.check_integrity(std::iter::empty()).is_err());
+        assert!(pool.check_integrity([[block, block].as_slice()].into_iter()).is_err());
+        pool.check_integrity([[block].as_slice()].into_iter()).unwrap();
+    }
+}

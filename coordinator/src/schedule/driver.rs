@@ -188,3 +188,163 @@ impl Driver {
         Ended::Faulted(fault)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use model::fault::FaultKind;
+    use model::plan::Limits;
+    use model::step::{LaneResult, Sample, Sampling, StepBatch, StepId, StepResult};
+
+    use super::*;
+    use crate::schedule::job::{DoneReason, Door, Job};
+
+    const LIMITS: Limits = Limits { model_len_max: 4096, step_tokens_max: 64, step_sequences_max: 4, blocks: 128 };
+
+    /// Draws a sequence's position as its token; dies when its steps are used up.
+    struct Group {
+        answers: VecDeque<(StepId, StepResult)>,
+        steps_left: usize,
+    }
+
+    impl ShardGroup for Group {
+        fn submit(&mut self, step: StepId, batch: StepBatch) -> Result<(), Fault> {
+            let lanes = batch.lanes.iter().map(|lane| {
+                let sampled = lane.chunks.iter().filter(|chunk| chunk.sample);
+                let token = |start: u32, tokens: usize| start + tokens as u32;
+                let samples = sampled.map(|chunk| Sample {
+                    seq: chunk.seq,
+                    token: token(chunk.start, chunk.tokens.len()),
+                    score: None,
+                });
+                LaneResult { samples: samples.collect(), prompt_scores: Vec::new() }
+            });
+            self.answers.push_back((step, StepResult { lanes: lanes.collect() }));
+            Ok(())
+        }
+
+        async fn next(&mut self) -> Result<(StepId, StepResult), Fault> {
+            tokio::task::yield_now().await;
+            if self.steps_left == 0 {
+                return Err(Fault::new(FaultKind::RankLost, "rank 0 is gone"));
+            }
+            self.steps_left -= 1;
+            Ok(self.answers.pop_front().expect("a step was submitted"))
+        }
+    }
+
+    fn group(steps_left: usize) -> Group {
+        Group { answers: VecDeque::new(), steps_left }
+    }
+
+    fn job(tokens_max: u32) -> Job {
+        Job {
+            id: "test".into(),
+            prompt: vec![1, 2, 3],
+            sampling: Sampling::GREEDY,
+            choices: 1,
+            tokens_max,
+            end_tokens: Vec::new(),
+            salt: 0,
+        }
+    }
+
+    fn driver() -> (Driver, Door, watch::Receiver<Load>) {
+        let (sender, receiver) = mpsc::channel(8);
+        let (driver, load) = Driver::new(Settings::new(LIMITS, 1), receiver, Instant::now);
+        (driver, Door::new(sender), load)
+    }
+
+    async fn collect(mut outputs: mpsc::Receiver<Output>) -> Vec<Output> {
+        let mut all = Vec::new();
+        while let Some(output) = outputs.recv().await {
+            all.push(output);
+        }
+        all
+    }
+
+    fn expected(tokens: u32) -> Vec<Output> {
+        let mut all = vec![Output::Started { cached_tokens: 0 }];
+        all.extend((0..tokens).map(|number| Output::Token { choice: 0, token: 3 + number, score: None }));
+        all.push(Output::Done { choice: 0, reason: DoneReason::Length });
+        all
+    }
+
+    #[tokio::test]
+    async fn a_job_runs_over_a_groups_death_without_a_gap() {
+        let (mut driver, door, load) = driver();
+        let client = async {
+            let outputs = door.submit(job(20)).await.unwrap();
+            drop(door);
+            collect(outputs).await
+        };
+        let server = async {
+            let fault = Fault::new(FaultKind::RankLost, "rank 0 is gone");
+            assert_eq!(driver.run(&mut group(7)).await, Ended::Faulted(fault));
+            driver.requeue(Settings::new(LIMITS, 1));
+            driver.run(&mut group(100)).await
+        };
+        let (outputs, ended) = tokio::join!(client, server);
+        assert_eq!((outputs, ended), (expected(20), Ended::Closed));
+        assert_eq!((load.borrow().requeues, load.borrow().tokens_generated), (1, 20));
+    }
+
+    #[tokio::test]
+    async fn a_job_is_taken_while_there_is_no_group() {
+        let (mut driver, door, _load) = driver();
+        let outputs = tokio::select! {
+            outputs = door.submit(job(2)) => outputs.unwrap(),
+            () = driver.hold() => panic!("the door is open"),
+        };
+        drop(door);
+        let (outputs, _) = tokio::join!(collect(outputs), async { driver.run(&mut group(100)).await });
+        assert_eq!(outputs, expected(2));
+    }
+
+    #[tokio::test]
+    async fn a_client_that_hangs_up_frees_its_blocks_within_two_steps() {
+        let (mut driver, door, load) = driver();
+        let client = async {
+            drop(door.submit(job(4000)).await.unwrap());
+            drop(door);
+        };
+        let ((), ended) = tokio::join!(client, async { driver.run(&mut group(3)).await });
+        assert_eq!(ended, Ended::Closed, "the group would have died at its fourth step");
+        assert_eq!((load.borrow().blocks_used, load.borrow().jobs_cancelled), (0, 1));
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_is_cancelled() {
+        let (mut driver, door, load) = driver();
+        let (sender, outputs) = mpsc::channel(3);
+        let (accepted, _answer) = tokio::sync::oneshot::channel();
+        driver.take(Submission { job: job(4000), accepted, outputs: sender });
+        drop(door);
+        assert_eq!(driver.run(&mut group(10)).await, Ended::Closed);
+        assert_eq!(collect(outputs).await.len(), 3);
+        assert_eq!(load.borrow().jobs_cancelled, 1);
+    }
+
+    #[tokio::test]
+    async fn refusals_are_told_and_an_end_of_service_ends_all_jobs() {
+        let (mut driver, door, _load) = driver();
+        let submitted = tokio::select! {
+            submitted = async { (door.submit(job(5000)).await, door.submit(job(5)).await) } => submitted,
+            () = driver.hold() => panic!("the door is open"),
+        };
+        // 5,000 tokens are cut at the model's length, which the pool holds.
+        let refusal = Refusal::NotServing("no worker is left".into());
+        driver.fail_all(&refusal);
+        for outputs in [submitted.0.unwrap(), submitted.1.unwrap()] {
+            assert_eq!(collect(outputs).await, [Output::Failed(refusal.clone())]);
+        }
+        let mut too_long = job(1);
+        too_long.prompt = vec![1; 4096];
+        let refused = tokio::select! {
+            refused = door.submit(too_long) => refused,
+            () = driver.hold() => panic!("the door is open"),
+        };
+        assert_eq!(refused.unwrap_err(), Refusal::TooLong { tokens: 4097, tokens_max: 4096 });
+    }
+}

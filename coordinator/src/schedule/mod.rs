@@ -11,5 +11,7 @@ pub mod load;
 mod pack;
 pub mod scheduler;
 mod sequence;
+#[cfg(test)]
+mod tests;
 
 pub use admit::Settings;

@@ -241,6 +241,14 @@ mod tests {
     }
 
     #[test]
+    fn all_requests_share_one_text() {
+        fn check<T: Send + Sync + 'static>() {}
+        check::<Text>();
+        check::<Detokenizer>();
+        check::<StopStrings>();
+    }
+
+    #[test]
     fn a_template_file_wins_and_a_bare_directory_has_none() {
         let config = json!({"chat_template": [{"name": "default", "template": "listed"}, {"name": "tool_use", "template": "t"}]});
         let render = |directory: &Directory, tools: Option<Vec<Value>>| {

@@ -25,8 +25,11 @@ fn digest(key: u64, tokens: impl Iterator<Item = u32>) -> u64 {
         .fold(key, |digest, token| (digest ^ u64::from(token)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)))
 }
 
-/// One choice's tokens, their scores if asked, and why it ended.
-pub fn answer(job: &Job, choice: u32, model_len_max: usize) -> (Vec<(u32, Option<Score>)>, DoneReason) {
+/// Drawn tokens with their scores, where asked.
+pub type Drawn = Vec<(u32, Option<Score>)>;
+
+/// One choice's tokens and why it ended.
+pub fn answer(job: &Job, choice: u32, model_len_max: usize) -> (Drawn, DoneReason) {
     let sampling = Sampling { choice, ..job.sampling.clone() };
     let mut tokens = job.prompt.clone();
     let mut drawn = Vec::new();

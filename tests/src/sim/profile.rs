@@ -42,11 +42,13 @@ impl Profile {
         if random.once_in(4) {
             settings.block_hash = |_, _| 0;
         }
-        let families = (0..3).map(|_| tokens(random, model_len_max)).collect();
+        let mut families: Vec<Vec<u32>> = (0..2).map(|_| tokens(random, model_len_max)).collect();
+        // Equal blocks after another beginning: what they hold differs.
+        families.push([&[VOCABULARY - 1 - families[0][0]], &families[0][1..]].concat());
         Profile {
             settings,
             jobs: random.within(5..=60),
-            cancel_in: random.next() % 5,
+            cancel_in: random.word() % 5,
             fault_every: if random.once_in(3) { 60 } else { 0 },
             families,
             pause_max: if random.once_in(2) { PAUSE_MAX_US } else { PAUSE_MAX_US / 10 },
@@ -67,8 +69,9 @@ impl Profile {
         if random.once_in(40) {
             prompt.resize(model_len_max, 1);
         }
+        let salt = random.word() % 2;
         let sampling = Sampling {
-            seed: random.next(),
+            seed: random.word() << 1 | salt,
             presence_penalty: if random.once_in(4) { 0.5 } else { 0.0 },
             logprobs: random.once_in(4).then_some(0),
             prompt_logprobs: random.once_in(6).then_some(0),
@@ -81,7 +84,7 @@ impl Profile {
             choices: if random.once_in(4) { random.within(2..=4) as u32 } else { 1 },
             tokens_max: if random.once_in(12) { 0 } else { random.within(1..=90) as u32 },
             end_tokens: if random.once_in(2) { vec![7] } else { Vec::new() },
-            salt: random.next() % 2,
+            salt,
         }
     }
 
@@ -97,5 +100,5 @@ impl Profile {
 }
 
 fn tokens(random: &mut Random, count: usize) -> Vec<u32> {
-    (0..count).map(|_| (random.next() % u64::from(VOCABULARY)) as u32).collect()
+    (0..count).map(|_| (random.word() % u64::from(VOCABULARY)) as u32).collect()
 }

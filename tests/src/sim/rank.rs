@@ -8,6 +8,11 @@ use model::step::{BlockId, Chunk, LaneBatch, LaneResult, PromptScores, Sample, S
 
 use super::oracle;
 
+/// Tells the tenants' tokens apart in the cache: the profile puts a job's salt into its seed's lowest bit.
+fn tenant(sampling: &Sampling) -> u32 {
+    (sampling.seed as u32 & 1) << 16
+}
+
 /// What nobody wrote reads as a token that no prompt has.
 const UNWRITTEN: u32 = u32::MAX;
 
@@ -76,10 +81,11 @@ impl Rank {
         assert!(!chunk.tokens.is_empty() && end <= self.limits.model_len_max, "a chunk of {start}..{end}");
         assert_eq!(known.table.len(), end.div_ceil(BLOCK_TOKENS), "blocks for {end} tokens");
         for (position, token) in (start..end).zip(&chunk.tokens) {
-            self.cache[slot(&known.table, position)] = *token;
+            self.cache[slot(&known.table, position)] = *token | tenant(&known.sampling);
         }
         let known = &self.sequences[&chunk.seq];
-        let read = |len: usize| (0..len).map(|position| self.cache[slot(&known.table, position)]);
+        let read =
+            |len: usize| (0..len).map(|position| self.cache[slot(&known.table, position)] ^ tenant(&known.sampling));
         match known.len {
             Some(len) => assert_eq!(start, len, "a chunk follows the one before"),
             None if known.sampling.needs_history() => assert!(read(start).eq(known.history.iter().copied())),

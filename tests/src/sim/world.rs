@@ -37,7 +37,7 @@ struct Client {
     job: Job,
     started: bool,
     scores: Option<Vec<Score>>,
-    choices: Vec<(Vec<(u32, Option<Score>)>, Option<DoneReason>)>,
+    choices: Vec<(oracle::Drawn, Option<DoneReason>)>,
 }
 
 /// A step that the ranks have computed but not answered, and the blocks that each sequence of it may touch.

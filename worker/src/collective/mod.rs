@@ -12,17 +12,23 @@
 //! its kernels began (see `model::cut`).
 
 pub mod checked;
+pub mod connect;
+mod door;
+mod hello;
 mod inbox;
 pub mod local;
 pub mod memfd;
 mod region;
 mod ring;
 pub mod shared;
+mod sockets;
 pub mod solo;
 #[cfg(test)]
 mod suite;
+pub mod tcp;
 mod tree;
 mod wait;
+mod watch;
 
 use model::fault::Fault;
 use std::sync::Arc;

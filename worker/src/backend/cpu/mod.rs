@@ -61,7 +61,7 @@ pub struct CpuConfig {
     pub spin: u32,
 }
 
-/// The families that this build runs here, native ones first; the others are emulated, bit for bit.
+/// The families that this build runs here, best first; one without its instructions is emulated, bit for bit.
 pub fn families() -> Vec<KernelFamily> {
     vec![KernelFamily::Vector, KernelFamily::Amx]
 }

@@ -2,9 +2,10 @@
 
 use super::simd::Level;
 use super::{CpuBackend, CpuConfig};
-use crate::backend::suite;
+use crate::backend::{Backend, HostSlice, Kind, MatrixView, suite};
+use half::bf16;
 use model::plan::KernelFamily;
-use model::quant::Dtype;
+use model::quant::{Dtype, Format};
 
 fn transcript(dtype: Dtype, family: KernelFamily, threads: usize, level: Level) -> suite::Transcript {
     let config = CpuConfig { dtype, family, threads, spin: 50 };
@@ -33,6 +34,9 @@ fn bf16_keeps_the_contract_on_every_instruction_set() {
 
 #[test]
 fn the_amx_order_keeps_the_contract_on_every_instruction_set() {
+    if !Level::best().has_tiles() {
+        eprintln!("\n*** AMX TILES ARE NOT TESTED: THIS CPU HAS NONE; only their emulation is ***\n");
+    }
     every_level_agrees(Dtype::Bf16, KernelFamily::Amx);
 }
 
@@ -44,4 +48,39 @@ fn any_number_of_threads_gives_the_same_bits() {
             assert!(transcript(dtype, KernelFamily::Vector, threads, Level::best()) == want, "{threads} threads");
         }
     }
+}
+
+/// Subnormal, huge, infinite and missing numbers: what `VDPBF16PS` makes of them, the others make too.
+#[test]
+fn extreme_numbers_agree_on_every_instruction_set() {
+    let (rows, outputs, inputs) = (7, 40, 66);
+    let mut state = 1u64;
+    let mut halves = |n: usize| -> Vec<u16> {
+        let mut next = || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 48) as u16
+        };
+        // Exponents of any size, most of them small enough that products and sums are subnormal.
+        (0..n).map(|i| if i % 9 == 0 { next() } else { next() & 0x9fff }).collect()
+    };
+    let (x, w) = (halves(rows * inputs), halves(outputs * inputs));
+    let bytes: Vec<u8> = w.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let mut results = Vec::new();
+    for level in Level::all() {
+        let config = CpuConfig { dtype: Dtype::Bf16, family: KernelFamily::Vector, threads: 1, spin: 0 };
+        let mut backend = CpuBackend::with_level(config, level).expect("a backend");
+        let (format, stored_cols) = (Format::Bf16, inputs);
+        let view = MatrixView { format, bytes: &bytes, stored_cols, row: 0, rows: outputs, col: 0, cols: inputs };
+        let matrix = backend.matrix(&[view], 2).expect("a matrix");
+        let mut input = backend.buffer(rows, inputs, Kind::Input).expect("a buffer");
+        let mut out = backend.buffer(rows, outputs, Kind::Full).expect("a buffer");
+        if let HostSlice::Bf16(host) = backend.host(&mut input, rows).expect("host access") {
+            host.iter_mut().zip(&x).for_each(|(to, from)| *to = bf16::from_bits(*from));
+        }
+        backend.matmul(&input, &matrix, None, rows, &mut out).expect("a product");
+        let HostSlice::F32(host) = backend.host(&mut out, rows).expect("host access") else { panic!("not f32") };
+        results.push(host.iter().map(|v| if v.is_nan() { u32::MAX } else { v.to_bits() }).collect::<Vec<_>>());
+    }
+    assert!(results.iter().all(|r| *r == results[0]));
+    assert!(results[0].iter().any(|bits| *bits != u32::MAX), "some sums are numbers");
 }

@@ -1,7 +1,7 @@
 //! What both attentions share: a span's weights applied to its values, merged into the running answer.
 //!
 //! A span has its own maximum m, weights p = exp(score - m), their sum s and outputs o = sum of p v. The running
-//! answer (M, S, O), which starts as (-inf, 0, 0), takes spans left to right:
+//! answer (M, S, O), which starts as (lowest, 0, 0), takes spans left to right:
 //!
 //! ```text
 //! M' = max(M, m)    a = exp(M - M')    b = exp(m - M')    S = s b + S a    O = o b + O a     (each one FMA of a product)
@@ -12,6 +12,8 @@ use super::math;
 use model::plan::BLOCK_TOKENS;
 use std::ops::Range;
 
+/// The maximum of nothing; finite, so that it may be taken from itself.
+pub const LOWEST: f32 = f32::MIN;
 /// Queries handled together.
 pub const QUERIES: usize = 8;
 /// The widest value row (channels of a value head, or a latent's rank) of the running answers on the stack.
@@ -48,21 +50,46 @@ pub struct Join {
     pub new_scale: *const f32,
 }
 
-/// The merge of (M, S) with a span's (m, s): returns (M', S', a, b).
-///
-/// # Safety
-/// As [`Lanes`].
-#[inline(always)]
-pub unsafe fn merge<L: Lanes>(most: f32, total: f32, span_most: f32, span_total: f32) -> (f32, f32, f32, f32) {
-    let high = if most > span_most { most } else { span_most };
-    let mut scales = [0.0f32; LANES];
-    unsafe {
-        let mut differences = [0.0f32; LANES];
-        differences[0] = most - high;
-        differences[1] = span_most - high;
-        L::store(scales.as_mut_ptr(), math::exp::<L>(L::load(differences.as_ptr())));
+/// Maxima and sums of up to sixteen running answers, and the scales of the last merge.
+pub struct Running {
+    most: [f32; LANES],
+    total: [f32; LANES],
+    old_scale: [f32; LANES],
+    new_scale: [f32; LANES],
+}
+
+impl Running {
+    pub fn begin() -> Running {
+        Running { most: [LOWEST; LANES], total: [0.0; LANES], old_scale: [0.0; LANES], new_scale: [0.0; LANES] }
     }
-    (high, span_total.mul_add(scales[1], total * scales[0]), scales[0], scales[1])
+
+    /// Merges a span's maxima and sums; an answer that the span skips has [`LOWEST`] and sum 0 there, and stays.
+    ///
+    /// # Safety
+    /// As [`Lanes`].
+    #[inline(always)]
+    pub unsafe fn merge<L: Lanes>(&mut self, span_most: &[f32; LANES], span_total: &[f32; LANES]) {
+        unsafe {
+            let (most, span) = (L::load(self.most.as_ptr()), L::load(span_most.as_ptr()));
+            let high = L::max(most, span);
+            let (old, new) = (math::exp::<L>(L::sub(most, high)), math::exp::<L>(L::sub(span, high)));
+            let total = L::mul(L::load(self.total.as_ptr()), old);
+            L::store(self.total.as_mut_ptr(), L::fma(L::load(span_total.as_ptr()), new, total));
+            L::store(self.most.as_mut_ptr(), high);
+            L::store(self.old_scale.as_mut_ptr(), old);
+            L::store(self.new_scale.as_mut_ptr(), new);
+        }
+    }
+
+    /// The scales of answers `first..`.
+    pub fn join(&self, first: usize) -> Join {
+        Join { old_scale: self.old_scale[first..].as_ptr(), new_scale: self.new_scale[first..].as_ptr() }
+    }
+
+    /// What an answer is multiplied by in the end.
+    pub fn inverse(&self, answer: usize) -> f32 {
+        1.0 / self.total[answer]
+    }
 }
 
 /// Adds the span's outputs for `queries` queries and positions `at` to their running answers.

@@ -119,7 +119,8 @@ unsafe impl Lanes for Avx2 {
     }
     #[inline(always)]
     unsafe fn max(a: Self::F, b: Self::F) -> Self::F {
-        unsafe { Self::select_less(b, a, a, b) }
+        // The instruction is `a > b ? a : b`.
+        unsafe { (_mm256_max_ps(a.0, b.0), _mm256_max_ps(a.1, b.1)) }
     }
     #[inline(always)]
     unsafe fn select_less(a: Self::F, b: Self::F, x: Self::F, y: Self::F) -> Self::F {
@@ -160,6 +161,24 @@ unsafe impl Lanes for Avx2 {
         unsafe {
             let odd = _mm256_set1_epi32(0xffff_0000u32 as i32);
             (_mm256_castsi256_ps(_mm256_and_si256(v.0, odd)), _mm256_castsi256_ps(_mm256_and_si256(v.1, odd)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum(v: Self::F) -> f32 {
+        unsafe {
+            let eight = _mm256_add_ps(v.0, v.1);
+            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn greatest(v: Self::F) -> f32 {
+        unsafe {
+            let eight = _mm256_max_ps(v.0, v.1);
+            let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
         }
     }
     #[inline(always)]

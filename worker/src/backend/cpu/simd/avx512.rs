@@ -1,24 +1,31 @@
-//! Lanes as one 512-bit register; with `DOT`, bf16 pairs go through `VDPBF16PS`.
+//! Lanes as one 512-bit register; with `DOT`, bf16 pairs go through `VDPBF16PS`; with `TILES`, AMX is there too.
 
 use super::lanes::{Kernel, LANES, Lanes};
 use half::bf16;
 use std::arch::x86_64::*;
 
 #[derive(Clone, Copy)]
-pub struct Avx512<const DOT: bool>;
+pub struct Avx512<const DOT: bool, const TILES: bool>;
 
 /// # Safety
 /// The CPU has AVX-512 F, BW, VL, DQ and AVX2 + FMA.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
 pub unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<Avx512<false>>()
+    kernel.run::<Avx512<false, false>>()
 }
 
 /// # Safety
 /// The same and AVX-512 BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")]
 pub unsafe fn run_dot<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<Avx512<true>>()
+    kernel.run::<Avx512<true, false>>()
+}
+
+/// # Safety
+/// The same, and [`super::amx::available`] said yes.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")]
+pub unsafe fn run_tiles<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run::<Avx512<true, true>>()
 }
 
 #[inline(always)]
@@ -46,10 +53,11 @@ unsafe fn widened(v: __m256i) -> __m512 {
 }
 
 // SAFETY: the caller of `run` vouches for the instruction set.
-unsafe impl<const DOT: bool> Lanes for Avx512<DOT> {
+unsafe impl<const DOT: bool, const TILES: bool> Lanes for Avx512<DOT, TILES> {
     type F = __m512;
     type I = __m512i;
     const WIDE: bool = true;
+    const TILES: bool = TILES;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
@@ -110,7 +118,8 @@ unsafe impl<const DOT: bool> Lanes for Avx512<DOT> {
     }
     #[inline(always)]
     unsafe fn max(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b), b, a) }
+        // The instruction is `a > b ? a : b`.
+        unsafe { _mm512_max_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn select_less(a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
@@ -149,6 +158,27 @@ unsafe impl<const DOT: bool> Lanes for Avx512<DOT> {
             } else {
                 Self::fma(Self::low(x), Self::low(w), Self::fma(Self::high(x), Self::high(w), acc))
             }
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum(v: __m512) -> f32 {
+        unsafe {
+            let (low, high) = (_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+            let eight = _mm256_add_ps(low, high);
+            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn greatest(v: __m512) -> f32 {
+        // `VMAXPS` is `a > b ? a : b` too.
+        unsafe {
+            let (low, high) = (_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+            let eight = _mm256_max_ps(low, high);
+            let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
         }
     }
     #[inline(always)]

@@ -6,7 +6,7 @@
 //! Scores have positions in their lanes, outputs have channels: no sum crosses lanes but that of a span's weights
 //! (lane i + lane i+16, then +8, +4, +2, +1).
 
-use super::attention::{Answers, Join, QUERIES, Values, WIDTH_MAX, Weights, apply, merge};
+use super::attention::{Answers, LOWEST, QUERIES, Running, Values, WIDTH_MAX, Weights, apply};
 use super::lanes::{Element, Kernel, LANES, Lanes};
 use super::pool::Pool;
 use super::rows::{NormInPlace, Positions, Rotate};
@@ -104,13 +104,6 @@ pub struct Attend<'a, T> {
     pub outputs: &'a [*mut T],
 }
 
-struct Running {
-    most: [f32; QUERIES],
-    total: [f32; QUERIES],
-    old_scale: [f32; QUERIES],
-    new_scale: [f32; QUERIES],
-}
-
 impl<T: Element> Kernel for Attend<'_, T> {
     type Output = ();
     #[inline(always)]
@@ -120,12 +113,7 @@ impl<T: Element> Kernel for Attend<'_, T> {
         let stride = self.layout.value_stride();
         let mut outputs = MaybeUninit::<[f32; QUERIES * WIDTH_MAX]>::uninit();
         let outputs = outputs.as_mut_ptr().cast::<f32>();
-        let mut running = Running {
-            most: [f32::NEG_INFINITY; QUERIES],
-            total: [0.0; QUERIES],
-            old_scale: [0.0; QUERIES],
-            new_scale: [0.0; QUERIES],
-        };
+        let mut running = Running::begin();
         // SAFETY: `count * stride` fits by the bounds above; blocks and cache are checked span by span.
         unsafe {
             std::ptr::write_bytes(outputs, 0, count * stride);
@@ -135,7 +123,7 @@ impl<T: Element> Kernel for Attend<'_, T> {
                 self.span::<L>(span, &mut running, outputs);
             }
             for q in 0..count {
-                let inverse = L::splat(1.0 / running.total[q]);
+                let inverse = L::splat(running.inverse(q));
                 for i in (0..dim).step_by(LANES) {
                     let v = L::mul(L::load(outputs.add(q * stride + i)), inverse);
                     T::store_up_to::<L>(self.outputs[q].add(i), v, dim - i);
@@ -157,19 +145,18 @@ impl<T: Element> Attend<'_, T> {
         let keys = &self.cache[head..head + self.layout.head_elements()];
         let values = keys[BLOCK_TOKENS * self.layout.head_dim..].as_ptr();
         unsafe {
-            self.scores::<L>(keys.as_ptr(), &mut weights);
+            let next = self.layout.head_start(*self.blocks.get(span + 1).unwrap_or(&block), self.kv_head);
+            self.scores::<L>(keys.as_ptr(), self.cache[next..].as_ptr(), &mut weights);
+            let (mut most, mut total) = ([LOWEST; LANES], [0.0f32; LANES]);
             for q in 0..count {
                 let from = self.sees[q].start.max(start);
                 let to = self.sees[q].end.min(start + BLOCK_TOKENS);
-                if from >= to {
-                    continue;
+                if from < to {
+                    seen[q] = from - start..to - start;
+                    (most[q], total[q]) = self.weigh::<L>(&mut weights[q], seen[q].clone());
                 }
-                seen[q] = from - start..to - start;
-                let (most, total) = self.weigh::<L>(&mut weights[q], seen[q].clone());
-                let (most, total, old, new) = merge::<L>(running.most[q], running.total[q], most, total);
-                (running.most[q], running.total[q]) = (most, total);
-                (running.old_scale[q], running.new_scale[q]) = (old, new);
             }
+            running.merge::<L>(&most, &total);
             let stride = self.layout.value_stride();
             let v = Values { rows: values, stride, width: self.layout.head_dim };
             let together = seen[..count].iter().all(|s| *s == seen[0] && !s.is_empty());
@@ -179,25 +166,23 @@ impl<T: Element> Attend<'_, T> {
                     continue;
                 }
                 let p = Weights { p: weights[q].as_ptr(), query_step: BLOCK_TOKENS, position_step: 1 };
-                let join =
-                    Join { old_scale: running.old_scale.as_ptr().add(q), new_scale: running.new_scale.as_ptr().add(q) };
                 let out = Answers { outputs: outputs.add(q * stride), stride };
-                apply::<L, T>(step, seen[q].clone(), p, v, join, out);
+                apply::<L, T>(step, seen[q].clone(), p, v, running.join(q), out);
             }
         }
     }
 
-    /// Products of all queries with a block's keys; those of slots not written yet are never looked at.
+    /// Products of all queries with a block's keys, while `next`, the next span's, comes nearer; those of slots not written yet are never looked at.
     #[inline(always)]
-    unsafe fn scores<L: Lanes>(&self, keys: *const T, out: &mut [[f32; BLOCK_TOKENS]; QUERIES]) {
+    unsafe fn scores<L: Lanes>(&self, keys: *const T, next: *const T, out: &mut [[f32; BLOCK_TOKENS]; QUERIES]) {
         let mut first = 0;
         while first < self.queries.len() {
             unsafe {
                 first += match self.queries.len() - first {
-                    8.. => self.score_tile::<L, 8>(keys, first, out),
-                    4.. => self.score_tile::<L, 4>(keys, first, out),
-                    2.. => self.score_tile::<L, 2>(keys, first, out),
-                    _ => self.score_tile::<L, 1>(keys, first, out),
+                    8.. => self.score_tile::<L, 8>(keys, next, first, out),
+                    4.. => self.score_tile::<L, 4>(keys, next, first, out),
+                    2.. => self.score_tile::<L, 2>(keys, next, first, out),
+                    _ => self.score_tile::<L, 1>(keys, next, first, out),
                 };
             }
         }
@@ -207,6 +192,7 @@ impl<T: Element> Attend<'_, T> {
     unsafe fn score_tile<L: Lanes, const Q: usize>(
         &self,
         keys: *const T,
+        next: *const T,
         first: usize,
         out: &mut [[f32; BLOCK_TOKENS]; QUERIES],
     ) -> usize {
@@ -216,6 +202,11 @@ impl<T: Element> Attend<'_, T> {
             queries.copy_from_slice(&self.queries[first..first + Q]);
             for d in 0..self.layout.head_dim {
                 let key = [T::load::<L>(keys.add(d * BLOCK_TOKENS)), T::load::<L>(keys.add(d * BLOCK_TOKENS + LANES))];
+                if first == 0 {
+                    // The next span's keys and values, whose lines are twice as many.
+                    L::prefetch(next.wrapping_add(2 * d * BLOCK_TOKENS).cast());
+                    L::prefetch(next.wrapping_add((2 * d + 1) * BLOCK_TOKENS).cast());
+                }
                 for q in 0..Q {
                     let x = L::splat(*queries[q].add(d));
                     sums[q][0] = L::fma(x, key[0], sums[q][0]);

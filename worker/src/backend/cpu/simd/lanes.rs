@@ -17,6 +17,8 @@ pub unsafe trait Lanes: Copy + 'static {
     type I: Copy;
     /// Whether a kernel may keep about 24 vectors in registers (else about 6).
     const WIDE: bool;
+    /// Whether AMX's tiles may be used.
+    const TILES: bool = false;
 
     unsafe fn splat(x: f32) -> Self::F;
     unsafe fn load(p: *const f32) -> Self::F;

@@ -3,7 +3,7 @@
 //! Scores have heads in their lanes (sixteen at a time, queries packed `[channel][head]`), outputs have channels. A
 //! span's sum of weights adds position i to position i+16, then +8, +4, +2, +1, as the grouped form does.
 
-use super::attention::{Answers, Join, QUERIES, Values, WIDTH_MAX, Weights, apply, merge};
+use super::attention::{Answers, LOWEST, QUERIES, Running, Values, WIDTH_MAX, Weights, apply};
 use super::lanes::{Element, Kernel, LANES, Lanes};
 use super::pack::Packed;
 use super::panel::{Input, Source, TASK_ROWS, Target, panel};
@@ -94,7 +94,7 @@ impl<T: Element> Kernel for Attend<'_, T> {
         let wide = rank.next_multiple_of(LANES);
         let mut outputs = MaybeUninit::<[f32; LANES * WIDTH_MAX]>::uninit();
         let outputs = outputs.as_mut_ptr().cast::<f32>();
-        let (mut most, mut total) = ([f32::NEG_INFINITY; LANES], [0.0f32; LANES]);
+        let mut running = Running::begin();
         // SAFETY: `heads * wide` fits; each span's rows are checked against the cache.
         unsafe {
             std::ptr::write_bytes(outputs, 0, self.heads * wide);
@@ -104,20 +104,16 @@ impl<T: Element> Kernel for Attend<'_, T> {
                 let rows = self.cache[start..start + self.layout.block_elements()].as_ptr();
                 let mut p = [[0.0f32; LANES]; BLOCK_TOKENS];
                 let (span_most, span_total) = self.weigh::<L>(rows, count, &mut p);
-                let (mut old, mut new) = ([0.0f32; LANES], [0.0f32; LANES]);
-                for h in 0..self.heads {
-                    (most[h], total[h], old[h], new[h]) = merge::<L>(most[h], total[h], span_most[h], span_total[h]);
-                }
+                running.merge::<L>(&span_most, &span_total);
                 let v = Values { rows, stride: self.layout.stride(), width: rank };
                 for h in (0..self.heads).step_by(QUERIES) {
                     let weights = Weights { p: p[0].as_ptr().add(h), query_step: 1, position_step: LANES };
-                    let join = Join { old_scale: old.as_ptr().add(h), new_scale: new.as_ptr().add(h) };
                     let out = Answers { outputs: outputs.add(h * wide), stride: wide };
-                    apply::<L, T>((self.heads - h).min(QUERIES), 0..count, weights, v, join, out);
+                    apply::<L, T>((self.heads - h).min(QUERIES), 0..count, weights, v, running.join(h), out);
                 }
             }
             for h in 0..self.heads {
-                let inverse = L::splat(1.0 / total[h]);
+                let inverse = L::splat(running.inverse(h));
                 for i in (0..rank).step_by(LANES) {
                     let v = L::mul(L::load(outputs.add(h * wide + i)), inverse);
                     T::store_up_to::<L>(self.out.as_mut_ptr().add(h * rank + i), v, rank - i);
@@ -141,7 +137,7 @@ impl<T: Element> Attend<'_, T> {
             for t in (0..count).step_by(TOGETHER) {
                 self.scores::<L>(rows.add(t * self.layout.stride()), (count - t).min(TOGETHER), &mut p[t..]);
             }
-            let mut high = L::splat(f32::NEG_INFINITY);
+            let mut high = L::splat(LOWEST);
             for t in 0..count {
                 let score = L::mul(L::load(p[t].as_ptr()), L::splat(self.scale));
                 L::store(p[t].as_mut_ptr(), score);

@@ -4,6 +4,8 @@
 #![allow(clippy::missing_safety_doc)]
 
 pub mod aligned;
+#[cfg(target_arch = "x86_64")]
+pub mod amx;
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -18,6 +20,7 @@ pub mod pack;
 pub mod panel;
 pub mod pool;
 mod portable;
+pub mod roof;
 pub mod rows;
 pub mod shared;
 
@@ -29,6 +32,8 @@ pub struct Level(Set);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Set {
+    #[cfg(target_arch = "x86_64")]
+    Amx,
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
     #[cfg(target_arch = "x86_64")]
@@ -51,6 +56,9 @@ impl Level {
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512dq");
             if avx512 && is_x86_feature_detected!("avx512bf16") {
+                if amx::available() {
+                    all.push(Level(Set::Amx));
+                }
                 all.push(Level(Set::Avx512Bf16));
             }
             if avx512 {
@@ -68,6 +76,14 @@ impl Level {
         Level::all()[0]
     }
 
+    /// Whether AMX's tiles are used.
+    pub fn has_tiles(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.0 == Set::Amx;
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     pub fn portable() -> Level {
         Level(Set::Portable)
     }
@@ -77,6 +93,8 @@ impl Level {
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self.0 {
             // SAFETY: a level is made by `all` alone, which asked the CPU.
+            #[cfg(target_arch = "x86_64")]
+            Set::Amx => unsafe { avx512::run_tiles(kernel) },
             #[cfg(target_arch = "x86_64")]
             Set::Avx512Bf16 => unsafe { avx512::run_dot(kernel) },
             #[cfg(target_arch = "x86_64")]

@@ -20,9 +20,9 @@ use std::ops::Range;
 /// Rows of one task.
 pub const TASK_ROWS: usize = 48;
 /// Pairs between two stores of the accumulators: 64 KiB of a bf16 panel.
-const CHUNK: usize = 256;
+pub const CHUNK: usize = 256;
 /// Pairs that AMX sums from zero before it adds to the accumulator.
-const AMX_PAIRS: usize = 16;
+pub const AMX_PAIRS: usize = 16;
 /// Sums pending in the tree: one for each power of two up to 8 segments.
 const PENDING: usize = 4;
 
@@ -320,11 +320,21 @@ unsafe fn tile<L: Lanes, M: Product<L>, const R: usize, const V: usize>(
             }
         }
         let mut w = part.w.add(lane);
+        let (passes, chunk) = (part.x.len().div_ceil(6), CHUNK * M::WORDS * part.width);
+        let mut turn = if passes > 1 { row / 6 } else { usize::MAX };
         for pair in 0..part.pairs + usize::from(part.lone) {
             let mut weights = [M::weights(w, part.width); V];
             for v in 1..V {
                 weights[v] = M::weights(w.add(v * LANES), part.width);
             }
+            // Passes over a chunk share the work of asking for the next one, which the hardware would not foresee.
+            if turn == 0 {
+                for line in 0..V * M::WORDS {
+                    L::prefetch(w.wrapping_add(chunk + line * LANES).cast());
+                }
+                turn = passes;
+            }
+            turn = turn.wrapping_sub(1);
             for r in 0..R {
                 let input = if pair < part.pairs { M::pair(x[r].add(2 * pair)) } else { M::lone(x[r].add(2 * pair)) };
                 for v in 0..V {
@@ -341,9 +351,15 @@ unsafe fn tile<L: Lanes, M: Product<L>, const R: usize, const V: usize>(
     }
 }
 
-/// A part in AMX's order, emulated.
+/// A part in AMX's order: by its tiles, or emulated.
 #[inline(always)]
 unsafe fn blocks<L: Lanes>(part: &Part<'_, bf16>) {
+    #[cfg(target_arch = "x86_64")]
+    if L::TILES {
+        let (extent, w) = ((part.pairs, part.lone), (part.w, part.width));
+        // SAFETY: the level was made after `amx::available` said yes; the part holds what it names.
+        return unsafe { super::amx::accumulate(part.x, part.at, extent, w, part.acc) };
+    }
     for row in 0..part.x.len() {
         let mut lane = 0;
         unsafe {

@@ -1,0 +1,255 @@
+//! Times the CPU's kernels against this host's own roofs:
+//! `cargo run --release -p worker --example ops -- [threads] [bf16 | f32] [vector | amx] [all]`; `all` runs every instruction set.
+
+use model::plan::KernelFamily;
+use model::quant::{Dtype, Format};
+use model::spec::{Activation, CacheKind, Span};
+use model::step::BlockId;
+use std::hint::black_box;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+use worker::backend::cpu::simd::aligned::Aligned;
+use worker::backend::cpu::simd::pool::Pool;
+use worker::backend::cpu::simd::{Level, roof};
+use worker::backend::cpu::{CpuBackend, CpuConfig, Matrix};
+use worker::backend::{Backend, GroupedShape, Grouping, Kind, LatentShape, MatrixView};
+use worker::engine::batch::{Batch, Sequence};
+
+const REPEATS: usize = 9;
+
+/// Median seconds of a call, after one to warm up.
+fn median(mut call: impl FnMut()) -> f64 {
+    call();
+    let mut times: Vec<f64> = (0..REPEATS)
+        .map(|_| {
+            let start = Instant::now();
+            call();
+            start.elapsed().as_secs_f64()
+        })
+        .collect();
+    times.sort_by(f64::total_cmp);
+    times[REPEATS / 2]
+}
+
+struct Roofs {
+    bytes: f64,
+    flops: f64,
+}
+
+impl Roofs {
+    fn measure(threads: usize, level: Level) -> Roofs {
+        let pool = Pool::new(threads, 20_000).expect("threads");
+        let words = Aligned::<u32>::zeroed(128 << 20).expect("memory");
+        let mut words = words;
+        words.fill(0x3f80_3f80);
+        let sink = AtomicU64::new(0);
+        let part = words.len() / (threads * 8);
+        let seconds = median(|| {
+            pool.run(threads * 8, &|i| {
+                let sum = level.run(roof::Read(&words[i * part..][..part]));
+                sink.fetch_add(sum.to_bits() as u64, Ordering::Relaxed);
+            })
+        });
+        let bytes = words.len() as f64 * 4.0 / seconds;
+        let rounds = 2_000_000;
+        let seconds = median(|| {
+            pool.run(threads, &|_| {
+                black_box(level.run(roof::Dot { rounds: black_box(rounds), pair: black_box(0x3c00_3c00) }));
+            })
+        });
+        Roofs { bytes, flops: (rounds * roof::Dot::FLOPS * threads) as f64 / seconds }
+    }
+
+    fn report(&self, name: &str, seconds: f64, bytes: f64, flops: f64) {
+        println!(
+            "{name:44} {:10.1} us  {:7.1} GB/s {:4.0}%  {:8.1} GFLOP/s {:4.0}%",
+            seconds * 1e6,
+            bytes / seconds / 1e9,
+            100.0 * bytes / seconds / self.bytes,
+            flops / seconds / 1e9,
+            100.0 * flops / seconds / self.flops
+        );
+    }
+}
+
+struct Host {
+    backend: CpuBackend,
+    roofs: Roofs,
+    element: f64,
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let threads = arguments.iter().find_map(|a| a.parse().ok()).unwrap_or(1);
+    let dtype = arguments.iter().find_map(|a| a.parse().ok()).unwrap_or(Dtype::Bf16);
+    let has = |word: &str| arguments.iter().any(|a| a == word);
+    let family = if has("amx") { KernelFamily::Amx } else { KernelFamily::Vector };
+    let levels = Level::all();
+    for level in &levels[..if has("all") { levels.len() } else { 1 }] {
+        let level = *level;
+        let config = CpuConfig { dtype, family, threads, spin: 20_000 };
+        let backend = CpuBackend::with_level(config, level).expect("a backend");
+        let roofs = Roofs::measure(threads, level);
+        let (bytes, flops) = (roofs.bytes / 1e9, roofs.flops / 1e9);
+        println!(
+            "\n{level:?}, {dtype}, {family:?}, {threads} threads: {bytes:.1} GB/s, {flops:.0} GFLOP/s of bf16 pairs"
+        );
+        let mut host = Host { backend, roofs, element: dtype.bytes() as f64 };
+        host.matmuls();
+        host.experts();
+        host.grouped();
+        host.latent();
+        host.rows();
+    }
+}
+
+impl Host {
+    fn weights(&self, rows: usize, cols: usize) -> Matrix {
+        let bytes: Vec<u8> = (0..rows * cols).flat_map(|i| [(i % 251) as u8, 0x3c + (i % 3) as u8]).collect();
+        let view = MatrixView { format: Format::Bf16, bytes: &bytes, stored_cols: cols, row: 0, rows, col: 0, cols };
+        let start = Instant::now();
+        let matrix = self.backend.matrix(&[view], 1).expect("a matrix");
+        if rows * cols > 30_000_000 {
+            println!("pack {rows} x {cols}: {:.2} GB/s", bytes.len() as f64 / start.elapsed().as_secs_f64() / 1e9);
+        }
+        matrix
+    }
+
+    fn matmuls(&mut self) {
+        for (outputs, inputs) in [(4096, 4096), (8192, 4096), (1536, 2048)] {
+            // Enough copies that no cache holds them all, as in a model.
+            let copies = (400_000_000 / (outputs * inputs * 2)).clamp(1, 24);
+            let w: Vec<Matrix> = (0..copies).map(|_| self.weights(outputs, inputs)).collect();
+            for n in [1, 2, 4, 8, 32, 128, 512] {
+                let x = self.backend.buffer(n, inputs, Kind::Input).expect("a buffer");
+                let mut y = self.backend.buffer(n, outputs, Kind::Full).expect("a buffer");
+                let used = if n > 8 { 1 } else { copies };
+                let seconds = median(|| {
+                    for w in &w[..used] {
+                        self.backend.matmul(&x, w, None, n, &mut y).expect("a product");
+                    }
+                }) / used as f64;
+                let values = (outputs * inputs) as f64;
+                let name = format!("matmul {n} x {inputs} -> {outputs}");
+                self.roofs.report(&name, seconds, values * 2.0, values * 2.0 * n as f64);
+            }
+        }
+    }
+
+    fn experts(&mut self) {
+        let (experts, active, inputs, outputs) = (64, 8, 2048, 1536);
+        let w: Vec<Matrix> = (0..experts).map(|_| self.weights(outputs, inputs)).collect();
+        for n in [1, 8, 64, 512] {
+            let mut grouping = Grouping { offsets: vec![0], ..Grouping::default() };
+            for expert in 0..experts {
+                grouping.rows.extend((0..n as u32).filter(|row| (row * 5 + expert as u32) % 64 < active));
+                grouping.offsets.push(grouping.rows.len() as u32);
+            }
+            let used = grouping.offsets.windows(2).filter(|o| o[1] > o[0]).count();
+            let x = self.backend.buffer(n, inputs, Kind::Input).expect("a buffer");
+            let mut y = self.backend.buffer(grouping.rows.len(), outputs, Kind::Full).expect("a buffer");
+            let seconds = median(|| self.backend.expert_matmul(&x, &w, &grouping, &mut y).expect("products"));
+            let values = (outputs * inputs) as f64;
+            let flops = values * 2.0 * grouping.rows.len() as f64;
+            let name = format!("{used} experts, {n} rows x {inputs} -> {outputs}");
+            self.roofs.report(&name, seconds, values * 2.0 * used as f64, flops);
+        }
+    }
+
+    fn batch(sequences: usize, rows: usize, start: usize) -> Batch {
+        let blocks = (start + rows).div_ceil(32);
+        let spans = (0..sequences)
+            .map(|s| {
+                let blocks = (0..blocks).map(|b| BlockId((s * blocks + b) as u32)).collect();
+                Sequence { row: s * rows, rows, start, blocks }
+            })
+            .collect();
+        let positions = (0..sequences).flat_map(|_| (start..start + rows).map(|p| p as u32)).collect();
+        Batch { spans, positions }
+    }
+
+    fn grouped(&mut self) {
+        let (heads, kv_heads, head_dim) = (32, 4, 128);
+        let shape = GroupedShape { heads, kv_heads, head_dim, span: Span::Full, scale: 0.1, rope: None };
+        let width = (heads + 2 * kv_heads) * head_dim;
+        for (sequences, rows, start) in [(1, 1, 4095), (16, 1, 2047), (1, 512, 0), (1, 512, 3584)] {
+            let batch = Host::batch(sequences, rows, start);
+            let n = batch.positions.len();
+            let blocks = sequences * (start + rows).div_ceil(32);
+            let mut cache = self.backend.cache(CacheKind::Paged { kv_heads, head_dim }, blocks).expect("a cache");
+            let meta = self.backend.meta(&batch).expect("meta");
+            let mut qkv = self.backend.buffer(n, width, Kind::Full).expect("a buffer");
+            let mut out = self.backend.buffer(n, heads * head_dim, Kind::Input).expect("a buffer");
+            let b = &mut self.backend;
+            let prepare =
+                median(|| b.grouped_prepare(&shape, &mut qkv, None, None, &meta, &mut cache).expect("prepared"));
+            let seconds = median(|| b.grouped_attention(&shape, &qkv, &meta, &cache, &mut out).expect("attention"));
+            let seen = (0..rows).map(|r| start + r + 1).sum::<usize>() * sequences;
+            let bytes = (sequences * (start + rows) * 2 * kv_heads * head_dim) as f64 * self.element;
+            let name = format!("attention {sequences} x {rows} rows at {start}");
+            self.roofs.report(&name, seconds, bytes, (seen * heads * head_dim * 4) as f64);
+            let moved = (n * width) as f64 * 4.0;
+            self.roofs.report("  its prepare", prepare, moved, 0.0);
+        }
+    }
+
+    fn latent(&mut self) {
+        let shape = LatentShape {
+            heads: 16,
+            kv_rank: 512,
+            nope_dim: 128,
+            rope_dim: 64,
+            value_dim: 128,
+            scale: 0.1,
+            rope: model::rope::Rope {
+                dims: 64,
+                theta: 1e4,
+                layout: model::rope::Layout::Interleaved,
+                scaling: model::rope::Scaling::None,
+            },
+        };
+        let absorb: Vec<Matrix> = (0..shape.heads).map(|_| self.weights(512, 128)).collect();
+        let expand: Vec<Matrix> = (0..shape.heads).map(|_| self.weights(128, 512)).collect();
+        for (sequences, rows, start) in [(1, 1, 4095), (1, 256, 0)] {
+            let batch = Host::batch(sequences, rows, start);
+            let n = batch.positions.len();
+            let kind = CacheKind::Latent { kv_rank: 512, rope_dim: 64 };
+            let cache = self.backend.cache(kind, sequences * (start + rows).div_ceil(32)).expect("a cache");
+            let meta = self.backend.meta(&batch).expect("meta");
+            let q = self.backend.buffer(n, shape.heads * 192, Kind::Full).expect("a buffer");
+            let mut out = self.backend.buffer(n, shape.heads * 128, Kind::Input).expect("a buffer");
+            let b = &mut self.backend;
+            let attend =
+                || b.latent_attention(&shape, &q, &absorb, &expand, &meta, &cache, &mut out).expect("attention");
+            let seconds = median(attend);
+            let seen = (0..rows).map(|r| start + r + 1).sum::<usize>() * sequences;
+            let bytes = (sequences * (start + rows) * 576) as f64 * self.element + 4.0 * 16.0 * 65536.0;
+            let flops = (seen * shape.heads * (576 + 512) * 2 + n * 16 * 4 * 65536) as f64;
+            self.roofs.report(&format!("latent {sequences} x {rows} rows at {start}"), seconds, bytes, flops);
+        }
+    }
+
+    fn rows(&mut self) {
+        for n in [1, 512] {
+            let cols = 4096;
+            let b = &mut self.backend;
+            let weight = b.vector(&vec![1.0; cols]).expect("a vector");
+            let mut x = b.buffer(n, cols, Kind::Full).expect("a buffer");
+            let y = b.buffer(n, cols, Kind::Full).expect("a buffer");
+            let mut half = b.buffer(n, cols / 2, Kind::Input).expect("a buffer");
+            let mut input = b.buffer(n, cols, Kind::Input).expect("a buffer");
+            let values = (n * cols) as f64;
+            let seconds = median(|| b.norm(&x, &weight, 1e-6, n, &mut input).expect("norms"));
+            self.roofs.report(&format!("norm {n} x {cols}"), seconds, values * (4.0 + self.element), values * 4.0);
+            let seconds = median(|| b.add(&mut x, &y, None, n).expect("sums"));
+            self.roofs.report(&format!("add {n} x {cols}"), seconds, values * 12.0, values);
+            let seconds = median(|| b.activate(&x, Activation::Silu, n, &mut half).expect("activations"));
+            self.roofs.report(
+                &format!("silu {n} x {cols}"),
+                seconds,
+                values * (4.0 + self.element / 2.0),
+                values * 10.0,
+            );
+        }
+    }
+}

@@ -1,0 +1,369 @@
+//! The data plane of a worker process: from a plan to the communicators of its ranks.
+//!
+//! All processes set up the communicators that concern them in one order (kind, then first rank). Each set-up waits
+//! only for members of that communicator, so no two processes wait for each other.
+
+use super::checked::Checked;
+use super::door::Door;
+use super::hello::{Answer, CommunicatorId, Hello, Key, Kind, Purpose, fingerprint};
+use super::memfd::{self, Offer, Origin};
+use super::shared::{Seats, Shared};
+use super::sockets::read_exact;
+use super::solo::Solo;
+use super::tcp::Tcp;
+use super::wait::spin_for;
+use super::watch::{Lifeline, Watch};
+use super::{Abort, Collective, local};
+use model::fault::{Fault, FaultKind};
+use model::mesh::RankId;
+use model::plan::{Epoch, Member, Plan, WorkerId};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+/// Where peers' data arrives, and what was built over it.
+pub struct DataPlane {
+    door: Door,
+    built: Mutex<Vec<(Epoch, Weak<dyn Abort>)>>,
+}
+
+/// One rank's communicators. Those of one member are trivial.
+pub struct Communicators {
+    /// [`model::Mesh::tensor_group`]: matrices' partial sums.
+    pub tensor: Box<dyn Collective>,
+    /// [`model::Mesh::lane_group`]: the exchange for experts.
+    pub lane: Box<dyn Collective>,
+    /// [`model::Mesh::pipe_group`]: activations between stages.
+    pub pipe: Box<dyn Collective>,
+}
+
+/// How to connect.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// For all communicators together.
+    pub deadline: Duration,
+    /// Wraps each in [`Checked`]: the same on all workers.
+    pub checked: bool,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options { deadline: Duration::from_secs(10), checked: cfg!(debug_assertions) }
+    }
+}
+
+impl DataPlane {
+    /// Listens for peers at `address` (`ip:port`, port 0 for any).
+    pub fn bind(address: &str) -> Result<DataPlane, Fault> {
+        Ok(DataPlane { door: Door::bind(address)?, built: Mutex::default() })
+    }
+
+    /// Where peers reach this process, to be told in [`Member::data_address`].
+    pub fn address(&self) -> SocketAddr {
+        self.door.address()
+    }
+
+    /// Builds the communicators of `me`'s ranks, in the order in which the plan names them. Every worker of the plan
+    /// does so at about the same time. Epochs before the plan's are refused from now on.
+    pub fn connect(
+        &self,
+        plan: &Plan,
+        me: &WorkerId,
+        options: &Options,
+    ) -> Result<Vec<(RankId, Communicators)>, Fault> {
+        let member = plan.members.iter().find(|member| member.worker == *me).ok_or_else(|| {
+            Fault::new(FaultKind::Incompatible, format!("worker {} has no part in plan {}", me.0, plan.epoch.0))
+        })?;
+        self.door.raise(plan.epoch);
+        let host_ranks = plan.members.iter().filter(|other| other.host == member.host).map(|m| m.ranks.len()).sum();
+        let connecting = Connecting {
+            plane: self,
+            plan,
+            me: member,
+            fingerprint: fingerprint(plan),
+            deadline: Instant::now() + options.deadline,
+            spin: spin_for(host_ranks),
+        };
+        let mut built: BTreeMap<(RankId, Kind), Box<dyn Collective>> = BTreeMap::new();
+        for (id, group) in connecting.groups() {
+            let group = Group { id, ranks: &group, holders: connecting.holders(&group)? };
+            for (place, communicator) in connecting.build(&group)? {
+                self.remember(plan.epoch, &communicator.abort_handle());
+                let communicator = if options.checked { Box::new(Checked::new(communicator)) } else { communicator };
+                built.insert((group.ranks[place], id.kind), communicator);
+            }
+        }
+        // An abort that came while the last ones were built must not be missed.
+        connecting.cancelled().map_or(Ok(()), Err)?;
+        let mut take = |rank, kind| built.remove(&(rank, kind)).expect("every rank is in a group of every kind");
+        let mut communicators = |rank| Communicators {
+            tensor: take(rank, Kind::Tensor),
+            lane: take(rank, Kind::Lane),
+            pipe: take(rank, Kind::Pipe),
+        };
+        Ok(member.ranks.iter().map(|rank| (*rank, communicators(*rank))).collect())
+    }
+
+    /// Ends everything of `epoch` and before: communicators, connections that wait, a `connect` under way.
+    pub fn abort_all(&self, epoch: Epoch) {
+        self.door.raise(Epoch(epoch.0 + 1));
+        let mut ended = Vec::new();
+        self.lock().retain(|(built, handle)| {
+            let over = *built <= epoch;
+            if over {
+                ended.extend(handle.upgrade());
+            }
+            !over
+        });
+        ended.iter().for_each(|handle| handle.abort());
+    }
+
+    fn remember(&self, epoch: Epoch, handle: &Arc<dyn Abort>) {
+        let mut built = self.lock();
+        built.retain(|(_, handle)| handle.strong_count() > 0);
+        built.push((epoch, Arc::downgrade(handle)));
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<(Epoch, Weak<dyn Abort>)>> {
+        self.built.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A communicator to build: who is in it, and which worker holds each place.
+struct Group<'a> {
+    id: CommunicatorId,
+    ranks: &'a [RankId],
+    holders: Vec<&'a Member>,
+}
+
+/// This process's communicators by place.
+type Built = Vec<(usize, Box<dyn Collective>)>;
+
+/// A communicator's memory, and how this process hears of the others' deaths.
+type Mapped = (Arc<Seats>, Vec<Lifeline>);
+
+struct Connecting<'a> {
+    plane: &'a DataPlane,
+    plan: &'a Plan,
+    me: &'a Member,
+    fingerprint: u64,
+    deadline: Instant,
+    spin: u32,
+}
+
+impl<'a> Connecting<'a> {
+    /// Every communicator with a rank of this process, in the order that all processes keep.
+    fn groups(&self) -> BTreeMap<CommunicatorId, Vec<RankId>> {
+        let mesh = &self.plan.mesh;
+        let of = |rank: RankId| {
+            [
+                (Kind::Tensor, mesh.tensor_group(rank)),
+                (Kind::Lane, mesh.lane_group(rank)),
+                (Kind::Pipe, mesh.pipe_group(rank)),
+            ]
+        };
+        let named = |(kind, ranks): (Kind, Vec<RankId>)| (CommunicatorId { kind, first: ranks[0].0 }, ranks);
+        self.me.ranks.iter().flat_map(|rank| of(*rank)).map(named).collect()
+    }
+
+    fn holders(&self, ranks: &[RankId]) -> Result<Vec<&'a Member>, Fault> {
+        let holder = |rank: &RankId| {
+            let member = self.plan.members.iter().find(|member| member.ranks.contains(rank));
+            member.ok_or_else(|| {
+                let text = format!("plan {} gives rank {} to no worker", self.plan.epoch.0, rank.0);
+                Fault::new(FaultKind::Incompatible, text)
+            })
+        };
+        ranks.iter().map(holder).collect()
+    }
+
+    fn build(&self, group: &Group<'_>) -> Result<Built, Fault> {
+        if group.ranks.len() == 1 {
+            return Ok(vec![(0, Box::new(Solo::default()))]);
+        }
+        if group.holders.iter().all(|holder| holder.worker == self.me.worker) {
+            let members = local::members_spinning(group.ranks.len(), self.spin)?;
+            let boxed = |(place, member)| (place, Box::new(member) as Box<dyn Collective>);
+            return Ok(members.into_iter().enumerate().map(boxed).collect());
+        }
+        if group.holders.iter().all(|holder| holder.host == self.me.host)
+            && let Some(built) = self.share_memory(group)?
+        {
+            return Ok(built);
+        }
+        self.mesh_of_sockets(group)
+    }
+
+    fn mine<'g>(&'g self, group: &'g Group<'_>) -> impl Iterator<Item = usize> + 'g {
+        (0..group.ranks.len()).filter(|place| group.holders[*place].worker == self.me.worker)
+    }
+
+    /// The processes of a group by their first place, the creator's before all.
+    fn processes(group: &Group<'_>) -> Vec<usize> {
+        let mut seen = BTreeSet::new();
+        (0..group.ranks.len()).filter(|place| seen.insert(&group.holders[*place].worker)).collect()
+    }
+
+    fn places(group: &Group<'_>, process: usize) -> Vec<usize> {
+        let worker = &group.holders[process].worker;
+        (0..group.ranks.len()).filter(|place| group.holders[*place].worker == *worker).collect()
+    }
+
+    /// `None` where some process cannot map the memory, for instance from another container: all of them hear so.
+    fn share_memory(&self, group: &Group<'_>) -> Result<Option<Built>, Fault> {
+        let shared = if group.holders[0].worker == self.me.worker {
+            self.offer_memory(group)?
+        } else {
+            self.take_memory(group)?
+        };
+        let Some((seats, lifelines)) = shared else { return Ok(None) };
+        let watch = Arc::new(Watch::start(seats.clone(), lifelines)?);
+        let member = |place| {
+            let member = Shared::new(seats.clone(), place, self.spin).keeping(watch.clone());
+            (place, Box::new(member) as Box<dyn Collective>)
+        };
+        Ok(Some(self.mine(group).map(member).collect()))
+    }
+
+    fn offer_memory(&self, group: &Group<'_>) -> Result<Option<Mapped>, Fault> {
+        let mark = self.fingerprint ^ (u64::from(group.id.first) << 8 | group.id.kind as u64) ^ random();
+        // No memory here is no end: zeros are an offer that everyone declines.
+        let origin = Origin::new(group.ranks.len(), mark).ok();
+        let offer = origin.as_ref().map_or(Offer { process: 0, descriptor: 0, mark: 0 }, Origin::offer);
+        let mut lifelines = Vec::new();
+        for process in Connecting::processes(group).into_iter().skip(1) {
+            let stream = self.claim(group, Purpose::Memory, process, 0)?;
+            self.say(group, process, &stream, &encode(&offer))?;
+            lifelines.push(Lifeline { stream, seats: Connecting::places(group, process) });
+        }
+        let mut all = origin.is_some();
+        for line in &lifelines {
+            all &= self.hear::<1>(group, line.seats[0], &line.stream)? == [1];
+        }
+        for line in &lifelines {
+            self.say(group, line.seats[0], &line.stream, &[u8::from(all)])?;
+        }
+        Ok(origin.filter(|_| all).map(|origin| (origin.seats().clone(), lifelines)))
+    }
+
+    fn take_memory(&self, group: &Group<'_>) -> Result<Option<Mapped>, Fault> {
+        let first = self.mine(group).next().expect("a group of this process");
+        let stream = self.dial(group, Purpose::Memory, first, 0)?;
+        self.welcomed(group, 0, &stream)?;
+        let offer = decode(&self.hear::<16>(group, 0, &stream)?);
+        let seats = memfd::open(&offer, group.ranks.len()).ok();
+        self.say(group, 0, &stream, &[u8::from(seats.is_some())])?;
+        let all = self.hear::<1>(group, 0, &stream)? == [1];
+        let lifeline = Lifeline { stream, seats: Connecting::places(group, 0) };
+        Ok(seats.filter(|_| all).map(|seats| (seats, vec![lifeline])))
+    }
+
+    /// Later places dial earlier ones. All dial before anyone waits.
+    fn mesh_of_sockets(&self, group: &Group<'_>) -> Result<Built, Fault> {
+        let size = group.ranks.len();
+        let mut streams: BTreeMap<(usize, usize), TcpStream> = BTreeMap::new();
+        for me in self.mine(group) {
+            for peer in 0..me {
+                streams.insert((me, peer), self.dial(group, Purpose::Pair, me, peer)?);
+            }
+        }
+        for me in self.mine(group) {
+            for peer in me + 1..size {
+                streams.insert((me, peer), self.claim(group, Purpose::Pair, peer, me)?);
+            }
+        }
+        let mut built: Built = Vec::new();
+        for me in self.mine(group) {
+            for peer in 0..me {
+                self.welcomed(group, peer, &streams[&(me, peer)])?;
+            }
+            let mine = (0..size).map(|peer| streams.remove(&(me, peer))).collect();
+            built.push((me, Box::new(Tcp::new(me, mine, self.spin)?)));
+        }
+        Ok(built)
+    }
+
+    fn cancelled(&self) -> Option<Fault> {
+        self.plane.door.ended(self.plan.epoch)
+    }
+
+    fn key(&self, group: &Group<'_>, purpose: Purpose, from: usize, to: usize) -> Key {
+        Key { epoch: self.plan.epoch, communicator: group.id, purpose, from: from as u32, to: to as u32 }
+    }
+
+    /// For texts of faults: which peer of which communicator.
+    fn who(&self, group: &Group<'_>, place: usize) -> String {
+        let (rank, holder) = (group.ranks[place], group.holders[place]);
+        format!(
+            "{}, epoch {}: rank {} of worker {} at {}",
+            group.id, self.plan.epoch.0, rank.0, holder.worker.0, holder.data_address
+        )
+    }
+
+    fn lost(&self, group: &Group<'_>, place: usize, error: &std::io::Error) -> Fault {
+        Fault::new(FaultKind::RankLost, format!("{}: {error}", self.who(group, place)))
+    }
+
+    fn dial(&self, group: &Group<'_>, purpose: Purpose, from: usize, to: usize) -> Result<TcpStream, Fault> {
+        self.cancelled().map_or(Ok(()), Err)?;
+        let address = &group.holders[to].data_address;
+        let reach = || -> std::io::Result<TcpStream> {
+            let address = address.to_socket_addrs()?.next().ok_or_else(|| std::io::Error::other("no such address"))?;
+            let left = self.deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            let mut stream = TcpStream::connect_timeout(&address, left)?;
+            let hello = Hello { key: self.key(group, purpose, from, to), plan: self.fingerprint };
+            stream.set_nodelay(true)?;
+            stream.write_all(&hello.encode())?;
+            Ok(stream)
+        };
+        reach().map_err(|error| self.lost(group, to, &error))
+    }
+
+    fn claim(&self, group: &Group<'_>, purpose: Purpose, from: usize, to: usize) -> Result<TcpStream, Fault> {
+        let key = self.key(group, purpose, from, to);
+        self.plane.door.claim(&key, self.fingerprint, self.deadline, &self.who(group, from))
+    }
+
+    fn welcomed(&self, group: &Group<'_>, place: usize, stream: &TcpStream) -> Result<(), Fault> {
+        let [byte] = self.hear::<1>(group, place, stream)?;
+        let (kind, what) = match Answer::decode(byte) {
+            Some(Answer::Welcome) => return Ok(()),
+            Some(Answer::Stale) => (FaultKind::StaleEpoch, "has a newer epoch"),
+            Some(Answer::OtherPlan) => (FaultKind::Incompatible, "acts on another plan of this epoch"),
+            Some(Answer::OtherWire) => (FaultKind::Incompatible, "speaks another version of the data plane"),
+            Some(Answer::Full) => (FaultKind::Internal, "holds too many connections already"),
+            None => (FaultKind::Incompatible, "does not answer as a data plane does"),
+        };
+        Err(Fault::new(kind, format!("{}: {what}", self.who(group, place))))
+    }
+
+    fn hear<const N: usize>(&self, group: &Group<'_>, place: usize, stream: &TcpStream) -> Result<[u8; N], Fault> {
+        let mut bytes = [0; N];
+        read_exact(stream, &mut bytes, self.deadline, || self.cancelled(), &self.who(group, place))?;
+        Ok(bytes)
+    }
+
+    fn say(&self, group: &Group<'_>, place: usize, mut stream: &TcpStream, bytes: &[u8]) -> Result<(), Fault> {
+        stream.write_all(bytes).map_err(|error| self.lost(group, place, &error))
+    }
+}
+
+fn encode(offer: &Offer) -> [u8; 16] {
+    (u128::from(offer.process) | u128::from(offer.descriptor) << 32 | u128::from(offer.mark) << 64).to_le_bytes()
+}
+
+fn decode(bytes: &[u8; 16]) -> Offer {
+    let word = u128::from_le_bytes(*bytes);
+    Offer { process: word as u32, descriptor: (word >> 32) as u32, mark: (word >> 64) as u64 }
+}
+
+/// A number that another process does not draw as well.
+fn random() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    std::collections::hash_map::RandomState::new().build_hasher().finish()
+}
+
+#[cfg(test)]
+mod tests;
