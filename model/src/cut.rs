@@ -140,8 +140,8 @@ pub fn tensor_sizes(spec: &ModelSpec) -> Vec<usize> {
     (0..=SEGMENTS_MAX.trailing_zeros()).map(|log| 1 << log).filter(|t| tensor_fits(spec, *t)).collect()
 }
 
-/// The most ways the experts of every mixture are spread: each way must be whole canonical id-segments, so that the
-/// pre-sum it sends is a subtree. 1 without experts.
+/// The ways to spread the experts of every mixture so that each is a whole canonical id-segment whatever the lanes: what
+/// a planner takes unasked. [`check`] lets lanes spread them further. 1 without experts.
 pub fn expert_segments(spec: &ModelSpec) -> usize {
     spec.mixtures().map(|m| segments(m.experts)).min().unwrap_or(1)
 }
@@ -159,14 +159,23 @@ pub fn check(spec: &ModelSpec, mesh: &Mesh) -> Result<(), SpecError> {
         return bad(what, why);
     }
     if mesh.expert > 1 {
-        let most = expert_segments(spec);
         if spec.mixtures().next().is_none() {
             return bad("the experts", format!("ep {} was asked of a model without experts; use ep 1", mesh.expert));
         }
-        if !most.is_multiple_of(mesh.expert) {
-            let experts = spec.mixtures().map(|m| m.experts).min().unwrap_or(0);
-            let why = format!("{experts} experts have {most} equal segments, ep {} must divide that", mesh.expert);
-            return bad("the experts", why);
+        // Over lanes single outputs come home, so only the runs of slices must be whole segments.
+        let runs = mesh.expert / mesh.data;
+        for moe in spec.mixtures() {
+            let (experts, most) = (moe.experts, segments(moe.experts));
+            if !most.is_multiple_of(runs) {
+                let why = format!(
+                    "{experts} experts have {most} equal segments, ep {} / dp {} must divide that",
+                    mesh.expert, mesh.data
+                );
+                return bad("the experts", why);
+            }
+            if !experts.is_multiple_of(mesh.expert) {
+                return bad("the experts", format!("{experts} experts are not a multiple of ep {}", mesh.expert));
+            }
         }
     }
     let cut = mesh.expert_cut();

@@ -1,6 +1,8 @@
 //! Every architecture against the reference implementation: logits, routing, tokens and log-probabilities of the
 //! fixtures under `golden/`, on one rank in f32.
 
+#![allow(clippy::unwrap_used)] // all of this file is a test
+
 use conclave_tests::golden::{Golden, Prompt};
 use conclave_tests::ring::{Ring, Setting, fixture, fixtures};
 use model::mesh::Mesh;

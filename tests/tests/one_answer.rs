@@ -1,6 +1,8 @@
 //! One model, one answer: however a request is cut over ranks, chunked, batched or cached, the logits of every row are
 //! the same bits, and so are the tokens.
 
+#![allow(clippy::unwrap_used)] // all of this file is a test
+
 use conclave_tests::ring::{Ring, Setting, fixture};
 use model::mesh::Mesh;
 use model::plan::{BLOCK_TOKENS, KernelFamily};
@@ -163,6 +165,7 @@ fn the_spread_of_experts_does_not_change_the_answer() {
         (1, 2, 2, 2),
         (1, 2, 4, 4),
         (2, 2, 2, 4),
+        (1, 4, 2, 8),
     ];
     for dtype in [Dtype::F32, Dtype::Bf16] {
         for name in ["qwen3_moe", "mixtral_8x22b", "deepseek_v3"] {
@@ -269,4 +272,9 @@ fn a_mesh_that_a_model_cannot_take_is_refused_in_words() {
     let mesh = Mesh::new(1, 1, 16, 1).unwrap();
     let refused = Ring::load(&fixture("qwen3"), Setting::new(mesh, Dtype::F32)).err().unwrap();
     assert!(format!("{refused:#}").contains("tp 16"), "{refused:#}");
+}
+
+#[test]
+fn lanes_spread_experts_beyond_eight_ways() {
+    check_meshes("qwen3_moe", Dtype::Bf16, &[(1, 4, 4, 16), (1, 8, 2, 16)]);
 }

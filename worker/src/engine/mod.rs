@@ -27,6 +27,7 @@ pub mod state;
 pub mod trace;
 mod weights;
 
+use crate::backend::cpu::simd::flush::Flush;
 use crate::backend::{Backend, Kind};
 use crate::load::checkpoint::Checkpoint;
 use crate::load::loader::{Loader, Progress};
@@ -135,6 +136,8 @@ impl<B: Backend> Engine<B> {
 
     /// The same, from this rank's lane alone.
     pub fn step_lane(&mut self, lane: &LaneBatch) -> Result<Option<LaneResult>, Fault> {
+        // Sums over ranks are added on this thread; they must treat subnormals as the kernels do.
+        let _flush = Flush::on();
         let resolved = self.sequences.resolve(lane, self.trace.is_some())?;
         let answer = self.forward(&resolved)?;
         Ok(answer.filter(|_| self.place.slice == 0))
