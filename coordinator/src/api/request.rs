@@ -50,7 +50,11 @@ impl ModelFacts {
             names: vec![name],
             vocabulary: source.spec.vocab,
             model_len_max: config.max_model_len.map_or(own, |most| most.min(own)),
-            end_tokens: text.end_tokens.clone(),
+            end_tokens: if text.end_tokens.is_empty() {
+                source.spec.end_tokens.clone()
+            } else {
+                text.end_tokens.clone()
+            },
             defaults,
             fingerprint: digest[..6].iter().fold("fp_".to_string(), |text, byte| text + &format!("{byte:02x}")),
         }
