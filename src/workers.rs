@@ -78,10 +78,13 @@ impl Keeper {
                     return;
                 }
             };
+            // Held here, as waiting for the child would close it.
+            let lifeline = child.stdin.take();
             let status = tokio::select! {
                 _ = stop.changed() => None,
                 status = child.wait() => Some(status),
             };
+            drop(lifeline);
             let Some(status) = status else { return end(child).await };
             let how = status.map_or_else(|e| e.to_string(), |s| s.to_string());
             tracing::warn!("{} ended ({how})", self.name);
@@ -112,8 +115,8 @@ impl Keeper {
     }
 }
 
+/// Waits for a worker whose standard input was just closed.
 async fn end(mut child: Child) {
-    drop(child.stdin.take());
     if tokio::time::timeout(GRACE, child.wait()).await.is_err() {
         let _ = child.kill().await;
     }
