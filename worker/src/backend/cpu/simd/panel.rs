@@ -298,11 +298,12 @@ unsafe fn widened<L: Lanes>(part: &Part<'_, bf16>) {
 unsafe fn chains<L: Lanes, M: Product<L>>(part: &Part<'_, M::X>) {
     unsafe {
         let mut row = 0;
-        while part.x.len() - row >= PASS_ROWS {
+        // Sixteen registers hold four rows' chains, weights and inputs.
+        while L::WIDE && part.x.len() - row >= PASS_ROWS {
             columns::<L, M, PASS_ROWS>(part, row);
             row += PASS_ROWS;
         }
-        if part.x.len() - row >= 4 {
+        while part.x.len() - row >= 4 {
             columns::<L, M, 4>(part, row);
             row += 4;
         }
