@@ -2,6 +2,7 @@
 //! Exit codes: 0 done, 1 failed, 2 wrong usage.
 
 use clap::{Parser, Subcommand};
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 mod bench;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_env("CONCLAVE_LOG")
                 .unwrap_or_else(|_| default_filter(&cli.command)),
@@ -74,7 +76,14 @@ fn main() -> ExitCode {
 fn default_filter(command: &Command) -> tracing_subscriber::EnvFilter {
     let level = match command {
         Command::Coordinator(_) => "info",
-        Command::Worker(args) if !args.until_stdin_closes => "info",
+        // A worker of `serve` ends with it: only what went wrong is news.
+        Command::Worker(args) => {
+            if args.until_stdin_closes {
+                "error"
+            } else {
+                "info"
+            }
+        }
         _ => "warn",
     };
     tracing_subscriber::EnvFilter::new(level)

@@ -1,39 +1,40 @@
 //! Progress of loading: bars on a terminal, plain lines elsewhere.
 
+use anyhow::{Context, Result, bail};
 use coordinator::api::view::{ClusterView, Phase};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use tokio::sync::watch;
 
-/// Follows the cluster until it serves, showing what it does. `false` if the coordinator ended before.
-pub async fn until_serving(mut view: watch::Receiver<ClusterView>) -> bool {
+/// Follows the cluster until it serves, showing what it does. The first plan or load that fails is an error: on one host
+/// nothing will be different at the next try.
+pub async fn until_serving(mut view: watch::Receiver<ClusterView>) -> Result<()> {
     let bars = MultiProgress::new();
     let mut shown: BTreeMap<String, ProgressBar> = BTreeMap::new();
-    let mut said = String::new();
+    let mut said = None;
     loop {
         {
             let now = view.borrow_and_update();
             if now.phase == Phase::Serving {
-                bars.clear().unwrap_or_default();
-                return true;
+                // A terminal that can't be cleared shows old bars, no more.
+                let _ = bars.clear();
+                return Ok(());
+            }
+            if now.failures > 0 {
+                let _ = bars.clear();
+                bail!("{}", now.reasons.join("; "));
             }
             if std::io::stderr().is_terminal() {
                 draw(&bars, &mut shown, &now);
             }
-            let line = now.reasons.join("; ");
-            if line != said && !line.is_empty() {
-                said.clone_from(&line);
-                // A bar's own line shows this on a terminal too.
-                let _ = bars.println(&line);
-                if !std::io::stderr().is_terminal() {
-                    eprintln!("{line}");
-                }
+            // Elsewhere a line a phase: who joins when is of no use in a log.
+            if !std::io::stderr().is_terminal() && said != Some(now.phase) {
+                said = Some(now.phase);
+                eprintln!("{}", now.reasons.join("; "));
             }
         }
-        if view.changed().await.is_err() {
-            return false;
-        }
+        view.changed().await.context("the coordinator ended")?;
     }
 }
 

@@ -4,7 +4,8 @@ use crate::workers::{Share, Workers};
 use crate::{progress, signals};
 use anyhow::{Context, Result};
 use coordinator::config::{Config, parse_dtype};
-use coordinator::plan::parse_bytes;
+use coordinator::plan::{Device, Offer, parse_bytes};
+use model::plan::WorkerId;
 use model::quant::Dtype;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -72,6 +73,23 @@ struct Layout {
     share: Share,
 }
 
+impl Layout {
+    /// What the workers are going to offer.
+    fn offers(&self) -> Vec<Offer> {
+        let Share { devices, threads, memory_bytes } = self.share;
+        let device = Device { memory_bytes: memory_bytes / devices as u64, threads: (threads / devices).max(1) };
+        (0..self.workers)
+            .map(|index| Offer {
+                worker: WorkerId(format!("worker-{index}")),
+                host: worker::config::host_name(),
+                data_address: String::new(),
+                devices: vec![device; devices],
+                families: worker::backend::cpu::families(),
+            })
+            .collect()
+    }
+}
+
 impl Options {
     fn layout(&self) -> Result<Layout> {
         let ranks = [self.tensor_parallel_size, self.data_parallel_size, self.pipeline_parallel_size];
@@ -129,6 +147,7 @@ pub async fn serve<F: Future<Output = Result<()>>>(
     let layout = options.layout()?;
     let token = coordinator::run::random_token();
     let config = options.config(model, layout.workers, token.clone());
+    coordinator::run::rehearse(&config, &layout.offers())?;
     let api = TcpListener::bind(options.listen).await;
     let api = api.with_context(|| format!("the API can't listen on {}", options.listen))?;
     let node = TcpListener::bind("127.0.0.1:0").await.context("no free port on loopback")?;
@@ -137,11 +156,10 @@ pub async fn serve<F: Future<Output = Result<()>>>(
     let workers = Workers::start(layout.workers, &layout.share, node_address, &token)?;
     let view = coordinator.view();
     let life = async {
-        if progress::until_serving(view.clone()).await {
-            println!("{}", view.borrow().plan);
-            println!("serving on http://{api_address} (API under /v1, chat page at /); Ctrl-C ends it");
-            ready(api_address).await?;
-        }
+        progress::until_serving(view.clone()).await?;
+        println!("{}", view.borrow().plan);
+        println!("serving on http://{api_address} (API under /v1, chat page at /); Ctrl-C ends it");
+        ready(api_address).await?;
         std::future::pending::<Result<()>>().await
     };
     let outcome = tokio::select! {

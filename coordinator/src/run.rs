@@ -41,6 +41,8 @@ pub enum StartError {
     Text(#[from] TextError),
     #[error("{what} can't be started: {source}")]
     Io { what: &'static str, source: std::io::Error },
+    #[error(transparent)]
+    Plan(#[from] plan::PlanError),
     #[error("metrics can't be recorded: {0}")]
     Metrics(String),
     #[error("the engine's thread ended: {0}")]
@@ -87,6 +89,13 @@ fn random_bytes<const N: usize>() -> [u8; N] {
     let mut source = std::fs::File::open("/dev/urandom").expect("every Linux has /dev/urandom");
     source.read_exact(&mut bytes).expect("/dev/urandom never ends");
     bytes
+}
+
+/// Plans on devices that are not there yet, so that a mesh that can't be had is refused before anything is started.
+pub fn rehearse(config: &Config, members: &[Offer]) -> Result<(), StartError> {
+    let source = Source::open(&config.model)?;
+    plan::plan(&source.spec, &source.formats, members, &policy(config), None)?;
+    Ok(())
 }
 
 /// Starts a coordinator on two bound listeners. Fails at once on a model that can't be read or cut as asked.

@@ -50,6 +50,8 @@ pub struct ClusterView {
     /// Why the phase is not `Serving`, each a sentence.
     pub reasons: Vec<String>,
     pub load: LoadView,
+    /// Plans and loads that failed since it last served: where it never did, waiting longer may be in vain.
+    pub failures: u32,
     /// Longest sequence under the plan, 0 where only the model's own bound is known.
     pub model_len_max: usize,
     /// When a step, or an idle heartbeat, last completed under the current epoch; none leaves it to the phase alone.

@@ -298,12 +298,16 @@ impl<S: Store, P: Planner> Shell<S, P> {
             metrics::observe(&load);
             let load = LoadView::from(&*load);
             view.progress = self.moved();
+            let failures = cluster.failures();
+            view.model_len_max = plan.map_or(0, |p| p.limits.model_len_max);
             let changed = view.load != load
+                || view.failures != failures
                 || view.phase != phase
                 || view.epoch != epoch
                 || view.members != members
                 || view.reasons != reasons;
             (view.phase, view.epoch, view.members, view.reasons, view.load) = (phase, epoch, members, reasons, load);
+            view.failures = failures;
             changed
         });
     }

@@ -70,6 +70,8 @@ pub struct Cluster<P> {
     failures: u32,
     /// Why it is not serving, for people.
     reason: String,
+    /// What ended the last epoch, or the last try for one; empty while serving and before.
+    cause: String,
 }
 
 impl<P: Planner> Cluster<P> {
@@ -86,6 +88,7 @@ impl<P: Planner> Cluster<P> {
             retry_at: Duration::ZERO,
             failures: 0,
             reason,
+            cause: String::new(),
         }
     }
 
@@ -104,6 +107,11 @@ impl<P: Planner> Cluster<P> {
     /// Why nothing is served now; empty while serving.
     pub fn reason(&self) -> &str {
         &self.reason
+    }
+
+    /// Plans and loads that failed since it last served.
+    pub fn failures(&self) -> u32 {
+        self.failures
     }
 
     /// The plan that members were asked to load or run.
@@ -198,9 +206,7 @@ impl<P: Planner> Cluster<P> {
         let (have, want) = (self.workers.len(), self.rules.workers);
         let settled = self.rules.settle.is_some_and(|s| now >= self.since + s) && have > 0;
         if have < want && !settled {
-            if self.failures == 0 {
-                self.reason = format!("waiting for {want} workers, {have} joined");
-            }
+            self.reason = self.after_cause(&format!("waiting for {want} workers, {have} joined"));
             return;
         }
         if now < self.retry_at {
@@ -211,12 +217,16 @@ impl<P: Planner> Cluster<P> {
             Ok(plan) => {
                 self.epoch = plan.epoch;
                 let plan = Arc::new(plan);
-                self.reason = format!("planning epoch {}", plan.epoch.0);
+                self.reason = self.after_cause(&format!("planning epoch {}", plan.epoch.0));
                 self.phase = Phase::Committing(plan.clone());
                 actions.push(Action::Commit { plan });
             }
             Err(why) => self.failed(now, why, actions),
         }
+    }
+
+    fn after_cause(&self, now: &str) -> String {
+        if self.cause.is_empty() { now.into() } else { format!("{}; {now}", self.cause) }
     }
 
     fn committed(&mut self, epoch: Epoch, actions: &mut Vec<Action>) {
@@ -232,7 +242,7 @@ impl<P: Planner> Cluster<P> {
             }
             actions.push(Action::Load { worker: member.worker.clone(), plan: plan.clone() });
         }
-        self.reason = format!("loading epoch {}", epoch.0);
+        self.reason = self.after_cause(&format!("loading epoch {}", epoch.0));
         self.phase = Phase::Loading(plan);
     }
 
@@ -252,6 +262,7 @@ impl<P: Planner> Cluster<P> {
         if plan.members.iter().all(|m| ready.contains(&m.worker)) {
             self.failures = 0;
             self.reason.clear();
+            self.cause.clear();
             self.previous = Some(plan.clone());
             self.phase = Phase::Serving(plan.clone());
             actions.push(Action::Serve { plan });
@@ -278,7 +289,8 @@ impl<P: Planner> Cluster<P> {
             worker.ready = None;
         }
         self.phase = Phase::Gathering;
-        self.reason = why;
+        self.reason.clone_from(&why);
+        self.cause = why;
         self.since = now;
     }
 
@@ -286,7 +298,8 @@ impl<P: Planner> Cluster<P> {
     fn failed(&mut self, now: Duration, why: String, actions: &mut Vec<Action>) {
         self.stand_down(now, why.clone(), actions);
         self.phase = Phase::Gathering;
-        self.reason = why;
+        self.reason.clone_from(&why);
+        self.cause = why;
         self.retry_at = now + self.rules.retry * (1 << self.failures.min(5));
         self.failures += 1;
     }
