@@ -44,7 +44,7 @@ pub struct Options {
     /// Longest sequence in tokens, prompt and answer together
     #[arg(long)]
     pub max_model_len: Option<usize>,
-    /// Cache of each rank, e.g. 2GiB
+    /// Cache of each rank, e.g. 2GiB; by default 4GiB for all together, or one longest sequence
     #[arg(long, value_parser = parse_bytes)]
     pub kv_cache_memory: Option<u64>,
     /// The name that clients ask for
@@ -66,6 +66,9 @@ pub struct Options {
 
 /// `auto`, or a value.
 type Setting<T> = Option<T>;
+
+/// Cache that a host's workers take together unless told otherwise: the host is shared with everything else on it.
+const CACHE_MODEST: u64 = 4 << 30;
 
 /// How a cluster is laid over this host's cores and memory.
 struct Layout {
@@ -126,6 +129,7 @@ impl Options {
             dtype: self.dtype,
             max_model_len: self.max_model_len,
             kv_cache_memory_bytes: self.kv_cache_memory,
+            kv_cache_modest_bytes: Some(CACHE_MODEST / workers as u64),
             max_num_batched_tokens: self.max_num_batched_tokens.unwrap_or(defaults.max_num_batched_tokens),
             max_num_seqs: self.max_num_seqs.unwrap_or(defaults.max_num_seqs),
             ..defaults

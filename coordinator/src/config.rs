@@ -48,6 +48,9 @@ pub struct Config {
     /// Cache a rank, in bytes; by default what memory leaves.
     #[serde(default)]
     pub kv_cache_memory_bytes: Option<u64>,
+    /// Without `kv_cache_memory_bytes`: at most this much cache a rank, or what one longest sequence needs.
+    #[serde(default)]
+    pub kv_cache_modest_bytes: Option<u64>,
     /// Tokens in a lane's part of a step.
     #[serde(default = "step_tokens")]
     pub max_num_batched_tokens: usize,

@@ -165,6 +165,7 @@ fn policy(config: &Config) -> Policy {
         dtype: config.dtype,
         model_len_max: config.max_model_len,
         cache_bytes: config.kv_cache_memory_bytes,
+        cache_bytes_modest: config.kv_cache_modest_bytes,
         step_tokens_max: config.max_num_batched_tokens,
         step_sequences_max: config.max_num_seqs,
     }

@@ -110,7 +110,9 @@ fn blocks(ask: &Ask<'_>, mesh: &Mesh, memory: &[u64], bytes: &[RankBytes], longe
         return Err(PlanError::Cache { given, holds, tokens, needs: per_block * least });
     }
     // More than every sequence of a step at its longest is only memory taken from others, unless it was asked for.
-    let useful = one * ask.policy.step_sequences_max as u64;
+    let per_block = bytes.iter().map(|b| b.cache_per_block).max().unwrap_or(0).max(1);
+    let modest = ask.policy.cache_bytes_modest.map_or(u64::MAX, |bytes| (bytes / per_block).max(one));
+    let useful = (one * ask.policy.step_sequences_max as u64).min(modest);
     Ok(if ask.policy.cache_bytes.is_some() { room } else { room.min(useful.max(least)) } as usize)
 }
 

@@ -58,6 +58,9 @@ pub struct Policy {
     pub model_len_max: Option<usize>,
     /// Cache of each rank; by default what memory leaves, up to `step_sequences_max` of the longest sequences.
     pub cache_bytes: Option<u64>,
+    /// Where `cache_bytes` is not given: no more than this, or than one of the longest sequences needs. For hosts whose
+    /// memory others want too.
+    pub cache_bytes_modest: Option<u64>,
     pub step_tokens_max: usize,
     pub step_sequences_max: usize,
 }
@@ -72,6 +75,7 @@ impl Default for Policy {
             dtype: None,
             model_len_max: None,
             cache_bytes: None,
+            cache_bytes_modest: None,
             step_tokens_max: 512,
             step_sequences_max: 128,
         }
