@@ -1,7 +1,8 @@
-//! What the tests share: real processes ([`process`]), ranks as threads ([`ring`]), the reference's numbers ([`golden`]), the
-//! simulator ([`sim`]).
+//! What the tests share: real processes ([`process`]), ranks as threads ([`ring`]) and requests for them
+//! ([`requests`]), the reference's numbers ([`golden`]), the simulator ([`sim`]).
 
 pub mod golden;
 pub mod process;
+pub mod requests;
 pub mod ring;
 pub mod sim;

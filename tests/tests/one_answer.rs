@@ -3,136 +3,75 @@
 
 #![allow(clippy::unwrap_used)] // all of this file is a test
 
-use conclave_tests::ring::{Ring, Setting, fixture};
+use conclave_tests::requests::{self, ANSWER, Outcome, Request, prompt, same, warm};
+use conclave_tests::ring::{Ring, Setting, fixture, fixtures};
 use model::mesh::Mesh;
 use model::plan::{BLOCK_TOKENS, KernelFamily};
 use model::quant::Dtype;
-use model::step::{Begin, BlockId, Chunk, LaneBatch, LaneResult, Sampling, SeqId, StepBatch};
-use std::collections::BTreeMap;
+use model::step::{Begin, BlockId, Chunk, LaneBatch, Sampling, SeqId, StepBatch};
+use worker::load::checkpoint::Checkpoint;
 
-/// Tokens drawn after each prompt.
-const ANSWER: usize = 6;
-
-/// One request's rows and tokens.
-#[derive(Debug, Clone, Default, PartialEq)]
-struct Outcome {
-    /// Bits of the logits of each computed position.
-    logits: BTreeMap<usize, Vec<u32>>,
-    tokens: Vec<u32>,
-}
-
-/// A request on its way.
-struct Request {
-    seq: u64,
-    lane: usize,
-    sampling: Sampling,
-    prompt: Vec<u32>,
-    /// First cache block; each request has a run of its own.
-    block: u32,
-    /// Where it begins: behind a prefix that is cached already, where not 0.
-    start: usize,
-}
-
-fn prompt(length: usize, salt: u32) -> Vec<u32> {
-    (0..length as u32).map(|i| (i * 7919 + salt * 104_729 + 13) % 400).collect()
-}
-
-fn warm(seed: u64) -> Sampling {
-    Sampling { temperature: 0.9, top_p: 0.95, seed, ..Sampling::GREEDY }
-}
-
-fn request(seq: u64, length: usize) -> Request {
-    let (prompt, block) = (prompt(length, seq as u32), 8 * seq as u32);
-    Request { seq, lane: 0, sampling: warm(seq), prompt, block, start: 0 }
-}
-
-/// Runs requests to their ends together, prompts in chunks of `chunk` tokens, and tells what each one saw.
-fn run(ring: &mut Ring, lanes: usize, requests: &[Request], chunk: usize) -> Vec<Outcome> {
-    ring.trace(true).unwrap();
-    let mut outcomes = vec![Outcome::default(); requests.len()];
-    let mut positions: Vec<usize> = requests.iter().map(|r| r.start).collect();
-    let mut begun = vec![false; requests.len()];
-    loop {
-        let mut batch = StepBatch { lanes: vec![LaneBatch::default(); lanes] };
-        for (i, r) in requests.iter().enumerate() {
-            let all: Vec<u32> = r.prompt.iter().chain(&outcomes[i].tokens).copied().collect();
-            if outcomes[i].tokens.len() == ANSWER {
-                continue;
-            }
-            let (start, end) = (positions[i], all.len().min(positions[i].saturating_add(chunk)));
-            let lane = &mut batch.lanes[r.lane];
-            if !begun[i] {
-                let prompt_len = r.prompt.len() as u32;
-                let history = r.prompt[..start].to_vec();
-                lane.begun.push(Begin { seq: SeqId(r.seq), sampling: r.sampling.clone(), prompt_len, history });
-            }
-            let had = if begun[i] { start.div_ceil(BLOCK_TOKENS) } else { 0 };
-            lane.chunks.push(Chunk {
-                seq: SeqId(r.seq),
-                start: start as u32,
-                tokens: all[start..end].to_vec(),
-                blocks: (had..end.div_ceil(BLOCK_TOKENS)).map(|b| BlockId(r.block + b as u32)).collect(),
-                sample: end == all.len(),
-            });
-            begun[i] = true;
-            positions[i] = end;
-        }
-        if batch.lanes.iter().all(|l| l.chunks.is_empty()) {
-            break;
-        }
-        let answers: Vec<LaneResult> = ring.step(&batch).unwrap();
-        for sample in answers.iter().flat_map(|a| &a.samples) {
-            let i = requests.iter().position(|r| r.seq == sample.seq.0).unwrap();
-            outcomes[i].tokens.push(sample.token);
-        }
-    }
-    for trace in ring.trace(false).unwrap() {
-        for (seq, position, row) in trace.logits {
-            let i = requests.iter().position(|r| r.seq == seq.0).unwrap();
-            let bits: Vec<u32> = row.iter().map(|v| v.to_bits()).collect();
-            // Every tensor rank gathered the same rows.
-            let first = outcomes[i].logits.entry(position).or_insert_with(|| bits.clone());
-            assert!(*first == bits, "ranks disagree about position {position}");
-        }
-    }
-    let ended = requests.iter().map(|r| (r.lane, SeqId(r.seq)));
-    let mut batch = StepBatch { lanes: vec![LaneBatch::default(); lanes] };
-    ended.for_each(|(lane, seq)| batch.lanes[lane].ended.push(seq));
-    ring.step(&batch).unwrap();
-    outcomes
+fn reference(name: &str, dtype: Dtype, family: KernelFamily, request: &Request) -> Outcome {
+    let setting = Setting { family, ..Setting::new(Mesh::ONE, dtype) };
+    conclave_tests::requests::reference(&fixture(name), setting, request).unwrap()
 }
 
 fn assert_same(what: &str, found: &Outcome, expected: &Outcome) {
-    assert_eq!(found.tokens, expected.tokens, "{what}: tokens");
-    for (position, bits) in &found.logits {
-        let wanted = &expected.logits[position];
-        let differing = bits.iter().zip(wanted).filter(|(a, b)| a != b).count();
-        assert!(differing == 0, "{what}: {differing} of {} logits differ at position {position}", bits.len());
-    }
+    same(what, found, expected).unwrap();
 }
 
-fn reference(name: &str, dtype: Dtype, family: KernelFamily, request: &Request) -> Outcome {
-    let mut ring = Ring::load(&fixture(name), Setting { family, ..Setting::new(Mesh::ONE, dtype) }).unwrap();
-    run(&mut ring, 1, std::slice::from_ref(request), usize::MAX).remove(0)
+fn run(ring: &mut Ring, requests: &[Request], chunk: usize) -> Vec<Outcome> {
+    requests::run(ring, 1, requests, chunk).unwrap()
 }
 
 /// Alone and at once on one rank, against a full batch in chunks on each mesh, an idle lane among the lanes.
 fn check_meshes(name: &str, dtype: Dtype, meshes: &[(usize, usize, usize, usize)]) {
-    let family = KernelFamily::Vector;
-    let expected = reference(name, dtype, family, &request(1, 45));
+    let expected = reference(name, dtype, KernelFamily::Vector, &Request::new(1, 45));
     assert_eq!(expected.logits.len(), 45 + ANSWER - 1);
     for &(pipeline, data, tensor, expert) in meshes {
         let mesh = Mesh::new(pipeline, data, tensor, expert).unwrap();
-        let mut ring = Ring::load(&fixture(name), Setting::new(mesh, dtype)).unwrap();
-        for chunk in [usize::MAX, 7] {
-            let what = format!("{name} {dtype} {mesh} chunks of {chunk}");
-            let alone = Request { lane: data - 1, ..request(1, 45) };
-            let found = run(&mut ring, data, &[alone], chunk);
-            assert_same(&format!("{what}, alone"), &found[0], &expected);
-            let crowd = [request(2, 33), Request { lane: data - 1, ..request(1, 45) }, request(3, 5)];
-            let found = run(&mut ring, data, &crowd, chunk);
-            assert_same(&format!("{what}, in a batch"), &found[1], &expected);
+        let setting = Setting::new(mesh, dtype);
+        if let Err(e) = requests::check_mesh(&fixture(name), setting, &[usize::MAX, 7], &expected) {
+            panic!("{name}: {e:#}");
         }
+    }
+}
+
+/// A few meshes in which every pair of (tp, pp), (tp, dp), (pp, dp), (ep, each of them) is cut together, for a model of
+/// at least two key/value heads and, where `spread`, eight experts.
+fn pairwise(spread: bool) -> Vec<(usize, usize, usize, usize)> {
+    match spread {
+        false => vec![(2, 1, 2, 1), (1, 2, 2, 1), (2, 2, 1, 1)],
+        true => vec![(2, 1, 2, 2), (1, 2, 2, 4), (2, 2, 1, 2), (2, 2, 2, 1)],
+    }
+}
+
+#[test]
+fn every_family_is_cut_along_every_pair_of_axes() {
+    for name in fixtures() {
+        let spec = Checkpoint::open(&fixture(&name)).unwrap().spec().unwrap();
+        let spread = spec.mixtures().next().is_some();
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            check_meshes(&name, dtype, &pairwise(spread));
+        }
+    }
+}
+
+#[test]
+fn a_preempted_sequence_goes_on_with_the_same_bits() {
+    for (name, dtype) in [("qwen3_moe", Dtype::F32), ("deepseek_v3", Dtype::Bf16), ("mistral_7b", Dtype::Bf16)] {
+        let expected = reference(name, dtype, KernelFamily::Vector, &Request::new(1, 75));
+        let mesh = Mesh::new(1, 1, 2, 1).unwrap();
+        let mut ring = Ring::load(&fixture(name), Setting::new(mesh, dtype)).unwrap();
+        let before = run(&mut ring, &[Request { answer: 3, ..Request::new(1, 75) }], 20).remove(0);
+        assert_eq!(before.tokens, expected.tokens[..3]);
+        // Its blocks go to another sequence; it comes back as a prefill of prompt and answer, in new blocks.
+        let thief = Request { block: Request::new(1, 75).block, ..Request::new(2, 80) };
+        run(&mut ring, &[thief], 31);
+        let again = Request { seq: 9, drawn: before.tokens, block: 40, ..Request::new(1, 75) };
+        let found = run(&mut ring, &[again, Request::new(3, 20)], 11);
+        assert_same(&format!("{name} recomputed"), &found[0], &expected);
+        assert_eq!(found[0].logits.len(), expected.logits.len(), "all of it was computed again");
     }
 }
 
@@ -178,11 +117,11 @@ fn the_spread_of_experts_does_not_change_the_answer() {
 fn chunks_do_not_change_the_answer() {
     for name in ["qwen3_moe", "deepseek_v3", "mistral_7b"] {
         for family in [KernelFamily::Vector, KernelFamily::Amx] {
-            let expected = reference(name, Dtype::Bf16, family, &request(1, 75));
+            let expected = reference(name, Dtype::Bf16, family, &Request::new(1, 75));
             let setting = Setting { family, threads: 2, ..Setting::new(Mesh::ONE, Dtype::Bf16) };
             let mut ring = Ring::load(&fixture(name), setting).unwrap();
             for chunk in [1, 3, 31, 64] {
-                let found = run(&mut ring, 1, &[request(1, 75)], chunk);
+                let found = run(&mut ring, &[Request::new(1, 75)], chunk);
                 assert_same(&format!("{name} chunks of {chunk}"), &found[0], &expected);
             }
         }
@@ -191,14 +130,14 @@ fn chunks_do_not_change_the_answer() {
 
 #[test]
 fn a_cached_prefix_does_not_change_the_answer() {
-    for name in ["qwen3_moe", "deepseek_v3", "mistral_7b"] {
-        let expected = reference(name, Dtype::Bf16, KernelFamily::Vector, &request(1, 75));
+    for (name, dtype) in [("qwen3_moe", Dtype::Bf16), ("deepseek_v3", Dtype::F32), ("mistral_7b", Dtype::Bf16)] {
+        let expected = reference(name, dtype, KernelFamily::Vector, &Request::new(1, 75));
         let mesh = Mesh::new(1, 1, 2, 1).unwrap();
-        let mut ring = Ring::load(&fixture(name), Setting::new(mesh, Dtype::Bf16)).unwrap();
-        run(&mut ring, 1, &[request(1, 75)], 20);
+        let mut ring = Ring::load(&fixture(name), Setting::new(mesh, dtype)).unwrap();
+        run(&mut ring, &[Request::new(1, 75)], 20);
         // Two whole blocks are in the cache; the sequence is new.
-        let resumed = Request { seq: 9, start: 2 * BLOCK_TOKENS, ..request(1, 75) };
-        let found = run(&mut ring, 1, &[resumed, request(2, 30)], 5);
+        let resumed = Request { seq: 9, start: 2 * BLOCK_TOKENS, ..Request::new(1, 75) };
+        let found = run(&mut ring, &[resumed, Request::new(2, 30)], 5);
         assert_same(&format!("{name} from a cached prefix"), &found[0], &expected);
         assert_eq!(found[0].logits.keys().next(), Some(&(2 * BLOCK_TOKENS)));
     }

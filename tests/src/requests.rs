@@ -1,0 +1,155 @@
+//! Requests run through a [`Ring`] by hand, in chunks and together, and what each one saw to the last bit.
+
+use crate::ring::{Ring, Setting};
+use anyhow::{Context, Result, ensure};
+use model::plan::BLOCK_TOKENS;
+use model::step::{Begin, BlockId, Chunk, LaneBatch, Sampling, SeqId, StepBatch};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Tokens drawn after each prompt.
+pub const ANSWER: usize = 6;
+
+/// One request's rows and tokens.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Outcome {
+    /// Bits of the logits of each computed position.
+    pub logits: BTreeMap<usize, Vec<u32>>,
+    pub tokens: Vec<u32>,
+}
+
+/// A request on its way.
+#[derive(Debug, Clone)]
+pub struct Request {
+    pub seq: u64,
+    pub lane: usize,
+    pub sampling: Sampling,
+    pub prompt: Vec<u32>,
+    /// Tokens drawn before it was preempted.
+    pub drawn: Vec<u32>,
+    /// Drawn tokens at which it ends.
+    pub answer: usize,
+    /// First cache block; each request has a run of its own.
+    pub block: u32,
+    /// Where it begins: behind a prefix that is cached already, where not 0.
+    pub start: usize,
+}
+
+impl Request {
+    /// A prompt of `length` tokens that follow from `seq`, sampled warm, in a cache run of its own.
+    pub fn new(seq: u64, length: usize) -> Request {
+        Request {
+            seq,
+            lane: 0,
+            sampling: warm(seq),
+            prompt: prompt(length, seq as u32),
+            drawn: vec![],
+            answer: ANSWER,
+            block: 8 * seq as u32,
+            start: 0,
+        }
+    }
+}
+
+/// Tokens that every fixture's vocabulary has.
+pub fn prompt(length: usize, salt: u32) -> Vec<u32> {
+    (0..length as u32).map(|i| (i * 7919 + salt * 104_729 + 13) % 400).collect()
+}
+
+pub fn warm(seed: u64) -> Sampling {
+    Sampling { temperature: 0.9, top_p: 0.95, seed, ..Sampling::GREEDY }
+}
+
+/// Runs requests to their ends together, prompts in chunks of `chunk` tokens, and tells what each one saw.
+pub fn run(ring: &mut Ring, lanes: usize, requests: &[Request], chunk: usize) -> Result<Vec<Outcome>> {
+    ring.trace(true)?;
+    let mut outcomes: Vec<Outcome> =
+        requests.iter().map(|r| Outcome { tokens: r.drawn.clone(), ..Outcome::default() }).collect();
+    let mut positions: Vec<usize> = requests.iter().map(|r| r.start).collect();
+    let mut begun = vec![false; requests.len()];
+    let of = |seq: SeqId| requests.iter().position(|r| r.seq == seq.0).context("an answer for nobody");
+    loop {
+        let mut batch = StepBatch { lanes: vec![LaneBatch::default(); lanes] };
+        for (i, r) in requests.iter().enumerate() {
+            let all: Vec<u32> = r.prompt.iter().chain(&outcomes[i].tokens).copied().collect();
+            if outcomes[i].tokens.len() == r.answer {
+                continue;
+            }
+            let (start, end) = (positions[i], all.len().min(positions[i].saturating_add(chunk)));
+            let lane = &mut batch.lanes[r.lane];
+            if !begun[i] {
+                let (prompt_len, history) = (r.prompt.len() as u32, all[..start].to_vec());
+                lane.begun.push(Begin { seq: SeqId(r.seq), sampling: r.sampling.clone(), prompt_len, history });
+            }
+            let had = if begun[i] { start.div_ceil(BLOCK_TOKENS) } else { 0 };
+            lane.chunks.push(Chunk {
+                seq: SeqId(r.seq),
+                start: start as u32,
+                tokens: all[start..end].to_vec(),
+                blocks: (had..end.div_ceil(BLOCK_TOKENS)).map(|b| BlockId(r.block + b as u32)).collect(),
+                sample: end == all.len(),
+            });
+            begun[i] = true;
+            positions[i] = end;
+        }
+        if batch.lanes.iter().all(|l| l.chunks.is_empty()) {
+            break;
+        }
+        let answers = ring.step(&batch)?;
+        for sample in answers.iter().flat_map(|a| &a.samples) {
+            outcomes[of(sample.seq)?].tokens.push(sample.token);
+        }
+    }
+    for trace in ring.trace(false)? {
+        for (seq, position, row) in trace.logits {
+            let bits: Vec<u32> = row.iter().map(|v| v.to_bits()).collect();
+            // Every tensor rank gathered the same rows.
+            let first = outcomes[of(seq)?].logits.entry(position).or_insert_with(|| bits.clone());
+            ensure!(*first == bits, "ranks disagree about position {position}");
+        }
+    }
+    let mut batch = StepBatch { lanes: vec![LaneBatch::default(); lanes] };
+    requests.iter().for_each(|r| batch.lanes[r.lane].ended.push(SeqId(r.seq)));
+    ring.step(&batch)?;
+    Ok(outcomes)
+}
+
+/// What a request sees alone, its prompt at once.
+pub fn reference(path: &Path, setting: Setting, request: &Request) -> Result<Outcome> {
+    let mut ring = Ring::load(path, setting)?;
+    Ok(run(&mut ring, 1, std::slice::from_ref(request), usize::MAX)?.remove(0))
+}
+
+/// Fails where `found` has another token, or a row of other bits, than `expected`.
+pub fn same(what: &str, found: &Outcome, expected: &Outcome) -> Result<()> {
+    ensure!(found.tokens == expected.tokens, "{what}: tokens {:?}, expected {:?}", found.tokens, expected.tokens);
+    ensure!(!found.logits.is_empty(), "{what}: no logits were compared");
+    for (position, bits) in &found.logits {
+        let wanted = expected.logits.get(position).with_context(|| format!("{what}: no position {position}"))?;
+        let differing = bits.iter().zip(wanted).filter(|(a, b)| a != b).count();
+        ensure!(
+            differing == 0 && bits.len() == wanted.len(),
+            "{what}: {differing} of {} logits differ at position {position}",
+            bits.len()
+        );
+    }
+    Ok(())
+}
+
+/// Alone and in a crowd, prompts in chunks of each of `chunks`, on a mesh, against `expected` of `Request::new(1, 45)`:
+/// with several lanes one of them stays idle while it runs alone. How many runs were compared.
+pub fn check_mesh(path: &Path, setting: Setting, chunks: &[usize], expected: &Outcome) -> Result<usize> {
+    let (mesh, dtype, data) = (setting.mesh, setting.dtype, setting.mesh.data);
+    let mut ring = Ring::load(path, setting).with_context(|| format!("{mesh} {dtype}"))?;
+    let (mut compared, lane) = (0, data - 1);
+    for &chunk in chunks {
+        let what = format!("{dtype} {mesh} chunks of {chunk}");
+        let found = run(&mut ring, data, &[Request { lane, ..Request::new(1, 45) }], chunk)?;
+        same(&format!("{what}, alone"), &found[0], expected)?;
+        let crowd = [Request::new(2, 33), Request { lane, ..Request::new(1, 45) }, Request::new(3, 5)];
+        let found = run(&mut ring, data, &crowd, chunk)?;
+        same(&format!("{what}, in a batch"), &found[1], expected)?;
+        compared += 2;
+    }
+    Ok(compared)
+}
