@@ -40,6 +40,7 @@ pub use buffer::{Buffer, Data};
 pub use meta::Meta;
 pub use weights::Matrix;
 
+use crate::backend::{Backend, HostSlice, Kind};
 use model::fault::{Fault, FaultKind};
 use model::plan::{BLOCK_TOKENS, KernelFamily};
 use model::quant::Dtype;
@@ -61,9 +62,42 @@ pub struct CpuConfig {
     pub spin: u32,
 }
 
-/// The families that this build runs here, best first; one without its instructions is emulated, bit for bit.
+/// The families that this CPU runs at its own speed, best first. (Every other is emulated bit for bit, for comparisons.)
+/// Tiles are offered only after they gave, in this process, the bits that their emulation gives.
 pub fn families() -> Vec<KernelFamily> {
-    vec![KernelFamily::Vector, KernelFamily::Amx]
+    let tiles = Level::all().into_iter().find(|level| level.has_tiles());
+    let plain = Level::all().into_iter().find(|level| !level.has_tiles()).unwrap_or_else(Level::portable);
+    match tiles.map(|tiles| (amx_probe(tiles), amx_probe(plain))) {
+        Some((Ok(native), Ok(emulated))) if native == emulated => vec![KernelFamily::Amx, KernelFamily::Vector],
+        Some(_) => {
+            tracing::warn!("this CPU's AMX tiles do not give the bits that they should: they are not used");
+            vec![KernelFamily::Vector]
+        }
+        None => vec![KernelFamily::Vector],
+    }
+}
+
+/// Bits of a small product in AMX's order: rows, outputs and inputs that fill no tile evenly, two segments.
+fn amx_probe(level: Level) -> Result<Vec<u32>, Fault> {
+    const ROWS: usize = 37;
+    const OUTPUTS: usize = 83;
+    const INPUTS: usize = 2 * 75;
+    let config = CpuConfig { dtype: Dtype::Bf16, family: KernelFamily::Amx, threads: 1, spin: 0 };
+    let mut backend = CpuBackend::with_level(config, level)?;
+    let value = |i: usize| ((i * 7919 % 1009) as f32 - 504.0) / 256.0;
+    let weights: Vec<f32> = (0..OUTPUTS * INPUTS).map(value).collect();
+    let matrix = backend.matrix_f32(&weights, OUTPUTS, INPUTS, 2)?;
+    let mut x = backend.buffer(ROWS, INPUTS, Kind::Input)?;
+    let mut out = backend.buffer(ROWS, OUTPUTS, Kind::Full)?;
+    if let HostSlice::Bf16(values) = backend.host(&mut x, ROWS)? {
+        values.iter_mut().enumerate().for_each(|(i, v)| *v = half::bf16::from_f32(value(i + 31)));
+    }
+    backend.host_done(&mut x, ROWS)?;
+    backend.matmul(&x, &matrix, None, ROWS, &mut out)?;
+    match backend.host(&mut out, ROWS)? {
+        HostSlice::F32(values) => Ok(values.iter().map(|v| v.to_bits()).collect()),
+        HostSlice::Bf16(_) => Ok(Vec::new()),
+    }
 }
 
 /// One rank's kernels and threads.

@@ -40,6 +40,17 @@ fn the_amx_order_keeps_the_contract_on_every_instruction_set() {
     every_level_agrees(Dtype::Bf16, KernelFamily::Amx);
 }
 
+/// The probe that decides at start whether tiles are offered runs here on whatever there is.
+#[test]
+fn the_tile_probe_gives_the_same_bits_on_every_instruction_set() {
+    let want = super::amx_probe(Level::portable()).expect("a product");
+    assert!(want.iter().any(|bits| *bits != 0));
+    for level in Level::all() {
+        assert!(super::amx_probe(level).expect("a product") == want, "{level:?}");
+    }
+    assert_eq!(super::families().contains(&KernelFamily::Amx), Level::best().has_tiles());
+}
+
 #[test]
 fn any_number_of_threads_gives_the_same_bits() {
     for dtype in [Dtype::F32, Dtype::Bf16] {
