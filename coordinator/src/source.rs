@@ -154,7 +154,7 @@ fn gguf_header(path: &Path) -> Result<(Vec<u8>, Gguf, u64), SourceError> {
 
 /// The frequency factors that some files keep as a tensor of f32.
 fn rope_factors(path: &Path, file: &Gguf) -> Result<Option<Vec<f32>>, SourceError> {
-    let Some(tensor) = file.tensors.iter().find(|t| t.name == gguf::ROPE_FACTORS) else { return Ok(None) };
+    let Some(tensor) = file.tensors.iter().find(|t| t.name == model::catalog::ROPE_FACTORS) else { return Ok(None) };
     let count = tensor.dims.first().copied().unwrap_or(0);
     if tensor.format() != Some(Format::F32) || count > 4096 {
         return Err(bad(path, format!("{} holds {count} values of kind {}", tensor.name, tensor.kind)));

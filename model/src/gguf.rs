@@ -9,6 +9,7 @@ pub use file::{Gguf, TensorInfo, Value};
 
 use crate::bounds::{self, EXPERTS_MAX, HEAD_DIM_MAX, HEADS_MAX, HIDDEN_MAX, INTERMEDIATE_MAX, LAYERS_MAX};
 use crate::bounds::{POSITIONS_MAX, VOCAB_MAX, within};
+use crate::catalog::{ROPE_FACTORS, Role, gguf_name};
 use crate::error::SpecError;
 use crate::rope::{Layout, Rope, Scaling};
 use crate::spec::{
@@ -16,9 +17,6 @@ use crate::spec::{
 };
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
-
-/// The tensor whose values go into `spec`'s `rope_factors`.
-pub const ROPE_FACTORS: &str = "rope_freqs.weight";
 
 const KNOWN: [&str; 4] = ["llama", "qwen2", "qwen3", "qwen3moe"];
 
@@ -66,7 +64,7 @@ pub fn spec(
         hidden,
         layers: vec![Layer { mixer_norm: norm, mixer, branch_norm: norm, branches: vec![branch] }; layers],
         final_norm: norm,
-        head: Head { tied: !has_tensor("output.weight") },
+        head: Head { tied: !has_tensor(&gguf_name(None, Role::Head)) },
         positions_max,
         end_tokens: end_tokens(&keys)?,
         begin_token: keys.token("tokenizer.ggml.bos_token_id")?,
@@ -101,14 +99,14 @@ fn attention(keys: &Keys<'_>, file: &File<'_>) -> Result<Grouped, SpecError> {
     if value != head_dim {
         return Err(SpecError::bad("attention.value_length", value, format!("keys have {head_dim} channels")));
     }
-    let biased = |tensor: &str| (file.has_tensor)(&format!("blk.0.{tensor}.bias"));
+    let biased = |role| (file.has_tensor)(&gguf_name(Some(0), role));
     let window = keys.optional_count("attention.sliding_window")?.filter(|n| *n > 0);
     Ok(Grouped {
         heads,
         kv_heads,
         head_dim,
-        qkv_bias: biased("attn_q"),
-        out_bias: biased("attn_output"),
+        qkv_bias: biased(Role::QueryBias),
+        out_bias: biased(Role::OutputBias),
         qk_norm: file.architecture.starts_with("qwen3").then_some(file.norm),
         rope: Some(rope(keys, file, head_dim)?),
         span: window.map_or(Span::Full, Span::Window),
@@ -159,10 +157,10 @@ fn branch(keys: &Keys<'_>, file: &File<'_>) -> Result<Branch, SpecError> {
     let Some(experts) = keys.optional_count("expert_count")?.filter(|n| *n > 0) else {
         let intermediate = dense.ok_or_else(|| keys.missing("feed_forward_length"))?;
         keys.optional_count("expert_used_count")?;
-        let bias = (file.has_tensor)("blk.0.ffn_down.bias");
+        let bias = (file.has_tensor)(&gguf_name(Some(0), Role::DownBias));
         return Ok(Branch::Dense(Dense { intermediate, activation, bias }));
     };
-    if !(file.has_tensor)("blk.0.ffn_gate_exps.weight") {
+    if !(file.has_tensor)(&gguf_name(Some(0), Role::ExpertGate)) {
         let why =
             "the experts of a layer must be stacked in one tensor (blk.0.ffn_gate_exps.weight); convert the file anew";
         return Err(SpecError::bad("expert_count", experts, why));

@@ -3,6 +3,9 @@
 use super::{Part, Role, Source, TensorId};
 use crate::spec::{Branch, ModelSpec, Naming};
 
+/// Where a GGUF file keeps what its rotary frequencies are divided by.
+pub const ROPE_FACTORS: &str = "rope_freqs.weight";
+
 /// Where `spec`'s checkpoint keeps the tensor `id`.
 pub(super) fn source(spec: &ModelSpec, id: &TensorId) -> Source {
     match spec.naming {
@@ -89,7 +92,12 @@ fn hugging_face_layer(role: Role) -> &'static str {
 }
 
 fn gguf(id: &TensorId) -> String {
-    let name = match id.role {
+    gguf_name(id.layer, id.role)
+}
+
+/// What a GGUF file calls the tensor of `role`; a stack of all experts has one name.
+pub fn gguf_name(layer: Option<usize>, role: Role) -> String {
+    let name = match role {
         Role::Embedding => "token_embd.weight",
         Role::FinalNorm => "output_norm.weight",
         Role::Head => "output.weight",
@@ -126,7 +134,7 @@ fn gguf(id: &TensorId) -> String {
         Role::ExpertUp => "ffn_up_exps.weight",
         Role::ExpertDown => "ffn_down_exps.weight",
     };
-    match id.layer {
+    match layer {
         Some(layer) => format!("blk.{layer}.{name}"),
         None => name.to_string(),
     }
@@ -149,8 +157,6 @@ pub fn ignored(spec: &ModelSpec, name: &str) -> Option<&'static str> {
             (predicts && layer.is_some_and(|l| l >= spec.layers.len()))
                 .then_some("a head that predicts tokens further on, which is not used")
         }
-        Naming::Gguf => {
-            (name == "rope_freqs.weight").then_some("rotary frequency factors, read with the file's metadata")
-        }
+        Naming::Gguf => (name == ROPE_FACTORS).then_some("rotary frequency factors, read with the file's metadata"),
     }
 }

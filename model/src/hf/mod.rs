@@ -43,6 +43,11 @@ const FAMILIES: [(&str, &str, Layers); 8] = [
     ("qwen3_moe", "Qwen3MoeForCausalLM", qwen::qwen3_moe),
 ];
 
+/// Every `model_type` that an adapter reads.
+pub fn architectures() -> impl Iterator<Item = &'static str> {
+    FAMILIES.iter().map(|(name, ..)| *name)
+}
+
 /// Keys that change nothing about what a loaded model computes, by the reason why.
 const HARMLESS: [(&str, &[&str]); 6] = [
     (

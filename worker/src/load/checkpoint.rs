@@ -4,8 +4,9 @@
 use super::{Encoding, Entry, bad, gguf, safetensors};
 use crate::backend::MatrixView;
 use memmap2::Mmap;
+use model::catalog::ROPE_FACTORS;
 use model::fault::Fault;
-use model::gguf::{ROPE_FACTORS, Value};
+use model::gguf::Value;
 use model::identity::identity;
 use model::quant::Format;
 use model::spec::ModelSpec;

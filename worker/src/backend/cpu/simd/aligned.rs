@@ -8,6 +8,9 @@ use std::ptr::NonNull;
 const LINE: usize = 64;
 #[cfg(target_os = "linux")]
 const HUGE_PAGE: usize = 2 << 20;
+/// A multiple of every page size that Linux has.
+#[cfg(target_os = "linux")]
+const PAGE: usize = 64 << 10;
 
 /// A fixed-size slice whose first element starts a cache line.
 pub struct Aligned<T: Pod> {
@@ -42,9 +45,9 @@ impl<T: Pod> Aligned<T> {
         let bytes = len.checked_mul(size_of::<T>()).ok_or_else(refuse)?.max(LINE);
         #[cfg(target_os = "linux")]
         if bytes >= 2 * HUGE_PAGE {
-            let bytes = bytes.checked_add(HUGE_PAGE).ok_or_else(refuse)?;
-            let (start, first) = map(bytes).ok_or_else(refuse)?;
-            return Ok(Aligned { start: first.cast(), len, memory: Memory::Mapping { start, bytes } });
+            let bytes = bytes.checked_next_multiple_of(PAGE).ok_or_else(refuse)?;
+            let start = map(bytes).ok_or_else(refuse)?;
+            return Ok(Aligned { start: start.cast(), len, memory: Memory::Mapping { start, bytes } });
         }
         let layout = Layout::from_size_align(bytes, LINE).map_err(|_| refuse())?;
         // SAFETY: the layout is not empty.
@@ -53,21 +56,30 @@ impl<T: Pod> Aligned<T> {
     }
 }
 
-/// A private mapping and its first huge-page boundary.
+/// A private mapping of `bytes`, whole pages, that begins on a huge page. It ends where it was asked to: a last huge page
+/// that reached beyond would cost up to 2 MiB a matrix, which nobody planned for.
 #[cfg(target_os = "linux")]
-fn map(bytes: usize) -> Option<(NonNull<u8>, NonNull<u8>)> {
+fn map(bytes: usize) -> Option<NonNull<u8>> {
     let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
     // SAFETY: a new anonymous mapping touches nothing that exists.
-    let start = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, kind, -1, 0) };
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), bytes.checked_add(HUGE_PAGE)?, access, kind, -1, 0) };
     if start == libc::MAP_FAILED {
         return None;
     }
     let start = NonNull::new(start.cast::<u8>())?;
-    // SAFETY: at most one huge page further, which `zeroed` asked for on top.
-    let first = unsafe { start.add(start.align_offset(HUGE_PAGE)) };
-    // SAFETY: advice on memory just mapped; a refusal changes nothing.
-    unsafe { libc::madvise(start.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
-    Some((start, first))
+    let head = start.align_offset(HUGE_PAGE);
+    // SAFETY: less than one huge page further, which was asked for on top.
+    let first = unsafe { start.add(head) };
+    // SAFETY: what is given back lies before and after the `bytes` that are kept, in whole pages of the mapping just
+    // made; a refusal leaves it reserved and untouched. Advice changes nothing but the size of pages.
+    unsafe {
+        if head > 0 {
+            libc::munmap(start.as_ptr().cast(), head);
+        }
+        libc::munmap(first.as_ptr().add(bytes).cast(), HUGE_PAGE - head);
+        libc::madvise(first.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE);
+    }
+    Some(first)
 }
 
 impl<T: Pod> std::ops::Deref for Aligned<T> {
@@ -91,7 +103,7 @@ impl<T: Pod> Drop for Aligned<T> {
             // SAFETY: allocated with this layout.
             Memory::Heap { start, layout } => unsafe { std::alloc::dealloc(start.as_ptr(), layout) },
             #[cfg(target_os = "linux")]
-            // SAFETY: this whole mapping was made in `map` and is not used after.
+            // SAFETY: `map` made this mapping, which is not used after.
             Memory::Mapping { start, bytes } => {
                 unsafe { libc::munmap(start.as_ptr().cast(), bytes) };
             }
