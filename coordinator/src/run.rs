@@ -149,9 +149,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
         let shutdown = async move {
             let _ = stop_of_api.wait_for(|&stop| stop).await;
         };
-        if let Err(e) = api::serve(api, Arc::new(state), shutdown).await {
-            tracing::error!("the API ended: {e}");
-        }
+        api::serve(api, Arc::new(state), shutdown).await;
     });
     Ok(Coordinator { view, stop, engine_ended, api })
 }

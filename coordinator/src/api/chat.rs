@@ -19,7 +19,7 @@ use super::request::Ask;
 use super::running::Running;
 use super::shape::{Shape, reason, stop_reason, usage};
 use super::sse::EventStream;
-use super::tokens::encode;
+use super::tokens::{check_text, encode};
 use super::trace::RequestId;
 use super::unix_seconds;
 use crate::text::{Conversation, RenderError, Text};
@@ -30,6 +30,8 @@ pub struct Chat {
     conversation: Conversation,
     /// Put the model's special tokens around it; templates usually write them themselves.
     add_special: bool,
+    /// About as long as what the template will see.
+    bytes: usize,
 }
 
 pub async fn create(
@@ -153,32 +155,27 @@ impl Chat {
             extra,
             now: unix_seconds() as i64,
         };
-        Ok(Chat { conversation, add_special: fields.flag("add_special_tokens", false)? })
+        Ok(Chat { conversation, add_special: fields.flag("add_special_tokens", false)?, bytes: fields.bytes })
     }
 
     /// The prompt's tokens.
     pub async fn tokens(self, state: &State) -> Result<Vec<u32>, ApiError> {
-        let size = |message: &Value| match &message["content"] {
-            Value::String(text) => text.len(),
-            Value::Array(parts) => parts.iter().filter_map(|part| part["text"].as_str()).map(str::len).sum(),
-            _ => 0,
-        };
-        let bytes = self.conversation.messages.iter().map(size).sum();
-        let text = Arc::clone(&state.text);
-        let tokens = state.text_work(bytes, move || self.encode(&text)).await?;
+        let (text, tokens_max) = (Arc::clone(&state.text), state.model_len_max());
+        let tokens = state.text_work(self.bytes, move || self.encode(&text, tokens_max)).await?;
         if tokens.is_empty() {
             return Err(ApiError::invalid("messages", "the prompt has no tokens"));
         }
         Ok(tokens)
     }
 
-    fn encode(&self, text: &Text) -> Result<Vec<u32>, ApiError> {
+    fn encode(&self, text: &Text, tokens_max: usize) -> Result<Vec<u32>, ApiError> {
         let Some(template) = &text.template else {
             let message = "this model has no chat template; use /v1/completions";
             return Err(ApiError::invalid("messages", message));
         };
         let refused = |error: RenderError| ApiError::invalid("messages", format!("the chat template: {error}"));
         let rendered = template.render(&self.conversation).map_err(refused)?;
+        check_text(&text.tokenizer, &rendered, tokens_max)?;
         if self.add_special {
             return encode(&text.tokenizer, &rendered, true);
         }

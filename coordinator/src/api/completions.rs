@@ -19,7 +19,7 @@ use super::request::Ask;
 use super::running::Running;
 use super::shape::{Shape, reason, stop_reason, usage};
 use super::sse::EventStream;
-use super::tokens::encode;
+use super::tokens::{check_text, encode};
 use super::trace::RequestId;
 
 /// OpenAI's own default.
@@ -128,11 +128,15 @@ async fn prompts(state: &State, given: Vec<Given>, add_special: bool, ask: &Ask)
         Given::Tokens(tokens) => tokens.len(),
     };
     let bytes = given.iter().map(size).sum();
+    let tokens_max = state.model_len_max();
     let (echo, scored) = (ask.report.echo, ask.sampling.prompt_logprobs.is_some());
     let (tokenizer, skip_special) = (Arc::clone(&state.text.tokenizer), ask.wording.skip_special);
     let one = move |given: Given| -> Result<Prompt, ApiError> {
         let (tokens, text) = match given {
-            Given::Text(text) => (encode(&tokenizer, &text, add_special)?, Some(text)),
+            Given::Text(text) => {
+                check_text(&tokenizer, &text, tokens_max)?;
+                (encode(&tokenizer, &text, add_special)?, Some(text))
+            }
             Given::Tokens(tokens) => (tokens, None),
         };
         if tokens.is_empty() {

@@ -4,6 +4,7 @@
 use std::ops::RangeInclusive;
 
 use serde_json::{Map, Value};
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::error::ApiError;
 
@@ -11,17 +12,26 @@ use super::error::ApiError;
 #[derive(Debug)]
 pub struct Fields {
     map: Map<String, Value>,
+    /// Length of the body that they were read from.
+    pub bytes: usize,
+    /// A long body's place among those held at once, kept as long as what was read of it.
+    pub turn: Option<OwnedSemaphorePermit>,
 }
 
 impl Fields {
-    /// Parses a body. Nesting is bounded by `serde_json` (128 levels); numbers that no f64 holds are errors.
-    pub fn parse(body: &[u8]) -> Result<Fields, ApiError> {
+    /// Parses a body of at most `values_max` values. Nesting is bounded by `serde_json` (128 levels); numbers that no
+    /// f64 holds are errors.
+    pub fn parse(body: &[u8], values_max: usize) -> Result<Fields, ApiError> {
         let bad = |message: String| ApiError::Invalid { param: None, message };
         if let Err(error) = std::str::from_utf8(body) {
             return Err(bad(format!("the body is not UTF-8: a bad byte at {}", error.valid_up_to())));
         }
+        let values = values(body);
+        if values > values_max {
+            return Err(bad(format!("the body holds {values} JSON values, at most {values_max} are allowed")));
+        }
         match serde_json::from_slice(body) {
-            Ok(Value::Object(map)) => Ok(Fields { map }),
+            Ok(Value::Object(map)) => Ok(Fields { map, bytes: body.len(), turn: None }),
             Ok(other) => Err(bad(format!("the body must be a JSON object, got {}", kind(&other)))),
             Err(error) => Err(bad(format!("the body is not valid JSON: {error}"))),
         }
@@ -87,6 +97,22 @@ impl Fields {
         let Some(items) = self.array(name, length_max)? else { return Ok(None) };
         items.iter().map(|item| token(name, item, vocabulary)).collect::<Result<_, _>>().map(Some)
     }
+}
+
+/// How many values a JSON text holds, members' names among them, without building any: commas, colons and openings
+/// outside strings.
+fn values(body: &[u8]) -> usize {
+    let (mut count, mut quoted, mut escaped) = (1, false, false);
+    for &byte in body {
+        if quoted {
+            quoted = escaped || byte != b'"';
+            escaped = !escaped && byte == b'\\';
+        } else {
+            quoted = byte == b'"';
+            count += usize::from(matches!(byte, b',' | b':' | b'[' | b'{'));
+        }
+    }
+    count
 }
 
 pub fn check_length(name: &str, length: usize, length_max: usize) -> Result<(), ApiError> {
@@ -159,7 +185,7 @@ mod tests {
     use super::*;
 
     fn fields(text: &str) -> Fields {
-        Fields::parse(text.as_bytes()).unwrap()
+        Fields::parse(text.as_bytes(), 100).unwrap()
     }
 
     #[test]
@@ -188,11 +214,21 @@ mod tests {
     }
 
     #[test]
+    fn values_are_counted_before_they_cost_memory() {
+        for (body, count) in [(r#"{"a":[1,2]}"#, 5), (r#"{"a":"[[[,,,::: \\\" ,"}"#, 3), (r#"{"a":"\\\\","b":1}"#, 5)] {
+            assert_eq!(values(body.as_bytes()), count, "{body}");
+            assert!(Fields::parse(body.as_bytes(), count).is_ok(), "{body}");
+            let message = Fields::parse(body.as_bytes(), count - 1).unwrap_err().to_string();
+            assert!(message.contains(&format!("holds {count} JSON values, at most {}", count - 1)), "{message}");
+        }
+    }
+
+    #[test]
     fn a_body_that_is_no_object_is_refused() {
         let deep = "[".repeat(200);
         for body in ["", "[]", "3", "{", r#"{"a": NaN}"#, r#"{"a": 1e999}"#, "{\"a\": \"\\ud800\"}", &deep] {
-            assert!(Fields::parse(body.as_bytes()).is_err(), "{body}");
+            assert!(Fields::parse(body.as_bytes(), 1000).is_err(), "{body}");
         }
-        assert!(Fields::parse(b"{\"a\": \"\xff\"}").unwrap_err().to_string().contains("not UTF-8"));
+        assert!(Fields::parse(b"{\"a\": \"\xff\"}", 100).unwrap_err().to_string().contains("not UTF-8"));
     }
 }

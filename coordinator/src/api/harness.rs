@@ -110,7 +110,7 @@ impl Server {
         let state = State::new(Door::new(submissions), text(), facts(), keys, views, body_bytes_max);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let server = async move { serve(listener, Arc::new(state), std::future::pending()).await.unwrap() };
+        let server = async move { serve(listener, Arc::new(state), std::future::pending()).await };
         Server { address, view, jobs, cancelled, tasks: vec![scheduler, tokio::spawn(server)] }
     }
 

@@ -7,6 +7,25 @@ use std::time::Duration;
 pub const BODY_BYTES_MAX: usize = 16 << 20;
 /// Slowest body: a client that trickles holds no buffer for longer.
 pub const BODY_TIME_MAX: Duration = Duration::from_secs(60);
+/// Slowest head of a request, and longest silence between two requests of a connection.
+pub const HEAD_TIME_MAX: Duration = Duration::from_secs(30);
+/// Connections at a time, where file descriptors allow as many.
+pub const CONNECTIONS_MAX: usize = 16 << 10;
+pub const CONNECTIONS_LEAST: usize = 16;
+/// File descriptors that connections leave to workers, files and logs.
+pub const FILES_KEPT: usize = 128;
+/// Bodies longer than this take turns.
+pub const SMALL_BODY_BYTES: usize = 64 << 10;
+/// Long bodies that arrive at the same time.
+pub const LONG_BODIES_MAX: usize = 64;
+/// How long a long body waits for its turn.
+pub const BODY_TURN_TIME_MAX: Duration = Duration::from_secs(10);
+/// JSON values in a body, unless the model's longest sequence asks for more: each costs far more memory than its text.
+pub const VALUES_MAX: usize = 1 << 20;
+/// A prompt of more bytes for each token of the longest sequence is judged by its beginning.
+pub const TOKEN_BYTES: usize = 16;
+/// Text that is tokenised for its own sake may be longer than the model's longest sequence.
+pub const TOKENIZE_BYTES_MAX: usize = 1 << 20;
 /// Prompts in one completions request.
 pub const PROMPTS_MAX: usize = 256;
 /// Answers in one request, over all prompts.

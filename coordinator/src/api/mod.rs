@@ -9,6 +9,7 @@ pub mod chat;
 pub mod completions;
 #[cfg(test)]
 mod conformance;
+pub mod connections;
 pub mod error;
 pub mod fields;
 #[cfg(test)]
@@ -37,9 +38,8 @@ use axum::extract::{FromRequest, Request};
 use axum::http::{Method, StatusCode, Uri, header};
 use axum::middleware;
 use axum::routing::{get, post};
-use axum::serve::ListenerExt;
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use self::auth::Keys;
 use self::error::ApiError;
@@ -65,6 +65,10 @@ pub struct State {
     pub body_bytes_max: usize,
     /// Bounds how many long prompts are tokenised at once, so that the scheduler keeps its core.
     tokenising: Semaphore,
+    /// Bounds how many long bodies arrive at once.
+    arriving: Arc<Semaphore>,
+    /// Bounds how many long bodies are held parsed, which takes many times their length.
+    parsed: Arc<Semaphore>,
     started: AtomicBool,
     began: Instant,
     began_unix_seconds: u64,
@@ -89,6 +93,8 @@ impl State {
             view,
             body_bytes_max,
             tokenising: Semaphore::new(cores.div_ceil(2)),
+            arriving: Arc::new(Semaphore::new(limits::LONG_BODIES_MAX)),
+            parsed: Arc::new(Semaphore::new(cores.clamp(2, limits::LONG_BODIES_MAX))),
             started: AtomicBool::new(false),
             began: Instant::now(),
             began_unix_seconds: unix_seconds(),
@@ -191,6 +197,15 @@ pub fn unix_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
+/// A long body's turn among the few.
+async fn turn(places: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, ApiError> {
+    let turn = Arc::clone(places).acquire_owned();
+    match tokio::time::timeout(limits::BODY_TURN_TIME_MAX, turn).await {
+        Ok(turn) => Ok(turn.expect("the semaphore is never closed")),
+        Err(_) => Err(ApiError::Busy("too many long requests at once; please try again".into())),
+    }
+}
+
 /// Reads a request's body as a JSON object, whatever content type it claims.
 async fn read_fields(state: &State, request: Request) -> Result<Fields, ApiError> {
     let too_large = ApiError::TooLarge { bytes_max: state.body_bytes_max };
@@ -198,6 +213,11 @@ async fn read_fields(state: &State, request: Request) -> Result<Fields, ApiError
     if length.is_some_and(|length| length > state.body_bytes_max as u64) {
         return Err(too_large);
     }
+    // A body without a length may be long.
+    let arriving = match length {
+        Some(length) if length <= limits::SMALL_BODY_BYTES as u64 => None,
+        _ => Some(turn(&state.arriving).await?),
+    };
     let body = match tokio::time::timeout(limits::BODY_TIME_MAX, Bytes::from_request(request, &())).await {
         Ok(Ok(body)) => body,
         Ok(Err(rejection)) if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE => return Err(too_large),
@@ -207,7 +227,12 @@ async fn read_fields(state: &State, request: Request) -> Result<Fields, ApiError
         }
         Err(_) => return Err(ApiError::TooSlow { seconds: limits::BODY_TIME_MAX.as_secs() }),
     };
-    Fields::parse(&body)
+    drop(arriving);
+    let turn = if body.len() > limits::SMALL_BODY_BYTES { Some(turn(&state.parsed).await?) } else { None };
+    let values_max = limits::VALUES_MAX.max(2 * state.model.model_len_max);
+    let mut fields = Fields::parse(&body, values_max)?;
+    fields.turn = turn;
+    Ok(fields)
 }
 
 /// All routes.
@@ -241,16 +266,8 @@ pub fn router(state: Arc<State>) -> Router {
 }
 
 /// Answers until `shutdown` resolves, then takes no new connections and finishes what is under way.
-pub async fn serve(
-    listener: TcpListener,
-    state: Arc<State>,
-    shutdown: impl Future<Output = ()> + Send + 'static,
-) -> std::io::Result<()> {
-    // A token is a small packet that must not wait for the next one.
-    let listener = listener.tap_io(|socket| {
-        let _ = socket.set_nodelay(true);
-    });
-    let server = axum::serve(listener, router(state)).with_graceful_shutdown(shutdown);
+pub async fn serve(listener: TcpListener, state: Arc<State>, shutdown: impl Future<Output = ()>) {
+    let server = connections::serve(listener, router(state), shutdown);
     let upkeep = async {
         let mut ticks = tokio::time::interval(UPKEEP);
         loop {
@@ -259,8 +276,8 @@ pub async fn serve(
         }
     };
     tokio::select! {
-        result = async { server.await } => result,
-        () = upkeep => Ok(()),
+        () = server => {}
+        () = upkeep => {}
     }
 }
 

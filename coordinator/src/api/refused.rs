@@ -95,7 +95,7 @@ mod tests {
             (r#"{"guided_json": {}}"#, Some("guided_json")),
             (r#"{"response_format": {"type": "json_object"}}"#, Some("response_format")),
         ] {
-            let result = check(&mut Fields::parse(body.as_bytes()).unwrap());
+            let result = check(&mut Fields::parse(body.as_bytes(), 100).unwrap());
             match (result, param) {
                 (Ok(()), None) => {}
                 (Err(ApiError::Unsupported { param: got, .. }), Some(param)) => assert_eq!(got, param),

@@ -320,7 +320,7 @@ mod tests {
     use super::*;
 
     fn read(body: &str) -> Result<Ask, ApiError> {
-        Ask::read(&mut Fields::parse(body.as_bytes()).unwrap(), &facts())
+        Ask::read(&mut Fields::parse(body.as_bytes(), 100).unwrap(), &facts())
     }
 
     #[test]

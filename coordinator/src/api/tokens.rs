@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::State;
 use super::chat::Chat;
 use super::error::ApiError;
+use super::limits;
 use super::read_fields;
 use super::request::check_model;
 use crate::text::Tokenizer;
@@ -27,6 +28,11 @@ pub async fn tokenize(extract::State(state): Shared, request: Request) -> Result
         let text = text.ok_or_else(|| ApiError::invalid("prompt", "`prompt` or `messages` is needed"))?;
         let add_special = fields.flag("add_special_tokens", true)?;
         let tokenizer = Arc::clone(&state.text.tokenizer);
+        let most = limits::TOKENIZE_BYTES_MAX.max(limits::TOKEN_BYTES * state.model_len_max());
+        if text.len() > most {
+            let message = format!("`prompt` may be {most} bytes long, got {}", text.len());
+            return Err(ApiError::invalid("prompt", message));
+        }
         let work = move || encode(&tokenizer, &text, add_special);
         state.text_work(state.body_bytes_max, work).await?
     };
@@ -48,6 +54,29 @@ pub async fn detokenize(extract::State(state): Shared, request: Request) -> Resu
     let work = move || Ok(tokenizer.decode(&tokens, false));
     let prompt = state.text_work(state.body_bytes_max, work).await?;
     Ok(Json(json!({"prompt": prompt})))
+}
+
+/// Refuses a prompt that can't fit into `tokens_max` tokens by its beginning alone: tokenising a text takes some hundred
+/// times its memory. What passes may still be too long.
+pub fn check_text(tokenizer: &Tokenizer, text: &str, tokens_max: usize) -> Result<(), ApiError> {
+    // At the cut one token may have become a few.
+    const SLACK: usize = 64;
+    let bytes = limits::TOKEN_BYTES * tokens_max + limits::INLINE_TEXT_BYTES;
+    if text.len() <= bytes {
+        return Ok(());
+    }
+    let head = &text[..text.floor_char_boundary(bytes)];
+    let tokens = encode(tokenizer, head, false)?.len();
+    if tokens <= tokens_max + SLACK {
+        return Ok(());
+    }
+    let message = format!(
+        "This model's maximum context length is {tokens_max} tokens. However, the first {} of your prompt's {} bytes are \
+         {tokens} tokens already; please shorten it",
+        head.len(),
+        text.len()
+    );
+    Err(ApiError::TooLong { param: "prompt".into(), message })
 }
 
 /// A text's tokens, begin and end tokens around it as the model wants them.
