@@ -83,3 +83,22 @@ fn connections_max() -> usize {
         files.saturating_sub(limits::FILES_KEPT).clamp(limits::CONNECTIONS_LEAST, limits::CONNECTIONS_MAX)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::harness::{Script, Server};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_head_that_never_ends_and_a_silent_connection_are_closed() {
+        let server = Server::start(Script::Say("ok")).await;
+        for sent in ["", "GET /livez HTTP/1.1\r\nhost: x\r\nslow", "GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"] {
+            let mut socket = TcpStream::connect(server.address).await.unwrap();
+            socket.write_all(sent.as_bytes()).await.unwrap();
+            let mut said = String::new();
+            socket.read_to_string(&mut said).await.unwrap();
+            assert_eq!(said.contains("200 OK"), sent.ends_with("\r\n\r\n"), "{sent:?}: {said}");
+        }
+    }
+}
