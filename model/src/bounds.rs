@@ -93,13 +93,15 @@ fn grouped(g: &Grouped) -> Result<(), SpecError> {
         ));
     }
     if let Some(qk_norm) = &g.qk_norm {
-        norm(qk_norm)?;
+        norm(&qk_norm.norm())?;
     }
     if let Some(r) = &g.rope {
         rope(r, g.head_dim)?;
     }
-    if let Span::Window(n) = g.span {
-        within("sliding window", n, POSITIONS_MAX)?;
+    match g.span {
+        Span::Full => {}
+        Span::Window(n) => drop(within("sliding window", n, POSITIONS_MAX)?),
+        Span::Chunk(n) => drop(within("attention chunk", n, POSITIONS_MAX)?),
     }
     scale(g.scale)
 }

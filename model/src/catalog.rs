@@ -33,6 +33,12 @@ pub enum Role {
     Head,
     MixerNorm,
     BranchNorm,
+    // of norms that centre
+    EmbeddingNorm,
+    EmbeddingNormBias,
+    FinalNormBias,
+    MixerNormBias,
+    BranchNormBias,
     // grouped attention
     Query,
     Key,
@@ -44,6 +50,8 @@ pub enum Role {
     OutputBias,
     QueryNorm,
     KeyNorm,
+    /// `[heads]`.
+    Sinks,
     // latent attention
     /// `[query_rank, hidden]`.
     QueryDown,
@@ -64,6 +72,7 @@ pub enum Role {
     DownBias,
     // mixture
     Router,
+    RouterBias,
     RouterCorrection,
     SharedGate,
     SharedUp,
@@ -71,6 +80,9 @@ pub enum Role {
     ExpertGate,
     ExpertUp,
     ExpertDown,
+    ExpertGateBias,
+    ExpertUpBias,
+    ExpertDownBias,
 }
 
 /// One tensor: where it is in a checkpoint, its full shape, its cut.
@@ -92,15 +104,42 @@ pub struct Source {
     pub part: Part,
 }
 
-/// Which part of the named tensor it is.
+/// Which part of the named tensor it is, and how that lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Part {
+    /// Entry of a stack of matrices (all experts in one tensor).
+    pub stack: Option<Entry>,
+    /// Rows that are shared out among several matrices in runs: query, key and value of each head (BLOOM), gate and up
+    /// by turns (gpt-oss) or one after the other (Llama 4).
+    pub fused: Option<Fused>,
+    /// Stored as `[cols, rows]`.
+    pub transposed: bool,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Part {
-    Whole,
-    /// Entry `index` of a stack of `of` matrices (GGUF experts).
-    Stacked {
-        index: usize,
-        of: usize,
-    },
+pub struct Entry {
+    pub index: usize,
+    pub of: usize,
+}
+
+/// Row `r` of the part is row `(r / run * of + index) * run + r % run` of the stored matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fused {
+    pub index: usize,
+    pub of: usize,
+    /// Neighbouring rows that stay together.
+    pub run: usize,
+}
+
+impl Part {
+    /// All of a tensor that holds nothing else.
+    pub const WHOLE: Part = Part { stack: None, fused: None, transposed: false };
+}
+
+impl Fused {
+    pub const fn stored_row(&self, row: usize) -> usize {
+        (row / self.run * self.of + self.index) * self.run + row % self.run
+    }
 }
 
 /// Every tensor of `spec`, embedding first, then layer by layer, final norm and head last.

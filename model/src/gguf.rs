@@ -13,7 +13,7 @@ use crate::catalog::{ROPE_FACTORS, Role, gguf_name};
 use crate::error::SpecError;
 use crate::rope::{Layout, Rope, Scaling};
 use crate::spec::{
-    Activation, Branch, Dense, Grouped, Head, Layer, Mixer, ModelSpec, Moe, Naming, Norm, Router, Score, Span,
+    Branch, Dense, Grouped, Head, Layer, Mixer, ModelSpec, Moe, Naming, Norm, QkNorm, Residual, Router, Score, Span,
 };
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -50,19 +50,24 @@ pub fn spec(
     let layers = keys.size("block_count", LAYERS_MAX)?;
     let positions_max = keys.size("context_length", POSITIONS_MAX)?;
     let epsilon = "attention.layer_norm_rms_epsilon";
-    let norm = Norm { eps: keys.float(epsilon)?.ok_or_else(|| keys.missing(epsilon))? as f32 };
+    let norm = Norm::rms(keys.float(epsilon)?.ok_or_else(|| keys.missing(epsilon))? as f32);
     if has_tensor(ROPE_FACTORS) != rope_factors.is_some() {
         return Err(SpecError::bad(ROPE_FACTORS, "in the file", "its values must be handed over with the metadata"));
     }
     let file = File { architecture, has_tensor, rope_factors, hidden, positions_max, norm };
     let mixer = Mixer::Grouped(attention(&keys, &file)?);
     let branch = branch(&keys, &file)?;
+    let vocab = vocabulary(&keys)?;
+    let layer =
+        Layer { residual: Residual::Stream, mixer_norm: norm, mixer, branch_norm: norm, branches: vec![branch] };
     let spec = ModelSpec {
         architecture: architecture.to_string(),
         naming: Naming::Gguf,
-        vocab: vocabulary(&keys)?,
+        vocab,
+        embedding_rows: vocab,
         hidden,
-        layers: vec![Layer { mixer_norm: norm, mixer, branch_norm: norm, branches: vec![branch] }; layers],
+        embedding_norm: None,
+        layers: vec![layer; layers],
         final_norm: norm,
         head: Head { tied: !has_tensor(&gguf_name(None, Role::Head)) },
         positions_max,
@@ -102,15 +107,12 @@ fn attention(keys: &Keys<'_>, file: &File<'_>) -> Result<Grouped, SpecError> {
     let biased = |role| (file.has_tensor)(&gguf_name(Some(0), role));
     let window = keys.optional_count("attention.sliding_window")?.filter(|n| *n > 0);
     Ok(Grouped {
-        heads,
-        kv_heads,
-        head_dim,
         qkv_bias: biased(Role::QueryBias),
         out_bias: biased(Role::OutputBias),
-        qk_norm: file.architecture.starts_with("qwen3").then_some(file.norm),
+        qk_norm: file.architecture.starts_with("qwen3").then_some(QkNorm::Heads(file.norm)),
         rope: Some(rope(keys, file, head_dim)?),
         span: window.map_or(Span::Full, Span::Window),
-        scale: (1.0 / (head_dim as f64).sqrt()) as f32,
+        ..Grouped::plain(heads, kv_heads, head_dim)
     })
 }
 
@@ -153,12 +155,11 @@ fn rope(keys: &Keys<'_>, file: &File<'_>, head_dim: usize) -> Result<Rope, SpecE
 
 fn branch(keys: &Keys<'_>, file: &File<'_>) -> Result<Branch, SpecError> {
     let dense = keys.optional_size("feed_forward_length", INTERMEDIATE_MAX)?;
-    let activation = Activation::Silu;
     let Some(experts) = keys.optional_count("expert_count")?.filter(|n| *n > 0) else {
         let intermediate = dense.ok_or_else(|| keys.missing("feed_forward_length"))?;
         keys.optional_count("expert_used_count")?;
         let bias = (file.has_tensor)(&gguf_name(Some(0), Role::DownBias));
-        return Ok(Branch::Dense(Dense { intermediate, activation, bias }));
+        return Ok(Branch::Dense(Dense { bias, ..Dense::gated(intermediate) }));
     };
     if !(file.has_tensor)(&gguf_name(Some(0), Role::ExpertGate)) {
         let why =
@@ -173,22 +174,17 @@ fn branch(keys: &Keys<'_>, file: &File<'_>) -> Result<Branch, SpecError> {
         }
     }
     let own = keys.optional_size("expert_feed_forward_length", INTERMEDIATE_MAX)?;
-    Ok(Branch::Moe(Moe {
-        experts: within("expert_count", experts, EXPERTS_MAX)?,
-        active: keys.size("expert_used_count", EXPERTS_MAX)?,
-        intermediate: own.or(dense).ok_or_else(|| keys.missing("expert_feed_forward_length"))?,
-        activation,
-        router: Router {
-            score: Score::Softmax,
-            correction_bias: false,
-            groups: None,
-            // Both families of these files renormalise; the flag is only written where it says no.
-            renormalise: keys.flag("expert_weights_norm", true)?,
-            renormalise_eps: 0.0,
-            scale: keys.float("expert_weights_scale")?.filter(|s| *s != 0.0).unwrap_or(1.0) as f32,
-        },
-        shared: None,
-    }))
+    // Both families of these files renormalise; the flag is only written where it says no.
+    let router = Router {
+        scale: keys.float("expert_weights_scale")?.filter(|s| *s != 0.0).unwrap_or(1.0) as f32,
+        ..Router::plain(Score::Softmax, keys.flag("expert_weights_norm", true)?)
+    };
+    Ok(Branch::Moe(Moe::plain(
+        within("expert_count", experts, EXPERTS_MAX)?,
+        keys.size("expert_used_count", EXPERTS_MAX)?,
+        own.or(dense).ok_or_else(|| keys.missing("expert_feed_forward_length"))?,
+        router,
+    )))
 }
 
 /// Rows of the embedding: one for each token of the tokenizer.

@@ -45,6 +45,63 @@ impl Format {
     }
 }
 
+/// How the values of a quantised format follow from what is stored. Every such format of every container is one of
+/// these, so that a backend has one kernel for all of them:
+///
+/// ```text
+/// value = decode(code) * scale - minimum        each operation rounded once, in f32
+/// scale = scale of a run of groups [* integer of the group]
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Scheme {
+    pub code: Code,
+    /// Neighbouring inputs of one output that share scale and minimum.
+    pub group: usize,
+    pub scales: Scales,
+    pub shift: Shift,
+}
+
+/// What a code stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Code {
+    /// An unsigned integer of `bits`, less `offset`.
+    Integer { bits: u32, offset: u32 },
+    /// 4 bits: sign, two of exponent, one of mantissa (OCP MX): 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives.
+    E2m1,
+    /// 4 bits: an index into ggml's table of sixteen unevenly spaced levels.
+    Iq4Nl,
+    /// 8 bits: sign, four of exponent, three of mantissa (OCP FP8), no infinities; 0x7f and 0xff are NaN.
+    E4m3,
+}
+
+/// Where a group's scale comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Scales {
+    /// One number a group, stored in this format.
+    Single(ScaleFormat),
+    /// An f16 for `groups` groups, times an integer of each group's own (from -128 to 127).
+    Nested { groups: usize },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ScaleFormat {
+    F32,
+    F16,
+    Bf16,
+    /// A power of two: the exponent plus 127.
+    E8m0,
+}
+
+/// What moves a group's values off zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Shift {
+    None,
+    /// Subtracted after scaling; stored as the scale is (nested with integers from 0 to 255).
+    Minimum,
+    /// An integer (0 to 255) subtracted from the code before scaling, in place of the code's offset (AWQ, GPTQ).
+    Point,
+}
+
 /// What the engine computes in: matmul inputs are rounded to it once, and the cache is stored in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dtype {

@@ -172,7 +172,17 @@ pub fn is_vector(role: Role) -> bool {
             | Role::GateBias
             | Role::UpBias
             | Role::DownBias
+            | Role::RouterBias
             | Role::RouterCorrection
+            | Role::EmbeddingNorm
+            | Role::EmbeddingNormBias
+            | Role::FinalNormBias
+            | Role::MixerNormBias
+            | Role::BranchNormBias
+            | Role::Sinks
+            | Role::ExpertGateBias
+            | Role::ExpertUpBias
+            | Role::ExpertDownBias
     )
 }
 

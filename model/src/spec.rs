@@ -15,10 +15,14 @@ pub struct ModelSpec {
     pub architecture: String,
     /// How the checkpoint names its tensors.
     pub naming: Naming,
-    /// Rows of the embedding table.
+    /// Tokens the head can answer with.
     pub vocab: usize,
+    /// Rows of the embedding table: `vocab`, and those of tokens that are only ever read (Llama 3.2 Vision's image token).
+    pub embedding_rows: usize,
     /// Width of the residual stream.
     pub hidden: usize,
+    /// Norm of the embeddings themselves (BLOOM).
+    pub embedding_norm: Option<Norm>,
     pub layers: Vec<Layer>,
     pub final_norm: Norm,
     pub head: Head,
@@ -39,10 +43,19 @@ pub enum Naming {
     Gguf,
 }
 
-/// A root-mean-square norm; its weight is a declared tensor.
+/// A norm over the channels of a row; its weight is a declared tensor.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Norm {
     pub eps: f32,
+    pub form: NormForm,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormForm {
+    /// `x / rms(x) * weight`.
+    Rms,
+    /// `(x - mean(x)) / deviation(x) * weight + bias` (BLOOM).
+    Layer,
 }
 
 /// The output projection from hidden to vocabulary.
@@ -55,11 +68,21 @@ pub struct Head {
 /// One decoder layer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Layer {
+    pub residual: Residual,
     pub mixer_norm: Norm,
     pub mixer: Mixer,
     pub branch_norm: Norm,
     /// Run side by side on the same normalised input; their sums are added in order.
     pub branches: Vec<Branch>,
+}
+
+/// What the mixer's and the branches' results are added to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Residual {
+    /// Their input before its norm.
+    Stream,
+    /// Their normed input (BLOOM's `apply_residual_connection_post_layernorm`).
+    Normed,
 }
 
 /// What mixes information between positions.
@@ -80,12 +103,36 @@ pub struct Grouped {
     pub qkv_bias: bool,
     /// Bias on the output projection.
     pub out_bias: bool,
-    /// RMS norm of each query and key head before the rotation (Qwen3), with this epsilon.
-    pub qk_norm: Option<Norm>,
+    pub qk_norm: Option<QkNorm>,
     pub rope: Option<Rope>,
+    /// A bias on scores that falls with distance, by each head's slope (Press et al., 2021; BLOOM).
+    pub alibi: bool,
+    /// A learned logit a head that takes part in the softmax and stands for no position (gpt-oss).
+    pub sinks: bool,
     pub span: Span,
     /// Multiplies query-key products; usually `head_dim^-0.5`.
     pub scale: f32,
+    pub query_scale: Option<QueryScale>,
+}
+
+/// How queries and keys are normed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum QkNorm {
+    /// Each head by itself, with one weight for all, before the rotation (Qwen3).
+    Heads(Norm),
+    /// All query heads as one vector and all key heads as one, before the rotation (MiniMax-M2). The sum of squares goes
+    /// over every tensor rank.
+    Whole(Norm),
+    /// Each head by itself, without a weight, after the rotation (Llama 4).
+    Rotated(Norm),
+}
+
+/// Multiplies a query at position `p` with `1 + beta * ln(1 + floor((p + offset) / period))` (Llama 4, Ministral 3).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct QueryScale {
+    pub beta: f32,
+    pub period: usize,
+    pub offset: usize,
 }
 
 /// Which earlier positions a query sees.
@@ -94,6 +141,8 @@ pub enum Span {
     Full,
     /// The last `n` positions, the query's own included (`sliding_window`).
     Window(usize),
+    /// Those of the query's own chunk: positions are cut into chunks of `n` (Llama 4's `attention_chunk_size`).
+    Chunk(usize),
 }
 
 /// Multi-head latent attention (DeepSeek-V2, section 2.1), run in its absorbed form: keys and values are one latent
@@ -116,6 +165,7 @@ pub struct Latent {
     pub rope: Rope,
     /// Multiplies query-key products, yarn's `mscale^2` included.
     pub scale: f32,
+    pub query_scale: Option<QueryScale>,
 }
 
 /// What transforms each position by itself.
@@ -125,11 +175,12 @@ pub enum Branch {
     Moe(Moe),
 }
 
-/// `down(act(gate(x)) * up(x))`.
+/// `down(act(gate(x)) * up(x))`, or without a gate `down(act(up(x)))`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Dense {
     pub intermediate: usize,
     pub activation: Activation,
+    pub gated: bool,
     /// Biases on gate, up and down (`mlp_bias`).
     pub bias: bool,
 }
@@ -143,21 +194,39 @@ pub struct Moe {
     /// Intermediate channels of one expert.
     pub intermediate: usize,
     pub activation: Activation,
+    /// Biases on every expert's gate, up and down.
+    pub bias: bool,
     pub router: Router,
+    pub weigh: Weigh,
     /// An expert that every token visits, added unscaled (`n_shared_experts * moe_intermediate_size` channels).
     pub shared: Option<Dense>,
 }
 
+/// What routing weights multiply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Weigh {
+    /// An expert's output.
+    Output,
+    /// Its input; outputs are added as they are (Llama 4).
+    Input,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Activation {
     /// `x * sigmoid(x)`.
     Silu,
+    /// `x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))`.
+    GeluTanh,
+    /// `min(gate, limit) * sigmoid(alpha * gate) * (clamp(up, -limit, limit) + 1)` (gpt-oss).
+    ClampedSwiglu { alpha: f32, limit: f32 },
 }
 
 /// How a token chooses and weighs its experts.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Router {
     pub score: Score,
+    /// A bias on the logits.
+    pub bias: bool,
     /// Adds `e_score_correction_bias` to the scores for the choice, never for the weights (DeepSeek-V3, section 2.1.2).
     pub correction_bias: bool,
     /// Restricts the choice to the best groups of experts.
@@ -217,6 +286,82 @@ impl Mixer {
         match self {
             Mixer::Grouped(g) => g.rope.as_ref(),
             Mixer::Latent(l) => Some(&l.rope),
+        }
+    }
+}
+
+impl Norm {
+    pub const fn rms(eps: f32) -> Norm {
+        Norm { eps, form: NormForm::Rms }
+    }
+
+    pub const fn layer(eps: f32) -> Norm {
+        Norm { eps, form: NormForm::Layer }
+    }
+}
+
+impl Grouped {
+    /// Heads with nothing special about them.
+    pub fn plain(heads: usize, kv_heads: usize, head_dim: usize) -> Grouped {
+        Grouped {
+            heads,
+            kv_heads,
+            head_dim,
+            qkv_bias: false,
+            out_bias: false,
+            qk_norm: None,
+            rope: None,
+            alibi: false,
+            sinks: false,
+            span: Span::Full,
+            scale: (1.0 / (head_dim as f64).sqrt()) as f32,
+            query_scale: None,
+        }
+    }
+}
+
+impl Dense {
+    /// Gated by silu, without biases.
+    pub const fn gated(intermediate: usize) -> Dense {
+        Dense { intermediate, activation: Activation::Silu, gated: true, bias: false }
+    }
+}
+
+impl Router {
+    /// Scores without bias, correction or groups; renormalised or not.
+    pub const fn plain(score: Score, renormalise: bool) -> Router {
+        Router {
+            score,
+            bias: false,
+            correction_bias: false,
+            groups: None,
+            renormalise,
+            renormalise_eps: 0.0,
+            scale: 1.0,
+        }
+    }
+}
+
+impl Moe {
+    /// Experts gated by silu, without biases, whose outputs are weighed.
+    pub const fn plain(experts: usize, active: usize, intermediate: usize, router: Router) -> Moe {
+        Moe {
+            experts,
+            active,
+            intermediate,
+            activation: Activation::Silu,
+            bias: false,
+            router,
+            weigh: Weigh::Output,
+            shared: None,
+        }
+    }
+}
+
+impl QkNorm {
+    pub const fn norm(&self) -> Norm {
+        match self {
+            QkNorm::Heads(norm) | QkNorm::Whole(norm) | QkNorm::Rotated(norm) => *norm,
         }
     }
 }

@@ -71,10 +71,10 @@ fn convert(from: &Path, architecture: &str, to: &Path) {
     for (old, new) in catalog::tensors(&spec).iter().zip(catalog::tensors(&renamed)) {
         let stored = checkpoint.tensor(&old.source.name).unwrap();
         let stack = match new.source.part {
-            Part::Whole => None,
-            Part::Stacked { of, .. } => Some(of),
+            Part { stack: None, .. } => None,
+            Part { stack: Some(entry), .. } => Some(entry.of),
         };
-        if !matches!(new.source.part, Part::Stacked { index: 1.., .. }) {
+        if new.source.part.stack.is_none_or(|entry| entry.index == 0) {
             data.resize(data.len().next_multiple_of(32), 0);
             text(&mut table, &new.source.name);
             let mut dims: Vec<u64> = stored.shape.iter().rev().map(|&d| d as u64).collect();

@@ -107,7 +107,7 @@ fn main() {
 impl Host {
     fn weights(&self, rows: usize, cols: usize) -> Matrix {
         let bytes: Vec<u8> = (0..rows * cols).flat_map(|i| [(i % 251) as u8, 0x3c + (i % 3) as u8]).collect();
-        let view = MatrixView { format: Format::Bf16, bytes: &bytes, stored_cols: cols, row: 0, rows, col: 0, cols };
+        let view = MatrixView::whole(Format::Bf16, &bytes, rows, cols);
         let start = Instant::now();
         let matrix = self.backend.matrix(&[view], 1).expect("a matrix");
         if rows * cols > 30_000_000 {

@@ -1,6 +1,6 @@
 //! What checkpoints call tensors, in both namings, and what they hold that no declaration claims.
 
-use super::{Part, Role, Source, TensorId};
+use super::{Entry, Part, Role, Source, TensorId};
 use crate::spec::{Branch, ModelSpec, Naming};
 
 /// Where a GGUF file keeps what its rotary frequencies are divided by.
@@ -9,10 +9,10 @@ pub const ROPE_FACTORS: &str = "rope_freqs.weight";
 /// Where `spec`'s checkpoint keeps the tensor `id`.
 pub(super) fn source(spec: &ModelSpec, id: &TensorId) -> Source {
     match spec.naming {
-        Naming::HuggingFace => Source { name: hugging_face(spec, id), part: Part::Whole },
+        Naming::HuggingFace => Source { name: hugging_face(spec, id), part: Part::WHOLE },
         Naming::Gguf => {
-            let stack = |index| Part::Stacked { index, of: experts(spec, id) };
-            Source { name: gguf(id), part: id.expert.map_or(Part::Whole, stack) }
+            let stack = id.expert.map(|index| Entry { index, of: experts(spec, id) });
+            Source { name: gguf(id), part: Part { stack, ..Part::WHOLE } }
         }
     }
 }
@@ -85,9 +85,9 @@ fn hugging_face_layer(role: Role) -> &'static str {
         Role::SharedGate => "mlp.shared_experts.gate_proj.weight",
         Role::SharedUp => "mlp.shared_experts.up_proj.weight",
         Role::SharedDown => "mlp.shared_experts.down_proj.weight",
-        Role::Embedding | Role::FinalNorm | Role::Head | Role::ExpertGate | Role::ExpertUp | Role::ExpertDown => {
-            unreachable!("{role:?} is named elsewhere")
-        }
+        Role::Sinks => "self_attn.sinks",
+        Role::RouterBias => "mlp.router.bias",
+        role => unreachable!("{role:?} is named elsewhere"),
     }
 }
 
@@ -133,6 +133,16 @@ pub fn gguf_name(layer: Option<usize>, role: Role) -> String {
         Role::ExpertGate => "ffn_gate_exps.weight",
         Role::ExpertUp => "ffn_up_exps.weight",
         Role::ExpertDown => "ffn_down_exps.weight",
+        Role::ExpertGateBias => "ffn_gate_exps.bias",
+        Role::ExpertUpBias => "ffn_up_exps.bias",
+        Role::ExpertDownBias => "ffn_down_exps.bias",
+        Role::EmbeddingNorm => "token_embd_norm.weight",
+        Role::EmbeddingNormBias => "token_embd_norm.bias",
+        Role::FinalNormBias => "output_norm.bias",
+        Role::MixerNormBias => "attn_norm.bias",
+        Role::BranchNormBias => "ffn_norm.bias",
+        Role::Sinks => "attn_sinks.weight",
+        Role::RouterBias => "ffn_gate_inp.bias",
     };
     match layer {
         Some(layer) => format!("blk.{layer}.{name}"),

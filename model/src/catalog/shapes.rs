@@ -3,7 +3,7 @@
 
 use super::Role;
 use crate::cut::{Cut, ExpertCut};
-use crate::spec::{Branch, Dense, Grouped, Latent, Layer, Mixer, ModelSpec, Moe};
+use crate::spec::{Branch, Dense, Grouped, Latent, Layer, Mixer, ModelSpec, Moe, Norm, NormForm, QkNorm};
 
 /// One tensor without its name. That of a routed expert stands for all `of` experts ([`Cut::Expert`] with id 0).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,23 +17,35 @@ pub struct Shape {
 const BY_ROW: Cut = Cut::Columns { unit: 1 };
 const BY_COLUMN: Cut = Cut::Rows { unit: 1 };
 
-/// Embedding first, then final norm and (unless tied) head.
+/// Embedding first, then its norm, final norm and (unless tied) head.
 pub fn outer_shapes(spec: &ModelSpec) -> Vec<Shape> {
-    let table = |role| Shape { role, rows: spec.vocab, cols: spec.hidden, cut: Cut::Vocab };
-    let mut out = vec![table(Role::Embedding), vector(Role::FinalNorm, spec.hidden)];
+    let table = |role, rows| Shape { role, rows, cols: spec.hidden, cut: Cut::Vocab };
+    let mut out = vec![table(Role::Embedding, spec.embedding_rows)];
+    if let Some(of) = &spec.embedding_norm {
+        norm(of, [Role::EmbeddingNorm, Role::EmbeddingNormBias], spec.hidden, &mut out);
+    }
+    norm(&spec.final_norm, [Role::FinalNorm, Role::FinalNormBias], spec.hidden, &mut out);
     if !spec.head.tied {
-        out.push(table(Role::Head));
+        out.push(table(Role::Head, spec.vocab));
     }
     out
 }
 
+fn norm(of: &Norm, [weight, bias]: [Role; 2], cols: usize, out: &mut Vec<Shape>) {
+    out.push(vector(weight, cols));
+    if of.form == NormForm::Layer {
+        out.push(vector(bias, cols));
+    }
+}
+
 pub fn layer_shapes(spec: &ModelSpec, layer: &Layer) -> Vec<Shape> {
-    let mut out = vec![vector(Role::MixerNorm, spec.hidden)];
+    let mut out = Vec::new();
+    norm(&layer.mixer_norm, [Role::MixerNorm, Role::MixerNormBias], spec.hidden, &mut out);
     match &layer.mixer {
         Mixer::Grouped(g) => grouped(g, spec.hidden, &mut out),
         Mixer::Latent(l) => latent(l, spec.hidden, &mut out),
     }
-    out.push(vector(Role::BranchNorm, spec.hidden));
+    norm(&layer.branch_norm, [Role::BranchNorm, Role::BranchNormBias], spec.hidden, &mut out);
     for branch in &layer.branches {
         match branch {
             Branch::Dense(d) => dense(d, spec.hidden, &mut out),
@@ -59,9 +71,19 @@ fn grouped(g: &Grouped, hidden: usize, out: &mut Vec<Shape>) {
         out.push(Shape { role: Role::KeyBias, rows: kv, cols: 1, cut: by_kv_head });
         out.push(Shape { role: Role::ValueBias, rows: kv, cols: 1, cut: by_kv_head });
     }
-    if g.qk_norm.is_some() {
-        out.push(vector(Role::QueryNorm, g.head_dim));
-        out.push(vector(Role::KeyNorm, g.head_dim));
+    match g.qk_norm {
+        Some(QkNorm::Heads(_)) => {
+            out.push(vector(Role::QueryNorm, g.head_dim));
+            out.push(vector(Role::KeyNorm, g.head_dim));
+        }
+        Some(QkNorm::Whole(_)) => {
+            out.push(Shape { role: Role::QueryNorm, rows: q, cols: 1, cut: by_head });
+            out.push(Shape { role: Role::KeyNorm, rows: kv, cols: 1, cut: by_kv_head });
+        }
+        Some(QkNorm::Rotated(_)) | None => {}
+    }
+    if g.sinks {
+        out.push(Shape { role: Role::Sinks, rows: g.heads, cols: 1, cut: BY_ROW });
     }
     out.push(Shape { role: Role::Output, rows: hidden, cols: q, cut: Cut::Rows { unit: g.head_dim } });
     if g.out_bias {
@@ -89,9 +111,15 @@ fn latent(l: &Latent, hidden: usize, out: &mut Vec<Shape>) {
 }
 
 fn dense(d: &Dense, hidden: usize, out: &mut Vec<Shape>) {
+    let from = out.len();
     gated([Role::Gate, Role::Up, Role::Down], d.intermediate, hidden, (BY_ROW, BY_COLUMN), out);
+    if !d.gated {
+        out.remove(from);
+    }
     if d.bias {
-        out.push(Shape { role: Role::GateBias, rows: d.intermediate, cols: 1, cut: BY_ROW });
+        if d.gated {
+            out.push(Shape { role: Role::GateBias, rows: d.intermediate, cols: 1, cut: BY_ROW });
+        }
         out.push(Shape { role: Role::UpBias, rows: d.intermediate, cols: 1, cut: BY_ROW });
         out.push(vector(Role::DownBias, hidden));
     }
@@ -99,6 +127,9 @@ fn dense(d: &Dense, hidden: usize, out: &mut Vec<Shape>) {
 
 fn moe(m: &Moe, hidden: usize, out: &mut Vec<Shape>) {
     out.push(Shape { role: Role::Router, rows: m.experts, cols: hidden, cut: Cut::Replicate });
+    if m.router.bias {
+        out.push(vector(Role::RouterBias, m.experts));
+    }
     if m.router.correction_bias {
         out.push(vector(Role::RouterCorrection, m.experts));
     }
@@ -109,6 +140,12 @@ fn moe(m: &Moe, hidden: usize, out: &mut Vec<Shape>) {
     let expert = |within| Cut::Expert { id: 0, of: m.experts, within };
     let roles = [Role::ExpertGate, Role::ExpertUp, Role::ExpertDown];
     gated(roles, m.intermediate, hidden, (expert(ExpertCut::Columns), expert(ExpertCut::Rows)), out);
+    if m.bias {
+        for role in [Role::ExpertGateBias, Role::ExpertUpBias] {
+            out.push(Shape { role, rows: m.intermediate, cols: 1, cut: expert(ExpertCut::Columns) });
+        }
+        out.push(Shape { role: Role::ExpertDownBias, rows: 1, cols: hidden, cut: expert(ExpertCut::Whole) });
+    }
 }
 
 /// Gate and up `[intermediate, hidden]`, down `[hidden, intermediate]`.

@@ -1,4 +1,4 @@
-use super::{Part, Role, TensorDecl, held, ignored, on_stage, tensors};
+use super::{Entry, Part, Role, TensorDecl, held, ignored, on_stage, tensors};
 use crate::cut::{self, Cut, Slice};
 use crate::mesh::{Mesh, RankId};
 use crate::plan::Limits;
@@ -80,7 +80,7 @@ fn gguf_stacks_its_experts() {
     let spec = ModelSpec { naming: Naming::Gguf, ..samples::spec("qwen3_moe") };
     let decl = name_of(&spec, Role::ExpertGate, Some(2), Some(5));
     assert_eq!(decl.source.name, "blk.2.ffn_gate_exps.weight");
-    assert_eq!(decl.source.part, Part::Stacked { index: 5, of: 128 });
+    assert_eq!(decl.source.part, Part { stack: Some(Entry { index: 5, of: 128 }), ..Part::WHOLE });
     assert_eq!(name_of(&spec, Role::Query, Some(2), None).source.name, "blk.2.attn_q.weight");
     assert!(ignored(&spec, "rope_freqs.weight").is_some());
 }

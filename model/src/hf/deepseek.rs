@@ -4,7 +4,7 @@ use super::{Common, Keys, dense, layer, rope};
 use crate::bounds::{EXPERTS_MAX, HEAD_DIM_MAX, HEADS_MAX, HIDDEN_MAX, INTERMEDIATE_MAX, LAYERS_MAX};
 use crate::error::SpecError;
 use crate::rope::Layout;
-use crate::spec::{Activation, Branch, Dense, ExpertGroups, Latent, Layer, Mixer, Moe, Norm, Router, Score};
+use crate::spec::{Branch, Dense, ExpertGroups, Latent, Layer, Mixer, Moe, Norm, Router, Score};
 
 pub(super) fn layers(keys: &Keys<'_>, common: &Common) -> Result<Vec<Layer>, SpecError> {
     let mixer = Mixer::Latent(latent(keys, common)?);
@@ -48,9 +48,10 @@ fn latent(keys: &Keys<'_>, common: &Common) -> Result<Latent, SpecError> {
         nope_dim,
         rope_dim,
         value_dim: keys.size("v_head_dim", HEAD_DIM_MAX)?,
-        latent_norm: Norm { eps: 1e-6 },
+        latent_norm: Norm::rms(1e-6),
         rope: rope::read(keys, common, rope_dim, 1e4, layout)?,
         scale: (stretch * stretch / ((nope_dim + rope_dim) as f64).sqrt()) as f32,
+        query_scale: None,
     })
 }
 
@@ -70,21 +71,15 @@ fn mixture(keys: &Keys<'_>) -> Result<Branch, SpecError> {
     if shared > EXPERTS_MAX {
         return Err(SpecError::bad("n_shared_experts", shared, format!("at most {EXPERTS_MAX}")));
     }
-    let shared = Dense { intermediate: shared * intermediate, activation: Activation::Silu, bias: false };
-    Ok(Branch::Moe(Moe {
-        experts,
-        active: keys.optional_size("num_experts_per_tok", EXPERTS_MAX)?.unwrap_or(8),
-        intermediate,
-        activation: Activation::Silu,
-        router: Router {
-            score: Score::Sigmoid,
-            correction_bias: true,
-            // Keeping every group restricts nothing.
-            groups: (kept != count).then_some(ExpertGroups { count, kept }),
-            renormalise: keys.flag("norm_topk_prob", true)?,
-            renormalise_eps: 1e-20,
-            scale: keys.optional_float("routed_scaling_factor")?.unwrap_or(2.5) as f32,
-        },
-        shared: (shared.intermediate > 0).then_some(shared),
-    }))
+    let active = keys.optional_size("num_experts_per_tok", EXPERTS_MAX)?.unwrap_or(8);
+    let router = Router {
+        correction_bias: true,
+        // Keeping every group restricts nothing.
+        groups: (kept != count).then_some(ExpertGroups { count, kept }),
+        renormalise_eps: 1e-20,
+        scale: keys.optional_float("routed_scaling_factor")?.unwrap_or(2.5) as f32,
+        ..Router::plain(Score::Sigmoid, keys.flag("norm_topk_prob", true)?)
+    };
+    let shared = (shared > 0).then_some(Dense::gated(shared * intermediate));
+    Ok(Branch::Moe(Moe { shared, ..Moe::plain(experts, active, intermediate, router) }))
 }

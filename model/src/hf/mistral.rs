@@ -1,6 +1,6 @@
 //! Mistral 7B to Large 2, Magistral and Devstral Small 1: Llama with a window where the config gives one.
 
-use super::{Common, Keys, dense, heads, layer, rope, usual_scale};
+use super::{Common, Keys, dense, heads, layer, rope};
 use crate::bounds::POSITIONS_MAX;
 use crate::error::SpecError;
 use crate::rope::Layout;
@@ -24,14 +24,8 @@ pub(super) fn attention(
         window => window.or(window_default),
     };
     Ok(Mixer::Grouped(Grouped {
-        heads: h.heads,
-        kv_heads: h.kv_heads,
-        head_dim: h.head_dim,
-        qkv_bias: false,
-        out_bias: false,
-        qk_norm: None,
         rope: Some(rope::read(keys, common, h.head_dim, theta_default, Layout::Half)?),
         span: window.map_or(Span::Full, Span::Window),
-        scale: usual_scale(h.head_dim),
+        ..h.plain()
     }))
 }

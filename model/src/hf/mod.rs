@@ -15,7 +15,7 @@ use crate::bounds::{
     self, HEAD_DIM_MAX, HEADS_MAX, HIDDEN_MAX, INTERMEDIATE_MAX, LAYERS_MAX, POSITIONS_MAX, VOCAB_MAX,
 };
 use crate::error::SpecError;
-use crate::spec::{Activation, Branch, Dense, Head, Layer, Mixer, ModelSpec, Naming, Norm};
+use crate::spec::{Branch, Dense, Grouped, Head, Layer, Mixer, ModelSpec, Naming, Norm, Residual};
 use keys::Keys;
 use serde_json::{Map, Value};
 
@@ -126,14 +126,17 @@ pub fn spec(config_json: &str, generation_config: Option<&str>) -> Result<ModelS
         hidden: keys.size("hidden_size", HIDDEN_MAX)?,
         layers: keys.size("num_hidden_layers", LAYERS_MAX)?,
         positions_max: keys.size("max_position_embeddings", POSITIONS_MAX)?,
-        norm: Norm { eps: keys.float("rms_norm_eps")? as f32 },
+        norm: Norm::rms(keys.float("rms_norm_eps")? as f32),
     };
     let layers = layers(&keys, &common)?;
+    let vocab = keys.size("vocab_size", VOCAB_MAX)?;
     let spec = ModelSpec {
         architecture: model_type.to_string(),
         naming: Naming::HuggingFace,
-        vocab: keys.size("vocab_size", VOCAB_MAX)?,
+        vocab,
+        embedding_rows: vocab,
         hidden: common.hidden,
+        embedding_norm: None,
         layers,
         final_norm: common.norm,
         head: Head { tied: keys.flag("tie_word_embeddings", false)? },
@@ -205,6 +208,12 @@ struct Heads {
     head_dim: usize,
 }
 
+impl Heads {
+    fn plain(&self) -> Grouped {
+        Grouped::plain(self.heads, self.kv_heads, self.head_dim)
+    }
+}
+
 /// Reads them; without `head_dim` the hidden size is divided among the heads.
 fn heads(keys: &Keys<'_>, common: &Common, default_head_dim: Option<usize>) -> Result<Heads, SpecError> {
     let heads = keys.size("num_attention_heads", HEADS_MAX)?;
@@ -220,18 +229,19 @@ fn heads(keys: &Keys<'_>, common: &Common, default_head_dim: Option<usize>) -> R
     Ok(Heads { heads, kv_heads, head_dim })
 }
 
-/// `head_dim^-0.5`.
-fn usual_scale(head_dim: usize) -> f32 {
-    (1.0 / (head_dim as f64).sqrt()) as f32
-}
-
 fn dense(keys: &Keys<'_>, bias: bool) -> Result<Branch, SpecError> {
     let intermediate = keys.size("intermediate_size", INTERMEDIATE_MAX)?;
-    Ok(Branch::Dense(Dense { intermediate, activation: Activation::Silu, bias }))
+    Ok(Branch::Dense(Dense { bias, ..Dense::gated(intermediate) }))
 }
 
 fn layer(common: &Common, mixer: Mixer, branch: Branch) -> Layer {
-    Layer { mixer_norm: common.norm, mixer, branch_norm: common.norm, branches: vec![branch] }
+    Layer {
+        residual: Residual::Stream,
+        mixer_norm: common.norm,
+        mixer,
+        branch_norm: common.norm,
+        branches: vec![branch],
+    }
 }
 
 #[cfg(test)]

@@ -1,10 +1,10 @@
 //! Qwen2 and 2.5 (biased queries, keys and values), Qwen3 (normed heads) and its mixtures.
 
-use super::{Common, Heads, Keys, dense, heads, layer, rope, usual_scale};
+use super::{Common, Heads, Keys, dense, heads, layer, rope};
 use crate::bounds::{EXPERTS_MAX, INTERMEDIATE_MAX, LAYERS_MAX, POSITIONS_MAX};
 use crate::error::SpecError;
 use crate::rope::Layout;
-use crate::spec::{Activation, Branch, Grouped, Layer, Mixer, Moe, Norm, Router, Score, Span};
+use crate::spec::{Branch, Grouped, Layer, Mixer, Moe, QkNorm, Router, Score, Span};
 use serde_json::Value;
 
 pub(super) fn qwen2(keys: &Keys<'_>, common: &Common) -> Result<Vec<Layer>, SpecError> {
@@ -18,7 +18,7 @@ pub(super) fn qwen2(keys: &Keys<'_>, common: &Common) -> Result<Vec<Layer>, Spec
 pub(super) fn qwen3(keys: &Keys<'_>, common: &Common) -> Result<Vec<Layer>, SpecError> {
     let h = heads(keys, common, Some(128))?;
     let bias = keys.flag("attention_bias", false)?;
-    let mixer = grouped(keys, common, h, Bias { qkv: bias, out: bias }, Some(common.norm))?;
+    let mixer = grouped(keys, common, h, Bias { qkv: bias, out: bias }, Some(QkNorm::Heads(common.norm)))?;
     let branch = dense(keys, false)?;
     let spans = spans(keys, common)?;
     Ok(spans.into_iter().map(|span| layer(common, spanned(&mixer, span), branch.clone())).collect())
@@ -30,7 +30,7 @@ pub(super) fn qwen3_moe(keys: &Keys<'_>, common: &Common) -> Result<Vec<Layer>, 
     // Unlike the dense family this one windows every layer, and never reads where windows would start.
     keys.value("max_window_layers");
     let window = window(keys)?;
-    let mixer = grouped(keys, common, h, Bias { qkv: bias, out: bias }, Some(common.norm))?;
+    let mixer = grouped(keys, common, h, Bias { qkv: bias, out: bias }, Some(QkNorm::Heads(common.norm)))?;
     let mixer = spanned(&mixer, window.map_or(Span::Full, Span::Window));
     let mixture = mixture(keys)?;
     let step = keys.optional_size("decoder_sparse_step", LAYERS_MAX)?.unwrap_or(1);
@@ -57,18 +57,14 @@ fn grouped(
     common: &Common,
     h: Heads,
     bias: Bias,
-    qk_norm: Option<Norm>,
+    qk_norm: Option<QkNorm>,
 ) -> Result<Grouped, SpecError> {
     Ok(Grouped {
-        heads: h.heads,
-        kv_heads: h.kv_heads,
-        head_dim: h.head_dim,
         qkv_bias: bias.qkv,
         out_bias: bias.out,
         qk_norm,
         rope: Some(rope::read(keys, common, h.head_dim, 1e4, Layout::Half)?),
-        span: Span::Full,
-        scale: usual_scale(h.head_dim),
+        ..h.plain()
     })
 }
 
@@ -115,19 +111,10 @@ fn mixture(keys: &Keys<'_>) -> Result<Branch, SpecError> {
         }
         (a, b) => a.or(b).ok_or_else(|| keys.missing("num_experts"))?,
     };
-    Ok(Branch::Moe(Moe {
+    Ok(Branch::Moe(Moe::plain(
         experts,
-        active: keys.size("num_experts_per_tok", EXPERTS_MAX)?,
-        intermediate: keys.size("moe_intermediate_size", INTERMEDIATE_MAX)?,
-        activation: Activation::Silu,
-        router: Router {
-            score: Score::Softmax,
-            correction_bias: false,
-            groups: None,
-            renormalise: keys.flag("norm_topk_prob", false)?,
-            renormalise_eps: 0.0,
-            scale: 1.0,
-        },
-        shared: None,
-    }))
+        keys.size("num_experts_per_tok", EXPERTS_MAX)?,
+        keys.size("moe_intermediate_size", INTERMEDIATE_MAX)?,
+        Router::plain(Score::Softmax, keys.flag("norm_topk_prob", false)?),
+    )))
 }

@@ -8,6 +8,7 @@ pub mod cpu;
 pub mod suite;
 
 use crate::engine::batch::Batch;
+use model::catalog::Fused;
 use model::fault::Fault;
 use model::quant::Format;
 use model::rope::Rope;
@@ -20,11 +21,28 @@ pub struct MatrixView<'a> {
     /// All bytes of the stored tensor, row-major, rows of `stored_cols` values.
     pub bytes: &'a [u8],
     pub stored_cols: usize,
-    /// The window: first row, rows, first column, columns.
+    /// Which of the stored rows are the matrix's; all of them without.
+    pub fused: Option<Fused>,
+    /// Stored rows are the matrix's columns, and the other way round; plain numbers only.
+    pub transposed: bool,
+    /// The window in the matrix: first row, rows, first column, columns.
     pub row: usize,
     pub rows: usize,
     pub col: usize,
     pub cols: usize,
+}
+
+impl<'a> MatrixView<'a> {
+    /// All of a matrix that is stored as it is.
+    pub fn whole(format: Format, bytes: &'a [u8], rows: usize, cols: usize) -> MatrixView<'a> {
+        MatrixView { format, bytes, stored_cols: cols, fused: None, transposed: false, row: 0, rows, col: 0, cols }
+    }
+
+    /// The stored row of the window's row `row` (a stored column, where transposed).
+    pub fn stored_row(&self, row: usize) -> usize {
+        let row = self.row + row;
+        self.fused.map_or(row, |fused| fused.stored_row(row))
+    }
 }
 
 /// A kind of activation buffer.

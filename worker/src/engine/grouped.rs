@@ -37,7 +37,7 @@ impl<B: Backend> Attention<B> {
         };
         let bias = [Role::QueryBias, Role::KeyBias, Role::ValueBias];
         let norms = match spec.qk_norm {
-            Some(norm) => Some((from.vector(&[Role::QueryNorm])?, from.vector(&[Role::KeyNorm])?, norm.eps)),
+            Some(norm) => Some((from.vector(&[Role::QueryNorm])?, from.vector(&[Role::KeyNorm])?, norm.norm().eps)),
             None => None,
         };
         Ok(Attention {

@@ -147,9 +147,7 @@ impl Checkpoint {
     fn values(&self, name: &str) -> Result<Vec<f32>, Fault> {
         let stored = self.tensor(name)?;
         let cols = stored.shape.iter().product();
-        let view =
-            MatrixView { format: stored.format, bytes: stored.bytes, stored_cols: cols, row: 0, rows: 1, col: 0, cols };
-        Ok(super::values(&view))
+        Ok(super::values(&MatrixView::whole(stored.format, stored.bytes, 1, cols)))
     }
 
     /// What the coordinator compares with its own: see [`model::identity`].

@@ -127,28 +127,24 @@ fn check(checkpoint: &Checkpoint, spec: &ModelSpec, declared: &[TensorDecl]) -> 
     Err(bad(format!("nothing in the model uses {number} tensors of the checkpoint: {some}")))
 }
 
-/// The declared matrix's bytes within the stored tensor.
+/// The declared matrix's bytes within the stored tensor: of the stack's entry, where it is one of a stack.
 fn shape_of<'a>(stored: Stored<'a>, decl: &TensorDecl) -> Result<&'a [u8], Fault> {
-    let (rows, cols) = (decl.rows, decl.cols);
-    let fits = match (decl.source.part, stored.shape) {
-        (Part::Whole, &[n]) => (rows == 1 || cols == 1) && n == rows * cols,
-        (Part::Whole, &[r, c]) => (r, c) == (rows, cols),
-        (Part::Stacked { of, .. }, &[n, r, c]) => (n, r, c) == (of, rows, cols),
-        _ => false,
-    };
+    let Part { stack, fused, transposed } = decl.source.part;
+    let (rows, cols) = (decl.rows * fused.map_or(1, |f| f.of), decl.cols);
+    let matrix = if transposed { [cols, rows] } else { [rows, cols] };
+    let wanted: Vec<usize> = stack.iter().map(|entry| entry.of).chain(matrix).collect();
+    // A vector is stored with one dimension, a stack of them with two.
+    let flat: Vec<usize> = stack.iter().map(|entry| entry.of).chain([rows * cols]).collect();
+    let fits = stored.shape == wanted || ((decl.rows == 1 || decl.cols == 1) && stored.shape == flat);
     if !fits {
         let (name, shape) = (&decl.source.name, stored.shape);
-        let wanted = match decl.source.part {
-            Part::Whole => format!("[{rows}, {cols}]"),
-            Part::Stacked { of, .. } => format!("[{of}, {rows}, {cols}]"),
-        };
-        return Err(bad(format!("tensor {name} has shape {shape:?}, the model's config implies {wanted}")));
+        return Err(bad(format!("tensor {name} has shape {shape:?}, the model's config implies {wanted:?}")));
     }
-    Ok(match decl.source.part {
-        Part::Whole => stored.bytes,
-        Part::Stacked { index, of } => {
-            let each = stored.bytes.len() / of;
-            &stored.bytes[index * each..(index + 1) * each]
+    Ok(match stack {
+        None => stored.bytes,
+        Some(entry) => {
+            let each = stored.bytes.len() / entry.of;
+            &stored.bytes[entry.index * each..(entry.index + 1) * each]
         }
     })
 }
@@ -165,7 +161,13 @@ fn window<'a>(
     Ok(cut::slice(decl.cut, decl.rows, decl.cols, mesh, rank).map(|s| MatrixView {
         format: stored.format,
         bytes,
-        stored_cols: decl.cols,
+        stored_cols: if decl.source.part.transposed {
+            decl.rows * decl.source.part.fused.map_or(1, |f| f.of)
+        } else {
+            decl.cols
+        },
+        fused: decl.source.part.fused,
+        transposed: decl.source.part.transposed,
         row: s.rows.start,
         rows: s.rows.len(),
         col: s.cols.start,

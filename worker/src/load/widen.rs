@@ -7,8 +7,11 @@ use model::quant::Format;
 /// Writes row `row` of the window to `out`, which holds the window's columns.
 pub fn widen(view: &MatrixView<'_>, row: usize, out: &mut [f32]) {
     assert!(row < view.rows && out.len() == view.cols, "row {row} of {}, {} columns", view.rows, out.len());
+    if view.transposed {
+        return column(view, view.stored_row(row), out);
+    }
     assert!(view.col + view.cols <= view.stored_cols, "the window is wider than the tensor");
-    let stored = row_bytes(view, view.row + row);
+    let stored = row_bytes(view, view.stored_row(row));
     let block = view.format.block();
     let mut values = [0.0f32; BLOCK_MAX];
     let mut at = 0;
@@ -23,6 +26,16 @@ pub fn widen(view: &MatrixView<'_>, row: usize, out: &mut [f32]) {
         dequantise(view.format, bytes, &mut values);
         out[at..at + count].copy_from_slice(&values[skip..skip + count]);
         at += count;
+    }
+}
+
+/// One column of a matrix stored the other way round.
+fn column(view: &MatrixView<'_>, stored: usize, out: &mut [f32]) {
+    let width = view.format.block_bytes();
+    assert!(view.format.block() == 1, "{:?} has blocks along stored rows", view.format);
+    for (k, out) in out.iter_mut().enumerate() {
+        let at = ((view.col + k) * view.stored_cols + stored) * width;
+        plain(view.format, &view.bytes[at..at + width], std::slice::from_mut(out));
     }
 }
 
@@ -110,7 +123,8 @@ fn dequantise_q6k(bytes: &[u8], out: &mut [f32; BLOCK_MAX]) {
 /// The row's bytes inside the window where they are bf16, which needs no widening.
 pub fn halves<'a>(view: &MatrixView<'a>, row: usize) -> Option<&'a [u8]> {
     const { assert!(size_of::<bf16>() == 2) };
-    let bytes = (view.format == Format::Bf16).then(|| row_bytes(view, view.row + row))?;
+    let straight = view.format == Format::Bf16 && !view.transposed;
+    let bytes = straight.then(|| row_bytes(view, view.stored_row(row)))?;
     Some(&bytes[view.col * 2..(view.col + view.cols) * 2])
 }
 
@@ -120,7 +134,7 @@ mod tests {
 
     fn view(format: Format, bytes: &[u8], stored_cols: usize, col: usize, cols: usize) -> MatrixView<'_> {
         let rows = bytes.len() / format.bytes(stored_cols);
-        MatrixView { format, bytes, stored_cols, row: 0, rows, col, cols }
+        MatrixView { col, cols, ..MatrixView::whole(format, bytes, rows, stored_cols) }
     }
 
     /// Bytes whose scales are small normal halves and whose other bytes run through everything.

@@ -240,12 +240,11 @@ impl Backend for CpuBackend {
         let width = out.cols;
         ensure(x.cols == 2 * width, || format!("{} gates and ups for {width} outputs", x.cols))?;
         out.check(n)?;
+        ensure(activation == Activation::Silu, || format!("{activation:?} has no kernel"))?;
         let (x, level) = (x.full(n)?, self.level);
         by_dtype!([out = &mut out.data] => self.pool.rows(out, width, n, grain(width), &|row, out| {
             let (gate, up) = x[row * 2 * width..][..2 * width].split_at(width);
-            match activation {
-                Activation::Silu => level.run(Silu { gate, up, out }),
-            }
+            level.run(Silu { gate, up, out });
         }));
         Ok(())
     }

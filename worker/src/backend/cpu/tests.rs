@@ -81,7 +81,7 @@ fn extreme_numbers_agree_on_every_instruction_set() {
         let config = CpuConfig { dtype: Dtype::Bf16, family: KernelFamily::Vector, threads: 1, spin: 0 };
         let mut backend = CpuBackend::with_level(config, level).expect("a backend");
         let (format, stored_cols) = (Format::Bf16, inputs);
-        let view = MatrixView { format, bytes: &bytes, stored_cols, row: 0, rows: outputs, col: 0, cols: inputs };
+        let view = MatrixView::whole(format, &bytes, outputs, stored_cols);
         let matrix = backend.matrix(&[view], 2).expect("a matrix");
         let mut input = backend.buffer(rows, inputs, Kind::Input).expect("a buffer");
         let mut out = backend.buffer(rows, outputs, Kind::Full).expect("a buffer");

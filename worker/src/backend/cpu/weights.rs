@@ -99,13 +99,14 @@ pub(super) fn pack_f32(
 
 fn check(part: &MatrixView<'_>, cols: usize) -> Result<(), Fault> {
     ensure(part.cols == cols, || format!("parts of {} and {cols} columns can't be stacked", part.cols))?;
-    ensure(part.stored_cols.is_multiple_of(part.format.block()), || {
+    let block = part.format.block();
+    ensure(part.stored_cols.is_multiple_of(block) && (block == 1 || !part.transposed), || {
         format!("rows of {} values are not whole blocks of {:?}", part.stored_cols, part.format)
     })?;
-    let inside = part.col + part.cols <= part.stored_cols
-        && (part.row + part.rows)
-            .checked_mul(part.format.bytes(part.stored_cols))
-            .is_some_and(|n| n <= part.bytes.len());
+    let last = part.rows.checked_sub(1).map_or(0, |row| part.stored_row(row) + 1);
+    let (rows, cols) = if part.transposed { (part.col + part.cols, last) } else { (last, part.col + part.cols) };
+    let inside = cols <= part.stored_cols
+        && rows.checked_mul(part.format.bytes(part.stored_cols)).is_some_and(|n| n <= part.bytes.len());
     ensure(inside, || {
         format!("a window of {} x {} at {}, {} leaves its tensor", part.rows, part.cols, part.row, part.col)
     })

@@ -164,6 +164,7 @@ fn naive_grouped<B: Backend>(case: &Case<B>, shape: &GroupedShape, inputs: &[f32
         let from = match shape.span {
             Span::Full => 0,
             Span::Window(window) => (position + 1).saturating_sub(window),
+            Span::Chunk(chunk) => position / chunk * chunk,
         };
         for head in 0..shape.heads {
             let kv = head / (shape.heads / shape.kv_heads);

@@ -5,7 +5,7 @@ use crate::backend::{Backend, Grouping, Kind};
 use model::spec::{ExpertGroups, Router, Score};
 
 fn router(score: Score, groups: Option<ExpertGroups>, renormalise: bool) -> Router {
-    Router { score, correction_bias: true, groups, renormalise, renormalise_eps: 1e-20, scale: 2.5 }
+    Router { correction_bias: true, groups, renormalise_eps: 1e-20, scale: 2.5, ..Router::plain(score, renormalise) }
 }
 
 pub fn route<B: Backend>(case: &mut Case<B>) {

@@ -123,7 +123,7 @@ impl<B: Backend> Case<B> {
 }
 
 fn view(format: Format, bytes: &[u8], rows: usize, cols: usize) -> MatrixView<'_> {
-    MatrixView { format, bytes, stored_cols: cols, row: 0, rows, col: 0, cols }
+    MatrixView::whole(format, bytes, rows, cols)
 }
 
 /// Panics unless `|got - want| <= allowed`.

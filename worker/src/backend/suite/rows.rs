@@ -78,7 +78,8 @@ pub fn formats<B: Backend>(case: &mut Case<B>) {
     for format in [Format::F32, Format::Bf16, Format::F16, Format::Q8_0, Format::Q4_0, Format::Q4_1, Format::Q6K] {
         let bytes = stored_bytes(case, format, rows * stored);
         for (row, count, col, cols) in [(0, rows, 0, stored), (3, 2, 40, 200), (1, 7, 130, 2)] {
-            let window = MatrixView { format, bytes: &bytes, stored_cols: stored, row, rows: count, col, cols };
+            let window =
+                MatrixView { row, rows: count, col, cols, ..MatrixView::whole(format, &bytes, row + count, stored) };
             let other: Vec<u8> =
                 case.random.values(3 * cols).iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
             let parts = [window, view(Format::Bf16, &other, 3, cols)];

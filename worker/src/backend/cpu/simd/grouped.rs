@@ -343,6 +343,7 @@ impl Step<'_> {
             let start = match self.shape.span {
                 Span::Full => 0,
                 Span::Window(window) => end.saturating_sub(window),
+                Span::Chunk(chunk) => (end - 1) / chunk * chunk,
             };
             for head in heads.clone() {
                 queries[count] = qkv[row * width + head * dim..][..dim].as_ptr();
