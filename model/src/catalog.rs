@@ -7,7 +7,7 @@
 mod names;
 mod shapes;
 
-pub use names::{ROPE_FACTORS, gguf_name, ignored};
+pub use names::{ROPE_FACTORS, dialect, gguf_name, ignored, settle};
 pub use shapes::{Shape, layer_shapes, outer_shapes};
 
 use crate::cut::{self, Cut, Slice};

@@ -63,11 +63,13 @@ pub fn spec(
     let spec = ModelSpec {
         architecture: architecture.to_string(),
         naming: Naming::Gguf,
+        part_of: None,
         vocab,
         embedding_rows: vocab,
         hidden,
         embedding_norm: None,
         layers: vec![layer; layers],
+        passed_by: Vec::new(),
         final_norm: norm,
         head: Head { tied: !has_tensor(&gguf_name(None, Role::Head)) },
         positions_max,

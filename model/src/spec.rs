@@ -15,6 +15,9 @@ pub struct ModelSpec {
     pub architecture: String,
     /// How the checkpoint names its tensors.
     pub naming: Naming,
+    /// The model around it whose language part this is (`model_type`), where there is one: pictures and sound are left
+    /// out.
+    pub part_of: Option<String>,
     /// Tokens the head can answer with.
     pub vocab: usize,
     /// Rows of the embedding table: `vocab`, and those of tokens that are only ever read (Llama 3.2 Vision's image token).
@@ -24,6 +27,8 @@ pub struct ModelSpec {
     /// Norm of the embeddings themselves (BLOOM).
     pub embedding_norm: Option<Norm>,
     pub layers: Vec<Layer>,
+    /// Numbers, in the file's count, of layers that text alone passes by (Llama 3.2 Vision's cross-attention).
+    pub passed_by: Vec<usize>,
     pub final_norm: Norm,
     pub head: Head,
     /// Longest sequence the model was made for, in tokens (`max_position_embeddings`).
@@ -38,9 +43,24 @@ pub struct ModelSpec {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Naming {
     /// `model.layers.0.self_attn.q_proj.weight`.
-    HuggingFace,
+    HuggingFace(Dialect),
     /// `blk.0.attn_q.weight`, experts stacked.
     Gguf,
+}
+
+/// Habits in which checkpoints of one family differ; [`crate::catalog::settle`] finds them by the names in a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dialect {
+    /// Before embedding, layers and final norm: `model.`, `language_model.model.`, or nothing (older BLOOM files).
+    pub root: &'static str,
+    /// Between root and layer number: `layers`, `h`, `blocks`.
+    pub layers: &'static str,
+    /// Name of the head's tensor.
+    pub head: &'static str,
+    /// All experts of a layer lie in one tensor.
+    pub stacked: bool,
+    /// Experts' matrices lie as `[inputs, outputs]`.
+    pub transposed: bool,
 }
 
 /// A norm over the channels of a row; its weight is a declared tensor.

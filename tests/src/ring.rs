@@ -18,15 +18,19 @@ use worker::engine::shard::{ShardConfig, load_cpu};
 use worker::engine::trace::Trace;
 use worker::load::checkpoint::Checkpoint;
 
-/// A fixture folder beside the tests.
+/// A fixture folder beside the tests, or under `CONCLAVE_GOLDENS` for others made in the same way.
 pub fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(name)
+    goldens().join(name)
+}
+
+fn goldens() -> PathBuf {
+    let beside = || Path::new(env!("CARGO_MANIFEST_DIR")).join("golden");
+    std::env::var_os("CONCLAVE_GOLDENS").map_or_else(beside, PathBuf::from)
 }
 
 /// The names of all fixture folders.
 pub fn fixtures() -> Vec<String> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden");
-    let mut names: Vec<String> = std::fs::read_dir(root)
+    let mut names: Vec<String> = std::fs::read_dir(goldens())
         .expect("the golden folder is part of the repository")
         .flatten()
         .filter(|entry| entry.path().join("golden.json").is_file())

@@ -1,15 +1,49 @@
-//! DeepSeek-V3 and R1, Kimi K2: latent attention, the first layers dense, then mixtures with a shared expert.
+//! DeepSeek-V3 and R1, Kimi K2, Mistral Small 4: latent attention, the first layers dense, then mixtures with a shared expert.
 
-use super::{Common, Keys, dense, layer, rope};
+use super::{Body, Common, Keys, dense, layer, rope};
 use crate::bounds::{EXPERTS_MAX, HEAD_DIM_MAX, HEADS_MAX, HIDDEN_MAX, INTERMEDIATE_MAX, LAYERS_MAX};
 use crate::error::SpecError;
 use crate::rope::Layout;
 use crate::spec::{Branch, Dense, ExpertGroups, Latent, Layer, Mixer, Moe, Norm, Router, Score};
 
-pub(super) fn layers(keys: &Keys<'_>, common: &Common) -> Result<Vec<Layer>, SpecError> {
-    let mixer = Mixer::Latent(latent(keys, common)?);
-    let (dense, mixture) = (dense(keys, false)?, mixture(keys)?);
-    let first = keys.optional_count("first_k_dense_replace")?.unwrap_or(3);
+/// What the classes of these families assume where a config is silent.
+pub(super) struct Defaults {
+    pub first_dense: usize,
+    /// `n_group` and `topk_group`.
+    pub groups: (usize, usize),
+    pub active: usize,
+    pub scale: f64,
+}
+
+pub(super) fn body(keys: &Keys<'_>, common: &Common) -> Result<Body, SpecError> {
+    let defaults = Defaults { first_dense: 3, groups: (8, 4), active: 8, scale: 2.5 };
+    mixtures(keys, common, &Mixer::Latent(latent(keys, common)?), &defaults)
+}
+
+/// Mistral Small 4: latent attention whose queries grow with position, experts scored by a softmax.
+pub(super) fn mistral4(keys: &Keys<'_>, common: &Common) -> Result<Body, SpecError> {
+    let defaults = Defaults { first_dense: 0, groups: (1, 1), active: 4, scale: 1.0 };
+    let query_scale = rope::query_scale(keys)?;
+    let mixer = Mixer::Latent(Latent { query_scale, ..latent(keys, common)? });
+    let mut body = mixtures(keys, common, &mixer, &defaults)?;
+    for branch in body.layers.iter_mut().flat_map(|layer| &mut layer.branches) {
+        if let Branch::Moe(moe) = branch {
+            moe.router.score = Score::Softmax;
+            moe.router.correction_bias = false;
+        }
+    }
+    Ok(body)
+}
+
+/// `mixer` in every layer; the first layers' branches dense, then mixtures.
+pub(super) fn mixtures(
+    keys: &Keys<'_>,
+    common: &Common,
+    mixer: &Mixer,
+    defaults: &Defaults,
+) -> Result<Body, SpecError> {
+    let (dense, mixture) = (dense(keys, false)?, mixture(keys, defaults)?);
+    let first = keys.optional_count("first_k_dense_replace")?.unwrap_or(defaults.first_dense);
     let every = keys.optional_size("moe_layer_freq", LAYERS_MAX)?.unwrap_or(1);
     // Heads that predict tokens further on are extra layers in the file; the catalogue passes over them.
     keys.optional_count("num_nextn_predict_layers")?;
@@ -18,7 +52,8 @@ pub(super) fn layers(keys: &Keys<'_>, common: &Common) -> Result<Vec<Layer>, Spe
         let sparse = index >= first && index.is_multiple_of(every);
         if sparse { mixture.clone() } else { dense.clone() }
     };
-    Ok((0..common.layers).map(|index| layer(common, mixer.clone(), branch(index))).collect())
+    let layers: Vec<Layer> = (0..common.layers).map(|index| layer(common, mixer.clone(), branch(index))).collect();
+    Ok(layers.into())
 }
 
 fn latent(keys: &Keys<'_>, common: &Common) -> Result<Latent, SpecError> {
@@ -55,7 +90,7 @@ fn latent(keys: &Keys<'_>, common: &Common) -> Result<Latent, SpecError> {
     })
 }
 
-fn mixture(keys: &Keys<'_>) -> Result<Branch, SpecError> {
+fn mixture(keys: &Keys<'_>, defaults: &Defaults) -> Result<Branch, SpecError> {
     keys.only("scoring_func", "sigmoid", "experts are scored by a sigmoid")?;
     keys.only("topk_method", "noaux_tc", "experts are chosen by corrected scores within the best groups")?;
     let experts = keys.size("n_routed_experts", EXPERTS_MAX)?;
@@ -64,20 +99,20 @@ fn mixture(keys: &Keys<'_>) -> Result<Branch, SpecError> {
     {
         return Err(SpecError::bad("num_local_experts", stated, format!("n_routed_experts says {experts}")));
     }
-    let count = keys.optional_size("n_group", EXPERTS_MAX)?.unwrap_or(8);
-    let kept = keys.optional_size("topk_group", EXPERTS_MAX)?.unwrap_or(4);
+    let count = keys.optional_size("n_group", EXPERTS_MAX)?.unwrap_or(defaults.groups.0);
+    let kept = keys.optional_size("topk_group", EXPERTS_MAX)?.unwrap_or(defaults.groups.1);
     let intermediate = keys.size("moe_intermediate_size", INTERMEDIATE_MAX)?;
     let shared = keys.optional_count("n_shared_experts")?.unwrap_or(1);
     if shared > EXPERTS_MAX {
         return Err(SpecError::bad("n_shared_experts", shared, format!("at most {EXPERTS_MAX}")));
     }
-    let active = keys.optional_size("num_experts_per_tok", EXPERTS_MAX)?.unwrap_or(8);
+    let active = keys.optional_size("num_experts_per_tok", EXPERTS_MAX)?.unwrap_or(defaults.active);
     let router = Router {
         correction_bias: true,
         // Keeping every group restricts nothing.
         groups: (kept != count).then_some(ExpertGroups { count, kept }),
         renormalise_eps: 1e-20,
-        scale: keys.optional_float("routed_scaling_factor")?.unwrap_or(2.5) as f32,
+        scale: keys.optional_float("routed_scaling_factor")?.unwrap_or(defaults.scale) as f32,
         ..Router::plain(Score::Sigmoid, keys.flag("norm_topk_prob", true)?)
     };
     let shared = (shared > 0).then_some(Dense::gated(shared * intermediate));

@@ -80,8 +80,12 @@ impl<'a> Keys<'a> {
     }
 
     pub fn flag(&self, key: &str, default: bool) -> Result<bool, SpecError> {
-        let Some(value) = self.value(key) else { return Ok(default) };
-        value.as_bool().ok_or_else(|| self.bad(key, value, "must be true or false"))
+        Ok(self.optional_flag(key)?.unwrap_or(default))
+    }
+
+    pub fn optional_flag(&self, key: &str) -> Result<Option<bool>, SpecError> {
+        let Some(value) = self.value(key) else { return Ok(None) };
+        value.as_bool().ok_or_else(|| self.bad(key, value, "must be true or false")).map(Some)
     }
 
     pub fn text(&self, key: &str) -> Result<Option<&'a str>, SpecError> {
@@ -137,7 +141,8 @@ impl<'a> Keys<'a> {
         format!("{}{key}", self.prefix)
     }
 
-    fn left(&self, harmless: &dyn Fn(&str) -> bool) -> Vec<String> {
+    /// Full names of the keys that were neither read nor are `harmless`.
+    pub fn left(&self, harmless: &dyn Fn(&str) -> bool) -> Vec<String> {
         let read = self.read.borrow();
         // A null that nobody reads says nothing.
         let left = self.map.iter().filter(|(k, v)| !v.is_null() && !read.contains(k.as_str()) && !harmless(k));

@@ -3,9 +3,14 @@
 //! Every key of a config is read, or stands in [`HARMLESS`], or is an error that names it: a key that changes the
 //! computation and is not implemented must never load as if it were not there.
 
+mod bloom;
 mod deepseek;
+mod glm;
+mod gpt_oss;
 mod keys;
 mod llama;
+mod llama4;
+mod minimax;
 mod mistral;
 mod mixtral;
 mod qwen;
@@ -14,6 +19,7 @@ mod rope;
 use crate::bounds::{
     self, HEAD_DIM_MAX, HEADS_MAX, HIDDEN_MAX, INTERMEDIATE_MAX, LAYERS_MAX, POSITIONS_MAX, VOCAB_MAX,
 };
+use crate::catalog;
 use crate::error::SpecError;
 use crate::spec::{Branch, Dense, Grouped, Head, Layer, Mixer, ModelSpec, Naming, Norm, Residual};
 use keys::Keys;
@@ -27,25 +33,79 @@ struct Common {
     norm: Norm,
 }
 
-/// An adapter: the layers of a config.
-type Layers = fn(&Keys<'_>, &Common) -> Result<Vec<Layer>, SpecError>;
+/// What an adapter makes of a config.
+#[derive(Default)]
+struct Body {
+    layers: Vec<Layer>,
+    embedding_norm: Option<Norm>,
+    /// Rows of the embedding past the vocabulary.
+    extra_embeddings: usize,
+    /// Layers of the file that are not in `layers`.
+    passed_by: Vec<usize>,
+}
+
+impl From<Vec<Layer>> for Body {
+    fn from(layers: Vec<Layer>) -> Body {
+        Body { layers, ..Body::default() }
+    }
+}
+
+type Adapter = fn(&Keys<'_>, &Common) -> Result<Body, SpecError>;
 
 /// `model_type`, the class that must stand in `architectures` where that is given, and the adapter.
-const FAMILIES: [(&str, &str, Layers); 8] = [
-    ("deepseek_v3", "DeepseekV3ForCausalLM", deepseek::layers),
+const FAMILIES: [(&str, &str, Adapter); 17] = [
+    ("bloom", "BloomForCausalLM", bloom::body),
+    ("deepseek_v3", "DeepseekV3ForCausalLM", deepseek::body),
+    ("glm4_moe", "Glm4MoeForCausalLM", glm::body),
+    ("gpt_oss", "GptOssForCausalLM", gpt_oss::body),
     // Kimi K2 is published as DeepSeek-V3 under a name of its own.
-    ("kimi_k2", "DeepseekV3ForCausalLM", deepseek::layers),
-    ("llama", "LlamaForCausalLM", llama::layers),
-    ("mistral", "MistralForCausalLM", mistral::layers),
-    ("mixtral", "MixtralForCausalLM", mixtral::layers),
+    ("kimi_k2", "DeepseekV3ForCausalLM", deepseek::body),
+    ("llama", "LlamaForCausalLM", llama::body),
+    ("llama4_text", "Llama4ForCausalLM", llama4::body),
+    ("minimax_m2", "MiniMaxM2ForCausalLM", minimax::body),
+    ("ministral3", "Ministral3ForCausalLM", mistral::ministral3),
+    ("mistral", "MistralForCausalLM", mistral::mistral),
+    ("mistral4", "Mistral4ForCausalLM", deepseek::mistral4),
+    ("mixtral", "MixtralForCausalLM", mixtral::body),
+    ("mllama_text_model", "MllamaForCausalLM", llama::mllama),
     ("qwen2", "Qwen2ForCausalLM", qwen::qwen2),
+    ("qwen2_5_vl_text", "Qwen2_5_VLTextModel", qwen::qwen2),
     ("qwen3", "Qwen3ForCausalLM", qwen::qwen3),
     ("qwen3_moe", "Qwen3MoeForCausalLM", qwen::qwen3_moe),
 ];
 
+/// Models that see or hear: `model_type`, class, and the family of the language part where `text_config` leaves it out
+/// (or where there is no such section and the language part's keys stand outside).
+const WRAPPERS: [(&str, &str, &str); 6] = [
+    ("kimi_k25", "Kimi_K25ForConditionalGeneration", "kimi_k2"),
+    ("llama4", "Llama4ForConditionalGeneration", "llama4_text"),
+    ("mistral3", "Mistral3ForConditionalGeneration", "mistral"),
+    ("mllama", "MllamaForConditionalGeneration", "mllama_text_model"),
+    ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl_text"),
+    ("voxtral", "VoxtralForConditionalGeneration", "llama"),
+];
+
+/// Keys of a wrapper that say how pictures and sound get in, which nothing here reads.
+fn of_other_senses(key: &str) -> bool {
+    const WHOLE: [&str; 7] = [
+        "vision_config",
+        "audio_config",
+        "spatial_merge_size",
+        "multimodal_projector_bias",
+        "projector_hidden_act",
+        "projection_hidden_size",
+        "projection_layer_norm_eps",
+    ];
+    let token = |of| key.starts_with(of) && (key.ends_with("_token_id") || key.ends_with("_token_index"));
+    WHOLE.contains(&key)
+        || key.starts_with("vision_feature_")
+        || ["image", "video", "audio", "vision", "boi", "eoi", "media"].into_iter().any(token)
+        || matches!(key, "use_unified_vision_chunk" | "video_placeholder" | "ignore_index")
+}
+
 /// Every `model_type` that an adapter reads.
 pub fn architectures() -> impl Iterator<Item = &'static str> {
-    FAMILIES.iter().map(|(name, ..)| *name)
+    FAMILIES.iter().map(|(name, ..)| *name).chain(WRAPPERS.iter().map(|(name, ..)| *name))
 }
 
 /// Keys that change nothing about what a loaded model computes, by the reason why.
@@ -116,57 +176,131 @@ fn harmless(key: &str) -> bool {
     HARMLESS.iter().any(|(_, keys)| keys.contains(&key))
 }
 
-/// The spec that a Hugging Face `config.json` describes. `generation_config` adds its end tokens.
+/// The spec that a Hugging Face `config.json` describes. `generation_config` adds its end tokens. Names follow the
+/// family's usual dialect until [`crate::catalog::settle`] has seen the files.
 pub fn spec(config_json: &str, generation_config: Option<&str>) -> Result<ModelSpec, SpecError> {
     let map: Map<String, Value> = serde_json::from_str(config_json).map_err(|e| SpecError::Json(e.to_string()))?;
     let keys = Keys::new(&map);
-    let (model_type, layers) = family(&keys)?;
-    refuse_unimplemented(&keys)?;
-    let common = Common {
-        hidden: keys.size("hidden_size", HIDDEN_MAX)?,
-        layers: keys.size("num_hidden_layers", LAYERS_MAX)?,
-        positions_max: keys.size("max_position_embeddings", POSITIONS_MAX)?,
-        norm: Norm::rms(keys.float("rms_norm_eps")? as f32),
+    let family = family(&keys)?;
+    let Some(wrapper) = family.wrapper else {
+        let spec = language(&keys, &family, &keys, generation_config)?;
+        keys.finish(&harmless)?;
+        return Ok(spec);
     };
-    let layers = layers(&keys, &common)?;
+    let harmless = |key: &str| harmless(key) || of_other_senses(key);
+    let mut spec = match keys.section("text_config")? {
+        Some(text) => {
+            text.value("model_type");
+            let spec = language(&text, &family, &keys, generation_config)?;
+            // What a wrapper repeats of its language part says nothing new.
+            let repeated = |key: &str| harmless(key) || text.has(key);
+            let unread = keys.left(&repeated);
+            text.finish(&harmless)?;
+            if !unread.is_empty() {
+                return Err(SpecError::Unread(unread.join(", ")));
+            }
+            spec
+        }
+        None => {
+            let spec = language(&keys, &family, &keys, generation_config)?;
+            keys.finish(&harmless)?;
+            spec
+        }
+    };
+    spec.part_of = Some(wrapper.to_string());
+    Ok(spec)
+}
+
+/// The language model of `keys`. `outer` is the whole config, which may hold what concerns the whole.
+fn language(
+    keys: &Keys<'_>,
+    family: &Family,
+    outer: &Keys<'_>,
+    generation_config: Option<&str>,
+) -> Result<ModelSpec, SpecError> {
+    refuse_unimplemented(keys)?;
+    let common = common(keys)?;
+    let body = (family.adapter)(keys, &common)?;
     let vocab = keys.size("vocab_size", VOCAB_MAX)?;
+    let tied = keys.optional_flag("tie_word_embeddings")?.or(outer.optional_flag("tie_word_embeddings")?);
     let spec = ModelSpec {
-        architecture: model_type.to_string(),
-        naming: Naming::HuggingFace,
+        architecture: family.name.to_string(),
+        naming: Naming::HuggingFace(catalog::dialect(family.name)),
+        part_of: None,
         vocab,
-        embedding_rows: vocab,
+        embedding_rows: vocab + body.extra_embeddings,
         hidden: common.hidden,
-        embedding_norm: None,
-        layers,
+        embedding_norm: body.embedding_norm,
+        layers: body.layers,
+        passed_by: body.passed_by,
         final_norm: common.norm,
-        head: Head { tied: keys.flag("tie_word_embeddings", false)? },
+        // BLOOM alone ties where the config does not say.
+        head: Head { tied: tied.unwrap_or(family.name == "bloom") },
         positions_max: common.positions_max,
-        end_tokens: end_tokens(&keys, generation_config)?,
+        end_tokens: end_tokens(keys, outer, generation_config)?,
         begin_token: keys.tokens("bos_token_id")?.first().copied(),
     };
-    keys.finish(&harmless)?;
     bounds::check(&spec)?;
     Ok(spec)
 }
 
+/// What all families state, by the names that each uses.
+fn common(keys: &Keys<'_>) -> Result<Common, SpecError> {
+    let bloom = keys.has("layer_norm_epsilon");
+    let (hidden, layers, positions) = if bloom {
+        (if keys.has("n_embed") { "n_embed" } else { "hidden_size" }, "n_layer", "seq_length")
+    } else {
+        ("hidden_size", "num_hidden_layers", "max_position_embeddings")
+    };
+    Ok(Common {
+        hidden: keys.size(hidden, HIDDEN_MAX)?,
+        layers: keys.size(layers, LAYERS_MAX)?,
+        positions_max: keys.size(positions, POSITIONS_MAX)?,
+        norm: match bloom {
+            true => Norm::layer(keys.float("layer_norm_epsilon")? as f32),
+            false => Norm::rms(keys.float("rms_norm_eps")? as f32),
+        },
+    })
+}
+
+/// Which adapter reads a config.
+struct Family {
+    /// `model_type` of the language part.
+    name: &'static str,
+    adapter: Adapter,
+    wrapper: Option<&'static str>,
+}
+
 /// Chooses the adapter by `model_type`, or by the class where that is absent; the two must agree.
-fn family<'a>(keys: &Keys<'a>) -> Result<(&'static str, Layers), SpecError> {
+fn family(keys: &Keys<'_>) -> Result<Family, SpecError> {
     let class = keys.list("architectures")?.first().and_then(Value::as_str);
     let model_type = keys.text("model_type")?;
-    let known = FAMILIES.iter().find(|(name, of, _)| match (model_type, class) {
-        (Some(model_type), Some(class)) => *name == model_type && *of == class,
-        (Some(model_type), None) => *name == model_type,
-        (None, class) => Some(*of) == class,
-    });
-    let Some((name, _, layers)) = known else {
-        let name = match (model_type, class) {
+    let fits = |name: &str, of: &str| match (model_type, class) {
+        (Some(model_type), Some(class)) => name == model_type && of == class,
+        (Some(model_type), None) => name == model_type,
+        (None, class) => Some(of) == class,
+    };
+    let inner = |wrapper, name: &str| {
+        let (name, _, adapter) = FAMILIES.iter().find(|(known, ..)| *known == name)?;
+        Some(Family { name, adapter: *adapter, wrapper })
+    };
+    if let Some((name, ..)) = FAMILIES.iter().find(|(name, of, _)| fits(name, of)) {
+        return Ok(inner(None, name).expect("it was just found"));
+    }
+    let unknown = |name: String| {
+        let known: Vec<String> = FAMILIES.iter().map(|(name, class, _)| format!("{name} ({class})")).collect();
+        let wrappers: Vec<String> = WRAPPERS.iter().map(|(name, class, _)| format!("{name} ({class})")).collect();
+        SpecError::UnknownArchitecture { name, known: [known, wrappers].concat().join(", ") }
+    };
+    let Some((wrapper, _, usual)) = WRAPPERS.iter().find(|(name, of, _)| fits(name, of)) else {
+        return Err(unknown(match (model_type, class) {
             (Some(model_type), Some(class)) => format!("{model_type} ({class})"),
             (one, other) => one.or(other).unwrap_or("none given").to_string(),
-        };
-        let known = FAMILIES.map(|(name, class, _)| format!("{name} ({class})")).join(", ");
-        return Err(SpecError::UnknownArchitecture { name, known });
+        }));
     };
-    Ok((name, *layers))
+    let stated = keys.value("text_config").and_then(|text| text.get("model_type")).and_then(Value::as_str);
+    let name = stated.unwrap_or(usual);
+    inner(Some(wrapper), name).ok_or_else(|| unknown(format!("{name} (the language part of {wrapper})")))
 }
 
 /// Keys that any family may carry and that are implemented for one value alone.
@@ -187,16 +321,14 @@ fn refuse_unimplemented(keys: &Keys<'_>) -> Result<(), SpecError> {
     Ok(())
 }
 
-fn end_tokens(keys: &Keys<'_>, generation_config: Option<&str>) -> Result<Vec<u32>, SpecError> {
+fn end_tokens(keys: &Keys<'_>, outer: &Keys<'_>, generation_config: Option<&str>) -> Result<Vec<u32>, SpecError> {
     let mut tokens = keys.tokens("eos_token_id")?;
+    let mut add = |more: Vec<u32>| tokens.extend(more.into_iter().filter(|t| !tokens.contains(t)).collect::<Vec<_>>());
+    add(outer.tokens("eos_token_id")?);
     if let Some(text) = generation_config {
         let bad = |e: serde_json::Error| SpecError::bad("generation_config.json", "its text", e);
         let map: Map<String, Value> = serde_json::from_str(text).map_err(bad)?;
-        for token in Keys::new(&map).tokens("eos_token_id")? {
-            if !tokens.contains(&token) {
-                tokens.push(token);
-            }
-        }
+        add(Keys::new(&map).tokens("eos_token_id")?);
     }
     Ok(tokens)
 }

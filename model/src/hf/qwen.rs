@@ -1,30 +1,30 @@
 //! Qwen2 and 2.5 (biased queries, keys and values), Qwen3 (normed heads) and its mixtures.
 
-use super::{Common, Heads, Keys, dense, heads, layer, rope};
+use super::{Body, Common, Heads, Keys, dense, heads, layer, rope};
 use crate::bounds::{EXPERTS_MAX, INTERMEDIATE_MAX, LAYERS_MAX, POSITIONS_MAX};
 use crate::error::SpecError;
 use crate::rope::Layout;
-use crate::spec::{Branch, Grouped, Layer, Mixer, Moe, QkNorm, Router, Score, Span};
+use crate::spec::{Branch, Grouped, Mixer, Moe, QkNorm, Router, Score, Span};
 use serde_json::Value;
 
-pub(super) fn qwen2(keys: &Keys<'_>, common: &Common) -> Result<Vec<Layer>, SpecError> {
+pub(super) fn qwen2(keys: &Keys<'_>, common: &Common) -> Result<Body, SpecError> {
     let h = heads(keys, common, None)?;
     let mixer = grouped(keys, common, h, Bias { qkv: true, out: false }, None)?;
     let branch = dense(keys, false)?;
     let spans = spans(keys, common)?;
-    Ok(spans.into_iter().map(|span| layer(common, spanned(&mixer, span), branch.clone())).collect())
+    Ok(spans.into_iter().map(|span| layer(common, spanned(&mixer, span), branch.clone())).collect::<Vec<_>>().into())
 }
 
-pub(super) fn qwen3(keys: &Keys<'_>, common: &Common) -> Result<Vec<Layer>, SpecError> {
+pub(super) fn qwen3(keys: &Keys<'_>, common: &Common) -> Result<Body, SpecError> {
     let h = heads(keys, common, Some(128))?;
     let bias = keys.flag("attention_bias", false)?;
     let mixer = grouped(keys, common, h, Bias { qkv: bias, out: bias }, Some(QkNorm::Heads(common.norm)))?;
     let branch = dense(keys, false)?;
     let spans = spans(keys, common)?;
-    Ok(spans.into_iter().map(|span| layer(common, spanned(&mixer, span), branch.clone())).collect())
+    Ok(spans.into_iter().map(|span| layer(common, spanned(&mixer, span), branch.clone())).collect::<Vec<_>>().into())
 }
 
-pub(super) fn qwen3_moe(keys: &Keys<'_>, common: &Common) -> Result<Vec<Layer>, SpecError> {
+pub(super) fn qwen3_moe(keys: &Keys<'_>, common: &Common) -> Result<Body, SpecError> {
     let h = heads(keys, common, None)?;
     let bias = keys.flag("attention_bias", false)?;
     // Unlike the dense family this one windows every layer, and never reads where windows would start.
@@ -44,7 +44,7 @@ pub(super) fn qwen3_moe(keys: &Keys<'_>, common: &Common) -> Result<Vec<Layer>, 
         let sparse = !plain.contains(&(index as u64)) && (index + 1).is_multiple_of(step);
         if sparse { mixture.clone() } else { dense.clone() }
     };
-    Ok((0..common.layers).map(|index| layer(common, mixer.clone(), branch(index))).collect())
+    Ok((0..common.layers).map(|index| layer(common, mixer.clone(), branch(index))).collect::<Vec<_>>().into())
 }
 
 struct Bias {
@@ -85,10 +85,15 @@ fn window(keys: &Keys<'_>) -> Result<Option<usize>, SpecError> {
 fn spans(keys: &Keys<'_>, common: &Common) -> Result<Vec<Span>, SpecError> {
     let window = window(keys)?;
     let first = keys.optional_count("max_window_layers")?.unwrap_or(28);
+    let span = |index| if index >= first { window.map_or(Span::Full, Span::Window) } else { Span::Full };
+    Ok(listed(keys, common, window)?.unwrap_or_else(|| (0..common.layers).map(span).collect()))
+}
+
+/// The spans that `layer_types` lists, where it is given.
+pub(super) fn listed(keys: &Keys<'_>, common: &Common, window: Option<usize>) -> Result<Option<Vec<Span>>, SpecError> {
     let listed = keys.list("layer_types")?;
     if listed.is_empty() {
-        let span = |index| if index >= first { window.map_or(Span::Full, Span::Window) } else { Span::Full };
-        return Ok((0..common.layers).map(span).collect());
+        return Ok(None);
     }
     if listed.len() != common.layers {
         let why = format!("there are {} layers", common.layers);
@@ -100,7 +105,7 @@ fn spans(keys: &Keys<'_>, common: &Common) -> Result<Vec<Span>, SpecError> {
         (Some("sliding_attention"), None) => Err(keys.bad("layer_types", entry, "no sliding window is switched on")),
         _ => Err(keys.bad("layer_types", entry, "only full_attention and sliding_attention are implemented")),
     };
-    listed.iter().map(span).collect()
+    listed.iter().map(span).collect::<Result<_, _>>().map(Some)
 }
 
 fn mixture(keys: &Keys<'_>) -> Result<Branch, SpecError> {

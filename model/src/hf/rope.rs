@@ -4,12 +4,25 @@ use super::{Common, Keys};
 use crate::bounds::POSITIONS_MAX;
 use crate::error::SpecError;
 use crate::rope::{Layout, Rope, Scaling};
+use crate::spec::QueryScale;
 
 /// Reads the rotation of heads of `head_dim` channels.
 pub(super) fn read(
     keys: &Keys<'_>,
     common: &Common,
     head_dim: usize,
+    theta_default: f64,
+    layout: Layout,
+) -> Result<Rope, SpecError> {
+    read_part(keys, common, head_dim, 1.0, theta_default, layout)
+}
+
+/// The same where only `part_default` of a head is rotated unless the config says otherwise.
+pub(super) fn read_part(
+    keys: &Keys<'_>,
+    common: &Common,
+    head_dim: usize,
+    part_default: f64,
     theta_default: f64,
     layout: Layout,
 ) -> Result<Rope, SpecError> {
@@ -21,9 +34,12 @@ pub(super) fn read(
         theta = section.optional_float("rope_theta")?.or(theta);
         partial = section.optional_float("partial_rotary_factor")?.or(partial);
         scaling = self::scaling(&section, common, outer_original)?;
+        // Read by [`query_scale`], and a repetition of the outer key.
+        section.value("llama_4_scaling_beta");
+        section.value("max_position_embeddings");
         keys.absorb(section);
     }
-    let partial = partial.unwrap_or(1.0);
+    let partial = partial.unwrap_or(part_default);
     if !(partial > 0.0 && partial <= 1.0) {
         return Err(SpecError::bad("partial_rotary_factor", partial, "must be above 0 and at most 1"));
     }
@@ -44,6 +60,14 @@ pub(super) fn attention_stretch(keys: &Keys<'_>, common: &Common) -> Result<f64,
     let original = section.optional_size("original_max_position_embeddings", POSITIONS_MAX)?;
     let factor = factor(&section, common, original.unwrap_or(common.positions_max))?;
     Ok(mscale(factor, all))
+}
+
+/// Ministral 3's and Mistral 4's growth of queries with position, past the context of the first training.
+pub(super) fn query_scale(keys: &Keys<'_>) -> Result<Option<QueryScale>, SpecError> {
+    let Some(section) = section(keys)? else { return Ok(None) };
+    let Some(beta) = section.optional_float("llama_4_scaling_beta")? else { return Ok(None) };
+    let period = section.size("original_max_position_embeddings", POSITIONS_MAX)?;
+    Ok(Some(QueryScale { beta: beta as f32, period, offset: 0 }))
 }
 
 /// The object that describes the rotation, by its older or newer name.
@@ -70,6 +94,11 @@ fn scaling(section: &Keys<'_>, common: &Common, outer: Option<usize>) -> Result<
     };
     Ok(match kind(section)? {
         "default" => Scaling::None,
+        // Three position axes, which are one for text.
+        "mrope" => {
+            section.list("mrope_section")?;
+            Scaling::None
+        }
         "linear" => Scaling::Linear { factor: section.float("factor")? },
         "dynamic" => Scaling::Dynamic { factor: section.float("factor")?, original: common.positions_max },
         "llama3" => Scaling::Llama3 {
@@ -82,7 +111,7 @@ fn scaling(section: &Keys<'_>, common: &Common, outer: Option<usize>) -> Result<
         _ => {
             let key = if section.has("rope_type") { "rope_type" } else { "type" };
             let value = section.value(key).expect("a kind that is not the default was read from a key");
-            return Err(section.bad(key, value, "known: default, linear, dynamic, llama3, yarn"));
+            return Err(section.bad(key, value, "known: default, mrope, linear, dynamic, llama3, yarn"));
         }
     })
 }

@@ -119,7 +119,9 @@ impl Checkpoint {
                 model::gguf::spec(metadata, &|name| self.has(name), factors.as_deref())
             }
         };
-        spec.map_err(|e| bad(e.to_string()))
+        let mut spec = spec.map_err(|e| bad(e.to_string()))?;
+        model::catalog::settle(&mut spec, &|name| self.has(name));
+        Ok(spec)
     }
 
     /// The named tensor, which must be there in a format that can be read.
