@@ -169,13 +169,14 @@ fn declare(spec: &ModelSpec, layer: Option<usize>, expert: Option<usize>, shape:
     TensorDecl { id, source: names::source(spec, &id), rows: shape.rows, cols: shape.cols, cut }
 }
 
-/// Whether pipeline stage `stage` of `stages` holds a tensor: layers by their range, the embedding first (and last,
-/// where the head is tied to it), final norm and head last.
+/// Whether pipeline stage `stage` of `stages` holds a tensor: layers by their range, the embedding and its norm
+/// first (the table last too, where the head is tied to it), final norm and head last.
 pub fn on_stage(spec: &ModelSpec, id: &TensorId, stages: &[Range<usize>], stage: usize) -> bool {
     let last = stage + 1 == stages.len();
     match (id.layer, id.role) {
         (Some(layer), _) => stages[stage].contains(&layer),
         (None, Role::Embedding) => stage == 0 || (last && spec.head.tied),
+        (None, Role::EmbeddingNorm | Role::EmbeddingNormBias) => stage == 0,
         (None, _) => last,
     }
 }

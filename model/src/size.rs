@@ -6,7 +6,7 @@ use crate::mesh::{Mesh, Place};
 use crate::plan::{BLOCK_TOKENS, Limits};
 use crate::quant::{Dtype, Format};
 use crate::rope::Rope;
-use crate::spec::{Branch, Dense, Layer, Mixer, ModelSpec, Moe};
+use crate::spec::{Branch, Dense, Layer, Mixer, ModelSpec, Moe, QkNorm, QueryScale, Residual, Weigh};
 use std::ops::Range;
 
 /// Rows of a packed matrix come in panels of this many, the last one padded.
@@ -20,7 +20,7 @@ pub struct RankBytes {
     pub cache_per_block: u64,
     /// Activations of one step.
     pub workspace: u64,
-    /// Cosines and sines by position.
+    /// Cosines, sines and query scales by position.
     pub rope: u64,
 }
 
@@ -65,7 +65,7 @@ pub fn rank(
     let mut bytes = RankBytes { weights: outer_weights(spec, mesh, place, outer, precision), ..RankBytes::default() };
     let mut buffers = Buffers::new(precision.compute, limits);
     buffers.stream(spec, mesh, outer);
-    let mut ropes: Vec<&Rope> = Vec::new();
+    let (mut ropes, mut scales): (Vec<&Rope>, Vec<QueryScale>) = (Vec::new(), Vec::new());
     for (layer, repeats) in runs(&spec.layers[layers]) {
         bytes.weights += repeats * layer_weights(spec, layer, mesh, place, precision);
         bytes.cache_per_block += repeats * block_bytes(layer, mesh, place, precision.compute);
@@ -75,6 +75,16 @@ pub fn rank(
         {
             ropes.push(rope);
             bytes.rope += (limits.model_len_max * rope.dims * F32) as u64;
+        }
+        let scale = match &layer.mixer {
+            Mixer::Grouped(g) => g.query_scale,
+            Mixer::Latent(l) => l.query_scale,
+        };
+        if let Some(scale) = scale
+            && !scales.contains(&scale)
+        {
+            scales.push(scale);
+            bytes.rope += (limits.model_len_max * F32) as u64;
         }
     }
     bytes.workspace = buffers.bytes();
@@ -96,6 +106,7 @@ pub fn runs(layers: &[Layer]) -> Vec<(&Layer, u64)> {
 /// Which tensors outside layers a stage holds.
 #[derive(Debug, Clone, Copy)]
 struct Outer {
+    first: bool,
     embedding: bool,
     head: bool,
 }
@@ -103,12 +114,16 @@ struct Outer {
 impl Outer {
     fn of(mesh: &Mesh, stage: usize, spec: &ModelSpec) -> Outer {
         let head = stage + 1 == mesh.pipeline;
-        Outer { embedding: stage == 0 || (head && spec.head.tied), head }
+        Outer { first: stage == 0, embedding: stage == 0 || (head && spec.head.tied), head }
     }
 }
 
 fn outer_weights(spec: &ModelSpec, mesh: &Mesh, place: Place, outer: Outer, precision: Precision) -> u64 {
-    let here = |shape: &&Shape| if shape.role == Role::Embedding { outer.embedding } else { outer.head };
+    let here = |shape: &&Shape| match shape.role {
+        Role::Embedding => outer.embedding,
+        Role::EmbeddingNorm | Role::EmbeddingNormBias => outer.first,
+        _ => outer.head,
+    };
     let shapes = catalog::outer_shapes(spec);
     shapes.iter().filter(here).map(|shape| shape_bytes(shape, None, mesh, place, precision)).sum()
 }
@@ -227,10 +242,11 @@ impl<'a> Buffers<'a> {
         2 * rows.next_power_of_two().max(PANEL_ROWS) * bytes
     }
 
-    /// The residual stream, the sums of a branch and of its shared expert (f32), the normed input; on the last stage a
-    /// tile of logits, this rank's and whole ones.
+    /// The residual stream, the sums of a branch and of its shared expert (f32), the normed input, once more in f32 where
+    /// it replaces the stream; on the last stage a tile of logits, this rank's and whole ones.
     fn stream(&mut self, spec: &ModelSpec, mesh: &Mesh, outer: Outer) {
-        let row = spec.hidden * (3 * F32 + self.dtype.bytes());
+        let replaced = spec.embedding_norm.is_some() || spec.layers.iter().any(|l| l.residual == Residual::Normed);
+        let row = spec.hidden * ((3 + usize::from(replaced)) * F32 + self.dtype.bytes());
         self.stream = Buffers::ladder(self.limits.step_tokens_max, row);
         if outer.head {
             let vocab = spec.vocab.div_ceil(mesh.tensor) + 2 * spec.vocab;
@@ -256,10 +272,14 @@ impl<'a> Buffers<'a> {
     fn mixer_row(&self, mixer: &Mixer, mesh: &Mesh) -> usize {
         match mixer {
             Mixer::Grouped(g) => {
-                // `[q | k | v]` in f32, the attended values in the compute dtype.
+                // `[q | k | v]` in f32, the attended values in the compute dtype, squares of all heads normed as one.
+                let squares = match g.qk_norm {
+                    Some(QkNorm::Whole(_)) => (g.heads + g.kv_heads) * F32,
+                    _ => 0,
+                };
                 let heads = g.heads / mesh.tensor;
                 let kv_heads = cut::kv_heads(g.kv_heads, mesh.tensor, 0).len();
-                (heads + 2 * kv_heads) * g.head_dim * F32 + heads * g.head_dim * self.dtype.bytes()
+                (heads + 2 * kv_heads) * g.head_dim * F32 + heads * g.head_dim * self.dtype.bytes() + squares
             }
             Mixer::Latent(l) => {
                 let heads = l.heads / mesh.tensor;
@@ -270,20 +290,21 @@ impl<'a> Buffers<'a> {
         }
     }
 
-    /// Gate and up in f32, their product in the compute dtype.
+    /// Gate and up (or up alone) in f32, their product in the compute dtype.
     fn dense_row(&self, d: &Dense, mesh: &Mesh) -> usize {
-        d.intermediate / mesh.tensor * (2 * F32 + self.dtype.bytes())
+        d.intermediate / mesh.tensor * ((1 + usize::from(d.gated)) * F32 + self.dtype.bytes())
     }
 
     /// Router logits and choices; the outputs of this rank's own (token, expert) pairs; and for each pair that can meet
-    /// on the rank input, gate and up, their product and output. Spread experts see the tokens of every lane, and what
+    /// on the rank input, weighed or not, gate and up, their product and output. Spread experts see the tokens of every lane, and what
     /// travels is packed once more on either side.
     fn mixture(&self, spec: &ModelSpec, m: &Moe, mesh: &Mesh) -> usize {
         let tokens = self.limits.step_tokens_max;
         let (lanes, held) = (if mesh.expert > 1 { mesh.data } else { 1 }, m.experts / mesh.expert);
         let routing = Buffers::ladder(tokens, m.experts * F32 + m.active * 8);
         let cut = m.intermediate / mesh.expert_cut();
-        let pair = spec.hidden * (F32 + self.dtype.bytes()) + cut * (2 * F32 + self.dtype.bytes());
+        let weighed = if m.weigh == Weigh::Input { spec.hidden * self.dtype.bytes() } else { 0 };
+        let pair = spec.hidden * (F32 + self.dtype.bytes()) + cut * (2 * F32 + self.dtype.bytes()) + weighed;
         let met = lanes * tokens * m.active.min(held);
         let mut bytes = routing + Buffers::ladder(met, pair);
         if lanes > 1 {

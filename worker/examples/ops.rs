@@ -4,7 +4,7 @@
 
 use model::plan::KernelFamily;
 use model::quant::{Dtype, Format};
-use model::spec::{Activation, CacheKind, Span};
+use model::spec::{Activation, CacheKind, Norm, Span};
 use model::step::BlockId;
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,7 +13,7 @@ use worker::backend::cpu::simd::aligned::Aligned;
 use worker::backend::cpu::simd::pool::Pool;
 use worker::backend::cpu::simd::{Level, roof};
 use worker::backend::cpu::{CpuBackend, CpuConfig, Matrix};
-use worker::backend::{Backend, GroupedShape, Grouping, Kind, LatentShape, MatrixView};
+use worker::backend::{Backend, GroupedShape, Grouping, Kind, LatentShape, MatrixView, NormWeights, PerHead};
 use worker::engine::batch::{Batch, Sequence};
 
 const REPEATS: usize = 9;
@@ -183,8 +183,10 @@ impl Host {
             let mut out = self.backend.buffer(n, heads * head_dim, Kind::Input).expect("a buffer");
             let b = &mut self.backend;
             let prepare =
-                median(|| b.grouped_prepare(&shape, &mut qkv, None, None, &meta, &mut cache).expect("prepared"));
-            let seconds = median(|| b.grouped_attention(&shape, &qkv, &meta, &cache, &mut out).expect("attention"));
+                median(|| b.grouped_prepare(&shape, &mut qkv, None, None, None, &meta, &mut cache).expect("prepared"));
+            let seconds = median(|| {
+                b.grouped_attention(&shape, &qkv, PerHead::NONE, &meta, &cache, &mut out).expect("attention")
+            });
             let seen = (0..rows).map(|r| start + r + 1).sum::<usize>() * sequences;
             let bytes = (sequences * (start + rows) * 2 * kv_heads * head_dim) as f64 * self.element;
             let name = format!("attention {sequences} x {rows} rows at {start}");
@@ -235,12 +237,13 @@ impl Host {
             let cols = 4096;
             let b = &mut self.backend;
             let weight = b.vector(&vec![1.0; cols]).expect("a vector");
+            let norm = NormWeights { norm: Norm::rms(1e-6), weight, bias: None };
             let mut x = b.buffer(n, cols, Kind::Full).expect("a buffer");
             let y = b.buffer(n, cols, Kind::Full).expect("a buffer");
             let mut half = b.buffer(n, cols / 2, Kind::Input).expect("a buffer");
             let mut input = b.buffer(n, cols, Kind::Input).expect("a buffer");
             let values = (n * cols) as f64;
-            let seconds = median(|| b.norm(&x, &weight, 1e-6, n, &mut input).expect("norms"));
+            let seconds = median(|| b.norm(&x, &norm, n, &mut input).expect("norms"));
             self.roofs.report(&format!("norm {n} x {cols}"), seconds, values * (4.0 + self.element), values * 4.0);
             let seconds = median(|| b.add(&mut x, &y, None, n).expect("sums"));
             self.roofs.report(&format!("add {n} x {cols}"), seconds, values * 12.0, values);

@@ -1,4 +1,4 @@
-//! What a device can do: about twenty fused inference operations. The engine is generic over [`Backend`]; a backend is
+//! What a device can do: about two dozen fused inference operations. The engine is generic over [`Backend`]; a backend is
 //! chosen at run time and passes one contract suite ([`suite`]), which compares it with naive loops.
 //!
 //! Numerics every backend keeps (ARCHITECTURE.md, "One answer"): a row's result depends on that row alone, sums run in
@@ -12,7 +12,7 @@ use model::catalog::Fused;
 use model::fault::Fault;
 use model::quant::Format;
 use model::rope::Rope;
-use model::spec::{Activation, CacheKind, Router, Span};
+use model::spec::{Activation, CacheKind, Norm, Router, Span};
 
 /// A window of a tensor in host memory (usually the mapped checkpoint), not yet widened.
 #[derive(Clone, Copy)]
@@ -106,22 +106,11 @@ pub trait Backend: Sized + Send + 'static {
 
     /// `out[i] = table[ids[i] - first]`, or zeros where the id is outside this rank's rows. Full.
     fn embed(&mut self, table: &Self::Matrix, first: u32, ids: &[u32], out: &mut Self::Buffer) -> Result<(), Fault>;
-    /// RMS norm of `n` rows: Full in, Input out.
+    /// Norms `n` rows: Full in; Input out, rounded once, or Full, as it is.
     fn norm(
         &mut self,
         x: &Self::Buffer,
-        weight: &Self::Vector,
-        eps: f32,
-        n: usize,
-        out: &mut Self::Buffer,
-    ) -> Result<(), Fault>;
-    /// RMS norm of the columns `first..first + weight.len()` of Full rows; Input out, whose rows are that wide.
-    fn norm_columns(
-        &mut self,
-        x: &Self::Buffer,
-        first: usize,
-        weight: &Self::Vector,
-        eps: f32,
+        norm: &NormWeights<Self::Vector>,
         n: usize,
         out: &mut Self::Buffer,
     ) -> Result<(), Fault>;
@@ -142,7 +131,8 @@ pub trait Backend: Sized + Send + 'static {
         bias: Option<&Self::Vector>,
         n: usize,
     ) -> Result<(), Fault>;
-    /// `out = act(gate) * up` for rows `[gate | up]`: Full in, Input out.
+    /// `out = act(gate, up)` for rows `[gate | up]`, twice as wide as `out`, or `out = act(up)` for rows as wide as
+    /// `out`: Full in, Input out.
     fn activate(
         &mut self,
         x: &Self::Buffer,
@@ -151,14 +141,27 @@ pub trait Backend: Sized + Send + 'static {
         out: &mut Self::Buffer,
     ) -> Result<(), Fault>;
 
-    /// Norms (where given) and rotates query and key heads of Full rows `[q | k | v]` in place, and writes keys and
-    /// values into the cache at the batch's slots.
+    /// Sums of squares of each query and key head of Full rows `[q | k | v]`. Those of the query heads go to the columns
+    /// of Full `out` from `columns.0`, those of the key heads to the columns from `columns.1`, where given; every other
+    /// column becomes zero. So ranks that own different columns complete them by adding their buffers.
+    fn head_squares(
+        &mut self,
+        shape: &GroupedShape,
+        qkv: &Self::Buffer,
+        columns: (usize, Option<usize>),
+        n: usize,
+        out: &mut Self::Buffer,
+    ) -> Result<(), Fault>;
+    /// Norms (where given) and rotates query and key heads of Full rows `[q | k | v]` in place, multiplies each query
+    /// with the number `query_scale` has for its position, and writes keys and values into the cache at the batch's slots.
+    #[allow(clippy::too_many_arguments)] // one fused operation
     fn grouped_prepare(
         &mut self,
         shape: &GroupedShape,
         qkv: &mut Self::Buffer,
-        norms: Option<(&Self::Vector, &Self::Vector, f32)>,
+        norm: Option<HeadNorm<&Self::Vector, &Self::Buffer>>,
         rope: Option<&Self::RopeTable>,
+        query_scale: Option<&Self::Vector>,
         meta: &Self::Meta,
         cache: &mut Self::Cache,
     ) -> Result<(), Fault>;
@@ -167,21 +170,24 @@ pub trait Backend: Sized + Send + 'static {
         &mut self,
         shape: &GroupedShape,
         qkv: &Self::Buffer,
+        per_head: PerHead<&Self::Vector>,
         meta: &Self::Meta,
         cache: &Self::Cache,
         out: &mut Self::Buffer,
     ) -> Result<(), Fault>;
 
     /// Rotates the `rope_dim` part of each query head (`[nope | rope]` per head, Full, in place), norms the latent and
-    /// rotates the shared key of Full rows `[latent | rope]`, and writes both into the cache.
+    /// rotates the shared key of Full rows `[latent | rope]`, and writes both into the cache. Whole query heads are
+    /// multiplied with the number `query_scale` has for their position.
     #[allow(clippy::too_many_arguments)] // one fused operation
     fn latent_prepare(
         &mut self,
         shape: &LatentShape,
         q: &mut Self::Buffer,
         kv: &mut Self::Buffer,
-        norm: (&Self::Vector, f32),
+        norm: &NormWeights<Self::Vector>,
         rope: &Self::RopeTable,
+        query_scale: Option<&Self::Vector>,
         meta: &Self::Meta,
         cache: &mut Self::Cache,
     ) -> Result<(), Fault>;
@@ -224,6 +230,15 @@ pub trait Backend: Sized + Send + 'static {
         grouping: &Grouping,
         out: &mut Self::Buffer,
     ) -> Result<(), Fault>;
+    /// `out[p] = grouping.weights[p] * x[grouping.rows[p]]`, the product rounded once: Input in and out.
+    fn weigh_rows(&mut self, x: &Self::Buffer, grouping: &Grouping, out: &mut Self::Buffer) -> Result<(), Fault>;
+    /// `x[p] += biases[e]` for each pair `p` of expert `e`: Full.
+    fn add_expert_bias(
+        &mut self,
+        x: &mut Self::Buffer,
+        biases: &[Self::Vector],
+        grouping: &Grouping,
+    ) -> Result<(), Fault>;
     /// Weighs the pairs (one rounding), adds them by ascending expert inside each of `segments` equal ranges of local
     /// experts, and the ranges by the balanced tree. Full; rows without pairs become zero.
     fn combine(
@@ -237,6 +252,40 @@ pub trait Backend: Sized + Send + 'static {
 
     /// Copies `rows` of Full `x` to the front of `out`.
     fn select(&mut self, x: &Self::Buffer, rows: &[u32], out: &mut Self::Buffer) -> Result<(), Fault>;
+}
+
+/// A norm's numbers on a device.
+pub struct NormWeights<V> {
+    pub norm: Norm,
+    pub weight: V,
+    /// Of norms that centre.
+    pub bias: Option<V>,
+}
+
+/// How query and key heads are normed; see [`model::spec::QkNorm`].
+#[derive(Debug, Clone, Copy)]
+pub enum HeadNorm<V, B> {
+    /// Each head by itself before the rotation, all with the same `[head_dim]` weights.
+    Heads { query: V, key: V, eps: f32 },
+    /// All query heads as one vector and all key heads as one, before the rotation. `query` and `key` are the weights of
+    /// this rank's heads; `squares` holds the sums of squares of all heads of all ranks (see [`Backend::head_squares`]),
+    /// the first `heads` of them of query heads.
+    Whole { query: V, key: V, eps: f32, squares: B, heads: usize },
+    /// Each head by itself, without weights, after the rotation.
+    Rotated { eps: f32 },
+}
+
+/// One number for each of a rank's query heads, where its attention has them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PerHead<V> {
+    /// A position `d` before the query's own scores `slope * d` less.
+    pub slopes: Option<V>,
+    /// The score of a position without a value, which takes part after all others.
+    pub sinks: Option<V>,
+}
+
+impl<V> PerHead<V> {
+    pub const NONE: PerHead<V> = PerHead { slopes: None, sinks: None };
 }
 
 /// A rank's part of a [`model::spec::Grouped`].

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! to a lane:  rows n | pairs of each of its experts | row of each pair | n rows of the compute dtype
+//!             and, where experts' inputs are weighed, the weight of each pair before the rows
 //! back:       one f32 row a pair, in the order asked
 //! ```
 
@@ -24,13 +25,14 @@ pub fn run<B: Backend>(
     let rows = pass.rows;
     let input = comm::bytes(pass.backend, normed, rows)?;
     let width = input.len().checked_div(rows).unwrap_or(0);
+    let form = Form { experts: experts.number(), weighed: experts.weighs_inputs() };
     let parts: Vec<Vec<u8>> =
-        (0..share.lanes).map(|lane| pack(grouping, lane, experts.number(), &input[..rows * width], width)).collect();
+        (0..share.lanes).map(|lane| pack(grouping, lane, form, &input[..rows * width], width)).collect();
     pass.backend.host_done(normed, rows)?;
     let mut received = Vec::new();
     pass.communicators.lane.exchange(&parts, &mut received)?;
 
-    let asked: Result<Vec<Asked<'_>>, Fault> = received.iter().map(|part| unpack(part, experts.number())).collect();
+    let asked: Result<Vec<Asked<'_>>, Fault> = received.iter().map(|part| unpack(part, form)).collect();
     let answers = answer(pass, experts, &asked?)?;
     pass.communicators.lane.exchange(&answers, &mut received)?;
 
@@ -56,13 +58,23 @@ fn pairs_of(grouping: &Grouping, lane: usize, each: usize) -> std::ops::Range<us
     grouping.offsets[lane * each] as usize..grouping.offsets[(lane + 1) * each] as usize
 }
 
+/// What both sides know of a request.
+#[derive(Debug, Clone, Copy)]
+struct Form {
+    /// Experts a lane.
+    experts: usize,
+    /// Weights travel too.
+    weighed: bool,
+}
+
 /// What lane `lane` is sent. A row that visits several of its experts travels once.
-fn pack(grouping: &Grouping, lane: usize, each: usize, input: &[u8], width: usize) -> Vec<u8> {
+fn pack(grouping: &Grouping, lane: usize, form: Form, input: &[u8], width: usize) -> Vec<u8> {
+    let each = form.experts;
     let pairs = &grouping.rows[pairs_of(grouping, lane, each)];
     let mut rows: Vec<u32> = pairs.to_vec();
     rows.sort_unstable();
     rows.dedup();
-    let mut part = Vec::with_capacity(4 * (1 + each + pairs.len()) + rows.len() * width);
+    let mut part = Vec::with_capacity(4 * (1 + each + 2 * pairs.len()) + rows.len() * width);
     let mut word = |v: u32| part.extend_from_slice(&v.to_le_bytes());
     word(rows.len() as u32);
     for e in lane * each..(lane + 1) * each {
@@ -70,6 +82,9 @@ fn pack(grouping: &Grouping, lane: usize, each: usize, input: &[u8], width: usiz
     }
     for row in pairs {
         word(rows.binary_search(row).expect("every pair's row is among the rows") as u32);
+    }
+    if form.weighed {
+        grouping.weights[pairs_of(grouping, lane, each)].iter().for_each(|weight| word(weight.to_bits()));
     }
     for row in rows {
         part.extend_from_slice(&input[row as usize * width..][..width]);
@@ -84,10 +99,13 @@ struct Asked<'a> {
     counts: Vec<u32>,
     /// Row of each pair, by expert.
     pairs: Vec<u32>,
+    /// What each pair's input is multiplied with.
+    weights: Vec<f32>,
     input: &'a [u8],
 }
 
-fn unpack(part: &[u8], experts: usize) -> Result<Asked<'_>, Fault> {
+fn unpack(part: &[u8], form: Form) -> Result<Asked<'_>, Fault> {
+    let experts = form.experts;
     let short = || diverged(format!("{} bytes are no request for {experts} experts", part.len()));
     let words = |from: usize, n: usize| -> Result<Vec<u32>, Fault> {
         let bytes = part.get(4 * from..4 * (from + n)).ok_or_else(short)?;
@@ -100,7 +118,12 @@ fn unpack(part: &[u8], experts: usize) -> Result<Asked<'_>, Fault> {
     if pairs.iter().any(|&row| row as usize >= rows) {
         return Err(short());
     }
-    Ok(Asked { rows, counts, pairs, input: &part[4 * (1 + experts + total)..] })
+    let before = 1 + experts + total;
+    let (weights, before) = match form.weighed {
+        true => (words(before, total)?.into_iter().map(f32::from_bits).collect(), before + total),
+        false => (vec![1.0; total], before),
+    };
+    Ok(Asked { rows, counts, pairs, weights, input: &part[4 * before..] })
 }
 
 /// Runs all lanes' pairs together and takes the outputs apart again.
@@ -148,16 +171,16 @@ fn merge(asked: &[Asked<'_>], experts: usize) -> (Grouping, Vec<Vec<usize>>) {
         let mut first = 0;
         for (lane, a) in asked.iter().enumerate() {
             let n = a.counts[e] as usize;
-            for &row in &a.pairs[taken[lane]..taken[lane] + n] {
+            for pair in taken[lane]..taken[lane] + n {
                 order[lane].push(grouping.rows.len());
-                grouping.rows.push(first + row);
+                grouping.rows.push(first + a.pairs[pair]);
+                grouping.weights.push(a.weights[pair]);
             }
             taken[lane] += n;
             first += a.rows as u32;
         }
         grouping.offsets.push(grouping.rows.len() as u32);
     }
-    grouping.weights = vec![1.0; grouping.rows.len()];
     (grouping, order)
 }
 
@@ -171,27 +194,32 @@ mod tests {
 
     /// Two lanes of two experts; five pairs over three rows of two bytes.
     fn grouping() -> Grouping {
-        Grouping { rows: vec![2, 0, 2, 1, 0], weights: vec![1.0; 5], offsets: vec![0, 1, 3, 4, 5] }
+        Grouping { rows: vec![2, 0, 2, 1, 0], weights: vec![0.1, 0.2, 0.3, 0.4, 0.5], offsets: vec![0, 1, 3, 4, 5] }
     }
 
     #[test]
     fn a_row_travels_once_to_a_lane() {
         let input = [10, 11, 20, 21, 30, 31];
-        let part = pack(&grouping(), 0, 2, &input, 2);
-        let asked = unpack(&part, 2).unwrap();
-        assert_eq!((asked.rows, &asked.counts[..], &asked.pairs[..]), (2, &[1, 2][..], &[1, 0, 1][..]));
-        assert_eq!(asked.input, [10, 11, 30, 31]);
-        assert!(unpack(&part[..11], 2).is_err() && unpack(&[], 2).is_err());
+        for (weighed, weights) in [(false, [1.0; 3]), (true, [0.1, 0.2, 0.3])] {
+            let form = Form { experts: 2, weighed };
+            let part = pack(&grouping(), 0, form, &input, 2);
+            let asked = unpack(&part, form).unwrap();
+            assert_eq!((asked.rows, &asked.counts[..], &asked.pairs[..]), (2, &[1, 2][..], &[1, 0, 1][..]));
+            assert_eq!((asked.input, &asked.weights[..]), (&[10, 11, 30, 31][..], &weights[..]));
+            assert!(unpack(&part[..11], form).is_err() && unpack(&[], form).is_err());
+        }
+        let other = Form { experts: 2, weighed: true };
+        assert_eq!(unpack(&pack(&grouping(), 1, other, &input, 2), other).unwrap().weights, [0.4, 0.5]);
     }
 
     #[test]
     fn pairs_of_all_lanes_are_merged_by_expert_and_found_again() {
-        let one = Asked { rows: 2, counts: vec![1, 2], pairs: vec![1, 0, 1], input: &[] };
-        let none = Asked { rows: 0, counts: vec![0, 0], pairs: vec![], input: &[] };
-        let two = Asked { rows: 1, counts: vec![1, 0], pairs: vec![0], input: &[] };
+        let one = Asked { rows: 2, counts: vec![1, 2], pairs: vec![1, 0, 1], weights: vec![0.1, 0.2, 0.3], input: &[] };
+        let none = Asked { rows: 0, counts: vec![0, 0], pairs: vec![], weights: vec![], input: &[] };
+        let two = Asked { rows: 1, counts: vec![1, 0], pairs: vec![0], weights: vec![0.4], input: &[] };
         let (merged, order) = merge(&[one, none, two], 2);
         assert_eq!(merged.rows, [1, 2, 0, 1]);
-        assert_eq!(merged.offsets, [0, 2, 4]);
+        assert_eq!((merged.offsets, merged.weights), (vec![0, 2, 4], vec![0.1, 0.4, 0.2, 0.3]));
         assert_eq!(order, [vec![0, 2, 3], vec![], vec![1]]);
     }
 }

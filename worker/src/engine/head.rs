@@ -87,11 +87,11 @@ impl<B: Backend> Head<'_, B> {
     fn logits(&self, pass: &mut Pass<'_, B>, tile: &[(usize, &Wanted)], x: &B::Buffer) -> Result<B::Buffer, Fault> {
         let rows: Vec<u32> = tile.iter().map(|(_, w)| w.row).collect();
         let n = rows.len();
-        let (norm, eps) = self.vocabulary.final_norm.as_ref().expect("the last stage loads the final norm");
+        let norm = self.vocabulary.final_norm.as_ref().expect("the last stage loads the final norm");
         let mut picked = pass.pool.take(pass.backend, n, self.hidden, Kind::Full)?;
         pass.backend.select(x, &rows, &mut picked)?;
         let mut normed = pass.pool.take(pass.backend, n, self.hidden, Kind::Input)?;
-        pass.backend.norm(&picked, norm, *eps, n, &mut normed)?;
+        pass.backend.norm(&picked, norm, n, &mut normed)?;
         pass.pool.give(self.hidden, Kind::Full, n, picked);
         let mut logits = pass.pool.take(pass.backend, n, self.vocabulary.rows.len(), Kind::Full)?;
         pass.backend.matmul(&normed, self.vocabulary.head(), None, n, &mut logits)?;

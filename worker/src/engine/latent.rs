@@ -2,8 +2,9 @@
 //! space, attend there, and what they find is carried out again, so that one cached vector serves all heads.
 
 use super::pass::Pass;
+use super::tables::{Chosen, Tables};
 use super::weights::LayerLoader;
-use crate::backend::{Backend, Kind, LatentShape};
+use crate::backend::{Backend, Kind, LatentShape, NormWeights};
 use model::catalog::Role;
 use model::fault::Fault;
 use model::spec::{CacheKind, Latent};
@@ -13,26 +14,24 @@ pub struct Attention<B: Backend> {
     shape: LatentShape,
     query: Query<B>,
     kv_down: B::Matrix,
-    kv_norm: B::Vector,
+    kv_norm: NormWeights<B::Vector>,
     /// `[kv_rank, nope]` a head.
     absorb: Vec<B::Matrix>,
     /// `[value, kv_rank]` a head.
     expand: Vec<B::Matrix>,
     output: B::Matrix,
-    eps: f32,
-    /// Index of the rope table.
-    rope: usize,
+    tables: Chosen,
     hidden: usize,
 }
 
 /// The way from hidden to query heads.
 enum Query<B: Backend> {
     Direct(B::Matrix),
-    Low { rank: usize, down: B::Matrix, norm: B::Vector, up: B::Matrix },
+    Low { rank: usize, down: B::Matrix, norm: NormWeights<B::Vector>, up: B::Matrix },
 }
 
 impl<B: Backend> Attention<B> {
-    pub fn load(spec: &Latent, from: &LayerLoader<'_, B>, rope: usize) -> Result<Attention<B>, Fault> {
+    pub fn load(spec: &Latent, from: &LayerLoader<'_, B>, tables: Chosen) -> Result<Attention<B>, Fault> {
         let shape = LatentShape {
             heads: spec.heads / from.mesh.tensor,
             kv_rank: spec.kv_rank,
@@ -47,7 +46,7 @@ impl<B: Backend> Attention<B> {
             Some(rank) => Query::Low {
                 rank,
                 down: from.matrix(&[Role::QueryDown])?,
-                norm: from.vector(&[Role::QueryDownNorm])?,
+                norm: from.plain_norm(&spec.latent_norm, Role::QueryDownNorm)?,
                 up: from.matrix(&[Role::QueryUp])?,
             },
         };
@@ -56,12 +55,11 @@ impl<B: Backend> Attention<B> {
             shape,
             query,
             kv_down: from.matrix(&[Role::KvDown])?,
-            kv_norm: from.vector(&[Role::KvDownNorm])?,
+            kv_norm: from.plain_norm(&spec.latent_norm, Role::KvDownNorm)?,
             absorb,
             expand,
             output: from.matrix(&[Role::Output])?,
-            eps: spec.latent_norm.eps,
-            rope,
+            tables,
             hidden: from.hidden,
         })
     }
@@ -75,7 +73,7 @@ impl<B: Backend> Attention<B> {
     pub fn run(
         &self,
         pass: &mut Pass<'_, B>,
-        ropes: &[B::RopeTable],
+        tables: &Tables<B>,
         normed: &B::Buffer,
         x: &mut B::Buffer,
         cache: &mut B::Cache,
@@ -86,8 +84,10 @@ impl<B: Backend> Attention<B> {
         let mut q = self.queries(pass, normed, query_cols)?;
         let mut kv = pass.take(kv_cols, Kind::Full)?;
         pass.backend.matmul(normed, &self.kv_down, None, rows, &mut kv)?;
-        let norm = (&self.kv_norm, self.eps);
-        pass.backend.latent_prepare(&self.shape, &mut q, &mut kv, norm, &ropes[self.rope], pass.meta, cache)?;
+        let rope = tables.rope(self.tables).expect("latent attention always rotates");
+        let scale = tables.query_scale(self.tables);
+        let norm = &self.kv_norm;
+        pass.backend.latent_prepare(&self.shape, &mut q, &mut kv, norm, rope, scale, pass.meta, cache)?;
         pass.give(kv_cols, Kind::Full, kv);
         let mut out = pass.take(mixed, Kind::Input)?;
         pass.backend.latent_attention(&self.shape, &q, &self.absorb, &self.expand, pass.meta, cache, &mut out)?;
@@ -108,7 +108,7 @@ impl<B: Backend> Attention<B> {
                 let mut low = pass.take(*rank, Kind::Full)?;
                 pass.backend.matmul(normed, down, None, rows, &mut low)?;
                 let mut low_normed = pass.take(*rank, Kind::Input)?;
-                pass.backend.norm(&low, norm, self.eps, rows, &mut low_normed)?;
+                pass.backend.norm(&low, norm, rows, &mut low_normed)?;
                 pass.backend.matmul(&low_normed, up, None, rows, &mut q)?;
                 pass.give(*rank, Kind::Full, low);
                 pass.give(*rank, Kind::Input, low_normed);

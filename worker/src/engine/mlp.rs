@@ -1,4 +1,4 @@
-//! The dense branch: `down(act(gate(x)) * up(x))`, its channels cut over the tensor ranks.
+//! The dense branch: `down(act(gate(x)) * up(x))`, or `down(act(up(x)))` without a gate, its channels cut over the tensor ranks.
 
 use super::pass::Pass;
 use super::weights::LayerLoader;
@@ -9,12 +9,13 @@ use model::spec::{Activation, Dense};
 
 /// One branch's weights on this rank.
 pub struct Mlp<B: Backend> {
-    /// `[gate | up]` rows.
-    gate_up: B::Matrix,
-    gate_up_bias: Option<B::Vector>,
+    /// `[gate | up]` rows, or those of up alone.
+    up: B::Matrix,
+    up_bias: Option<B::Vector>,
     down: B::Matrix,
     down_bias: Option<B::Vector>,
     activation: Activation,
+    gated: bool,
     /// Channels of this rank.
     channels: usize,
     hidden: usize,
@@ -27,18 +28,23 @@ impl<B: Backend> Mlp<B> {
 
     /// The expert that every token of a mixture visits.
     pub fn load_shared(spec: &Dense, from: &LayerLoader<'_, B>) -> Result<Mlp<B>, Fault> {
-        assert!(!spec.bias, "no published shared expert has biases, and the catalogue declares none");
+        assert!(spec.gated && !spec.bias, "the catalogue declares a shared expert's gate, and no biases");
         Mlp::of(spec, from, [Role::SharedGate, Role::SharedUp, Role::SharedDown])
     }
 
     fn of(spec: &Dense, from: &LayerLoader<'_, B>, [gate, up, down]: [Role; 3]) -> Result<Mlp<B>, Fault> {
         let bias = |roles: &[Role]| if spec.bias { from.vector(roles).map(Some) } else { Ok(None) };
+        let (ups, biases): (&[Role], &[Role]) = match spec.gated {
+            true => (&[gate, up], &[Role::GateBias, Role::UpBias]),
+            false => (&[up], &[Role::UpBias]),
+        };
         Ok(Mlp {
-            gate_up: from.matrix(&[gate, up])?,
-            gate_up_bias: bias(&[Role::GateBias, Role::UpBias])?,
+            up: from.matrix(ups)?,
+            up_bias: bias(biases)?,
             down: from.matrix(&[down])?,
             down_bias: bias(&[Role::DownBias])?,
             activation: spec.activation,
+            gated: spec.gated,
             channels: spec.intermediate / from.mesh.tensor,
             hidden: from.hidden,
         })
@@ -47,11 +53,12 @@ impl<B: Backend> Mlp<B> {
     /// `x += mlp(normed)`.
     pub fn run(&self, pass: &mut Pass<'_, B>, normed: &B::Buffer, x: &mut B::Buffer) -> Result<(), Fault> {
         let rows = pass.rows;
-        let mut gate_up = pass.take(2 * self.channels, Kind::Full)?;
-        pass.backend.matmul(normed, &self.gate_up, self.gate_up_bias.as_ref(), rows, &mut gate_up)?;
+        let width = if self.gated { 2 * self.channels } else { self.channels };
+        let mut up = pass.take(width, Kind::Full)?;
+        pass.backend.matmul(normed, &self.up, self.up_bias.as_ref(), rows, &mut up)?;
         let mut active = pass.take(self.channels, Kind::Input)?;
-        pass.backend.activate(&gate_up, self.activation, rows, &mut active)?;
-        pass.give(2 * self.channels, Kind::Full, gate_up);
+        pass.backend.activate(&up, self.activation, rows, &mut active)?;
+        pass.give(width, Kind::Full, up);
         let y = pass.matmul_sum(&active, &self.down, self.hidden)?;
         pass.give(self.channels, Kind::Input, active);
         pass.backend.add(x, &y, self.down_bias.as_ref(), rows)?;

@@ -24,11 +24,12 @@ pub mod sample;
 pub mod score;
 pub mod shard;
 pub mod state;
+mod tables;
 pub mod trace;
 mod weights;
 
 use crate::backend::cpu::simd::flush::Flush;
-use crate::backend::{Backend, Kind};
+use crate::backend::{Backend, Kind, NormWeights};
 use crate::load::checkpoint::Checkpoint;
 use crate::load::loader::{Loader, Progress};
 use batch::Resolved;
@@ -37,13 +38,13 @@ use head::Head;
 use model::fault::{Fault, FaultKind};
 use model::mesh::{Mesh, Place, RankId};
 use model::plan::Plan;
-use model::rope::Rope;
-use model::spec::ModelSpec;
+use model::spec::{ModelSpec, Residual};
 use model::step::{LaneBatch, LaneResult, StepBatch};
 use pass::{Pass, Pool};
 use state::Sequences;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use tables::{Kinds, Tables};
 use trace::Trace;
 use weights::{BranchWeights, LayerLoader, LayerWeights, MixerWeights, Vocabulary};
 
@@ -58,7 +59,7 @@ pub struct Engine<B: Backend> {
     layers: Vec<LayerWeights<B>>,
     first_layer: usize,
     caches: Vec<B::Cache>,
-    ropes: Vec<B::RopeTable>,
+    tables: Tables<B>,
     sequences: Sequences,
     communicators: Communicators,
     pool: Pool<B>,
@@ -89,7 +90,7 @@ impl<B: Backend> Engine<B> {
         let range = plan.stages[place.stage].clone();
         let (first, last) = (place.stage == 0, place.stage + 1 == plan.mesh.pipeline);
         let vocabulary = Vocabulary::load(&backend, &loader, &spec, first, last)?;
-        let kinds = rope_kinds(&spec, range.clone());
+        let kinds = Kinds::of(&spec.layers[range.clone()]);
         let mut layers = Vec::with_capacity(range.len());
         for layer in range.clone() {
             let from =
@@ -99,12 +100,10 @@ impl<B: Backend> Engine<B> {
         }
         let caches: Result<Vec<_>, Fault> =
             layers.iter().map(|l| backend.cache(l.mixer.cache(), plan.limits.blocks)).collect();
-        let ropes: Result<Vec<_>, Fault> =
-            kinds.iter().map(|rope| backend.rope_table(rope, plan.limits.model_len_max)).collect();
         Ok(Engine {
             caches: caches?,
-            ropes: ropes?,
-            sequences: Sequences::new(plan.limits, spec.vocab),
+            tables: kinds.tables(&backend, plan.limits.model_len_max)?,
+            sequences: Sequences::new(plan.limits, spec.embedding_rows),
             mesh: plan.mesh,
             first_layer: range.start,
             backend,
@@ -153,6 +152,7 @@ impl<B: Backend> Engine<B> {
             pool: &mut self.pool,
             meta: &meta,
             rows,
+            hidden,
         };
         let mut x = pass.take(hidden, Kind::Full)?;
         if rows > 0 && first {
@@ -163,14 +163,12 @@ impl<B: Backend> Engine<B> {
         let mut normed = pass.take(hidden, Kind::Input)?;
         for (index, (layer, cache)) in self.layers.iter().zip(&mut self.caches).enumerate() {
             if rows > 0 {
-                let (norm, eps) = &layer.mixer_norm;
-                pass.backend.norm(&x, norm, *eps, rows, &mut normed)?;
+                enter(&mut pass, &layer.mixer_norm, layer.residual, &mut x, &mut normed)?;
                 match &layer.mixer {
-                    MixerWeights::Grouped(a) => a.run(&mut pass, &self.ropes, &normed, &mut x, cache)?,
-                    MixerWeights::Latent(a) => a.run(&mut pass, &self.ropes, &normed, &mut x, cache)?,
+                    MixerWeights::Grouped(a) => a.run(&mut pass, &self.tables, &normed, &mut x, cache)?,
+                    MixerWeights::Latent(a) => a.run(&mut pass, &self.tables, &normed, &mut x, cache)?,
                 }
-                let (norm, eps) = &layer.branch_norm;
-                pass.backend.norm(&x, norm, *eps, rows, &mut normed)?;
+                enter(&mut pass, &layer.branch_norm, layer.residual, &mut x, &mut normed)?;
             }
             for branch in &layer.branches {
                 match branch {
@@ -206,7 +204,32 @@ impl<B: Backend> Engine<B> {
     }
 }
 
-/// The rows' embeddings, complete on every tensor rank.
+/// The normed input of a mixer or of branches; `x` becomes what their results are added to.
+fn enter<B: Backend>(
+    pass: &mut Pass<'_, B>,
+    norm: &NormWeights<B::Vector>,
+    residual: Residual,
+    x: &mut B::Buffer,
+    normed: &mut B::Buffer,
+) -> Result<(), Fault> {
+    pass.backend.norm(x, norm, pass.rows, normed)?;
+    match residual {
+        Residual::Stream => Ok(()),
+        Residual::Normed => replace(pass, norm, x),
+    }
+}
+
+/// `x = norm(x)`, unrounded.
+fn replace<B: Backend>(pass: &mut Pass<'_, B>, norm: &NormWeights<B::Vector>, x: &mut B::Buffer) -> Result<(), Fault> {
+    let cols = pass.hidden;
+    let mut out = pass.take(cols, Kind::Full)?;
+    pass.backend.norm(x, norm, pass.rows, &mut out)?;
+    std::mem::swap(x, &mut out);
+    pass.give(cols, Kind::Full, out);
+    Ok(())
+}
+
+/// The rows' embeddings, complete on every tensor rank, and normed where the model does so.
 fn embed<B: Backend>(
     pass: &mut Pass<'_, B>,
     vocabulary: &Vocabulary<B>,
@@ -214,13 +237,18 @@ fn embed<B: Backend>(
     x: &mut B::Buffer,
 ) -> Result<(), Fault> {
     let rows = pass.rows;
-    pass.backend.embed(vocabulary.embedding(), vocabulary.rows.start as u32, ids, x)?;
+    pass.backend.embed(vocabulary.embedding(), vocabulary.embedded.start as u32, ids, x)?;
     if pass.communicators.tensor.size() > 1 {
-        return comm::sum(pass.backend, &mut *pass.communicators.tensor, x, rows);
+        comm::sum(pass.backend, &mut *pass.communicators.tensor, x, rows)?;
+    } else {
+        // A sum over ranks turns a stored -0 into +0, so one rank must too.
+        comm::full(pass.backend, x, rows)?.iter_mut().for_each(|v| *v += 0.0);
+        pass.backend.host_done(x, rows)?;
     }
-    // A sum over ranks turns a stored -0 into +0, so one rank must too.
-    comm::full(pass.backend, x, rows)?.iter_mut().for_each(|v| *v += 0.0);
-    pass.backend.host_done(x, rows)
+    match &vocabulary.embedding_norm {
+        Some(norm) => replace(pass, norm, x),
+        None => Ok(()),
+    }
 }
 
 /// Sends the residual rows to the next stage.
@@ -243,17 +271,6 @@ fn receive<B: Backend>(pass: &mut Pass<'_, B>, from: usize, x: &mut B::Buffer) -
     }
     target.copy_from_slice(&message);
     pass.backend.host_done(x, rows)
-}
-
-/// The distinct rotations of some layers, in order of first use.
-fn rope_kinds(spec: &ModelSpec, layers: std::ops::Range<usize>) -> Vec<Rope> {
-    let mut kinds: Vec<Rope> = Vec::new();
-    for rope in spec.layers[layers].iter().filter_map(|l| l.mixer.rope()) {
-        if !kinds.contains(rope) {
-            kinds.push(rope.clone());
-        }
-    }
-    kinds
 }
 
 /// The communicators are those of the rank's place.

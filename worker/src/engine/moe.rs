@@ -4,7 +4,8 @@
 //! slices of a lane:  | group 0: cut 0, cut 1 | group 1: cut 0, cut 1 |     groups = ep / dp, cut = tp / groups
 //! ids of group g:    | lane 0's | lane 1's | ... |                         contiguous, experts / groups of them
 //! ```
-//! An expert's output is completed first (its cuts summed), weighed at home with one rounding, and added by id inside
+//! An expert's output is completed first (its cuts summed, its bias added), weighed at home with one rounding (unless
+//! its input was weighed), and added by id inside
 //! canonical ranges; a group owns whole ranges, so the tree that joins ranges on one rank goes on over the slices.
 
 use super::comm;
@@ -17,7 +18,7 @@ use model::catalog::Role;
 use model::cut;
 use model::fault::{Fault, FaultKind};
 use model::mesh::{Mesh, RankId};
-use model::spec::{Activation, Moe, Router};
+use model::spec::{Activation, Moe, Router, Weigh};
 use std::ops::Range;
 
 /// Where a rank stands among those that share the experts.
@@ -72,6 +73,7 @@ pub struct Mixture<B: Backend> {
     hidden: usize,
     router: Router,
     router_weight: B::Matrix,
+    router_bias: Option<B::Vector>,
     correction: Option<B::Vector>,
     held: Experts<B>,
     shared: Option<Mlp<B>>,
@@ -82,12 +84,31 @@ pub struct Experts<B: Backend> {
     /// `[gate | up]` rows.
     gate_up: Vec<B::Matrix>,
     down: Vec<B::Matrix>,
+    biases: Option<Biases<B>>,
     activation: Activation,
+    weigh: Weigh,
     /// Channels of this rank's cut.
     channels: usize,
     pub hidden: usize,
     /// Slices that hold the other cuts of the same experts, this rank's included.
     slices: Range<usize>,
+}
+
+/// Of each expert held.
+struct Biases<B: Backend> {
+    /// `[gate | up]`, cut as the matrices are.
+    gate_up: Vec<B::Vector>,
+    /// Whole: added to complete outputs.
+    down: Vec<B::Vector>,
+}
+
+impl<B: Backend> Biases<B> {
+    fn load(from: &LayerLoader<'_, B>, ids: Range<usize>) -> Result<Biases<B>, Fault> {
+        let each = |roles: &[Role]| -> Result<Vec<B::Vector>, Fault> {
+            ids.clone().map(|e| from.expert_vector(roles, e)).collect()
+        };
+        Ok(Biases { gate_up: each(&[Role::ExpertGateBias, Role::ExpertUpBias])?, down: each(&[Role::ExpertDownBias])? })
+    }
 }
 
 impl<B: Backend> Mixture<B> {
@@ -96,8 +117,8 @@ impl<B: Backend> Mixture<B> {
         let ids = share.held(spec.experts);
         let gate_up: Result<Vec<_>, Fault> =
             ids.clone().map(|e| from.expert(&[Role::ExpertGate, Role::ExpertUp], e)).collect();
-        let down: Result<Vec<_>, Fault> = ids.map(|e| from.expert(&[Role::ExpertDown], e)).collect();
-        let correction = if spec.router.correction_bias { Some(from.vector(&[Role::RouterCorrection])?) } else { None };
+        let down: Result<Vec<_>, Fault> = ids.clone().map(|e| from.expert(&[Role::ExpertDown], e)).collect();
+        let vector = |has: bool, role| if has { from.vector(&[role]).map(Some) } else { Ok(None) };
         Ok(Mixture {
             share,
             experts: spec.experts,
@@ -105,11 +126,14 @@ impl<B: Backend> Mixture<B> {
             hidden: from.hidden,
             router: spec.router.clone(),
             router_weight: from.matrix(&[Role::Router])?,
-            correction,
+            router_bias: vector(spec.router.bias, Role::RouterBias)?,
+            correction: vector(spec.router.correction_bias, Role::RouterCorrection)?,
             held: Experts {
                 gate_up: gate_up?,
                 down: down?,
+                biases: if spec.bias { Some(Biases::load(from, ids)?) } else { None },
                 activation: spec.activation,
+                weigh: spec.weigh,
                 channels: spec.intermediate / share.cut,
                 hidden: from.hidden,
                 slices: share.group * share.cut..(share.group + 1) * share.cut,
@@ -127,13 +151,16 @@ impl<B: Backend> Mixture<B> {
     pub fn run(&self, pass: &mut Pass<'_, B>, normed: &mut B::Buffer, x: &mut B::Buffer) -> Result<Routing, Fault> {
         let rows = pass.rows;
         let routing = self.route(pass, normed)?;
-        let grouping = group(&routing, rows, self.share.of_group(self.experts));
+        let mut grouping = group(&routing, rows, self.share.of_group(self.experts));
         let pairs = if self.meets() {
             exchange::run(pass, &self.held, self.share, &grouping, normed)?
         } else {
             self.held.run(pass, &grouping, normed)?
         };
         let pair_rows = grouping.rows.len();
+        if self.held.weighs_inputs() {
+            grouping.weights.fill(1.0);
+        }
         if rows > 0 {
             let mut sum = pass.take(self.hidden, Kind::Full)?;
             let segments = cut::segments(self.experts) / self.share.groups;
@@ -155,7 +182,7 @@ impl<B: Backend> Mixture<B> {
             return Ok(Routing { active: self.active, ..Routing::default() });
         }
         let mut logits = pass.take(self.experts, Kind::Full)?;
-        pass.backend.matmul(normed, &self.router_weight, None, rows, &mut logits)?;
+        pass.backend.matmul(normed, &self.router_weight, self.router_bias.as_ref(), rows, &mut logits)?;
         let routing = pass.backend.route(&logits, &self.router, self.active, self.correction.as_ref(), rows)?;
         pass.give(self.experts, Kind::Full, logits);
         let pairs = rows * self.active;
@@ -185,14 +212,19 @@ impl<B: Backend> Experts<B> {
         self.down.len()
     }
 
-    /// The complete output of each pair, unweighted, in a Full buffer from the pool. `grouping` is over the experts
-    /// held here.
+    /// Whether routing weights belong to the experts' inputs.
+    pub fn weighs_inputs(&self) -> bool {
+        self.weigh == Weigh::Input
+    }
+
+    /// The complete output of each pair in a Full buffer from the pool: unweighted, unless its input was weighed.
+    /// `grouping` is over the experts held here.
     pub fn run(&self, pass: &mut Pass<'_, B>, grouping: &Grouping, input: &B::Buffer) -> Result<B::Buffer, Fault> {
         let pairs = grouping.rows.len();
         let mut out = pass.pool.take(pass.backend, pairs, self.hidden, Kind::Full)?;
         if pairs > 0 {
             let mut gate_up = pass.pool.take(pass.backend, pairs, 2 * self.channels, Kind::Full)?;
-            pass.backend.expert_matmul(input, &self.gate_up, grouping, &mut gate_up)?;
+            self.gate_up(pass, grouping, input, &mut gate_up)?;
             let mut active = pass.pool.take(pass.backend, pairs, self.channels, Kind::Input)?;
             pass.backend.activate(&gate_up, self.activation, pairs, &mut active)?;
             pass.pool.give(2 * self.channels, Kind::Full, pairs, gate_up);
@@ -201,7 +233,32 @@ impl<B: Backend> Experts<B> {
         }
         let tensor = &mut *pass.communicators.tensor;
         comm::sum_part(pass.backend, tensor, self.slices.clone(), &mut out, pairs)?;
+        if let Some(biases) = &self.biases {
+            pass.backend.add_expert_bias(&mut out, &biases.down, grouping)?;
+        }
         Ok(out)
+    }
+
+    fn gate_up(
+        &self,
+        pass: &mut Pass<'_, B>,
+        grouping: &Grouping,
+        input: &B::Buffer,
+        out: &mut B::Buffer,
+    ) -> Result<(), Fault> {
+        if self.weighs_inputs() {
+            let pairs = grouping.rows.len();
+            let mut weighed = pass.pool.take(pass.backend, pairs, self.hidden, Kind::Input)?;
+            pass.backend.weigh_rows(input, grouping, &mut weighed)?;
+            pass.backend.pair_matmul(&weighed, &self.gate_up, grouping, out)?;
+            pass.pool.give(self.hidden, Kind::Input, pairs, weighed);
+        } else {
+            pass.backend.expert_matmul(input, &self.gate_up, grouping, out)?;
+        }
+        match &self.biases {
+            Some(biases) => pass.backend.add_expert_bias(out, &biases.gate_up, grouping),
+            None => Ok(()),
+        }
     }
 }
 

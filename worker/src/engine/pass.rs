@@ -12,6 +12,8 @@ pub struct Pass<'a, B: Backend> {
     pub pool: &'a mut Pool<B>,
     pub meta: &'a B::Meta,
     pub rows: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
 }
 
 impl<B: Backend> Pass<'_, B> {

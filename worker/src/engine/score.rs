@@ -25,11 +25,12 @@ pub fn best(row: &[f32], first: u32) -> Option<(u32, f32)> {
     found.map(|(i, v)| (first + i as u32, v))
 }
 
-/// A token's score among all of `row`, with the `best` likeliest.
+/// A token's score among all of `row`, with the `best` likeliest. A token that the head never answers with has no
+/// probability.
 pub fn score(row: &[f32], token: u32, best: usize) -> Score {
     let total = log_sum_exp(row);
     let logprob = |v: f32| (f64::from(v) - total) as f32;
-    let own = (token, row[token as usize]);
+    let own = (token, row.get(token as usize).copied().unwrap_or(f32::NEG_INFINITY));
     let mut rank = 0;
     let mut top: Vec<(u32, f32)> = Vec::with_capacity(best + 1);
     for (id, &v) in row.iter().enumerate() {
@@ -128,6 +129,8 @@ mod tests {
         assert!(score(&row[..4], 0, 0).best.is_empty());
         let all: f64 = score(&row[..4], 0, 4).best.iter().map(|b| f64::from(b.1).exp()).sum();
         assert!((all - 1.0).abs() < 1e-6, "{all}");
+        let unknown = score(&row[..4], 7, 1);
+        assert_eq!((unknown.logprob, unknown.rank, unknown.best[0].0), (f32::NEG_INFINITY, 4, 1));
     }
 
     #[test]

@@ -33,12 +33,13 @@ impl State {
 pub struct Sequences {
     states: BTreeMap<SeqId, State>,
     limits: Limits,
-    vocab: usize,
+    /// Tokens that can be read: rows of the embedding table, which may be more than the head answers with.
+    readable: usize,
 }
 
 impl Sequences {
-    pub fn new(limits: Limits, vocab: usize) -> Sequences {
-        Sequences { states: BTreeMap::new(), limits, vocab }
+    pub fn new(limits: Limits, readable: usize) -> Sequences {
+        Sequences { states: BTreeMap::new(), limits, readable }
     }
 
     pub fn limits(&self) -> Limits {
@@ -97,7 +98,7 @@ impl Sequences {
     }
 
     fn chunk(&mut self, chunk: &Chunk, all_logits: bool, resolved: &mut Resolved) -> Result<(), Fault> {
-        let (limits, vocab) = (self.limits, self.vocab);
+        let (limits, readable) = (self.limits, self.readable);
         let state = self.get(chunk.seq)?;
         let (seq, start, rows) = (chunk.seq.0, chunk.start as usize, chunk.tokens.len());
         let end = start + rows;
@@ -120,8 +121,8 @@ impl Sequences {
             let blocks = state.blocks.len();
             return Err(wrong(format!("sequence {seq} reaches {end} tokens with {blocks} blocks of {BLOCK_TOKENS}")));
         }
-        if let Some(id) = chunk.tokens.iter().find(|&&id| id as usize >= vocab) {
-            return Err(wrong(format!("sequence {seq} has token {id}, the vocabulary has {vocab}")));
+        if let Some(id) = chunk.tokens.iter().find(|&&id| id as usize >= readable) {
+            return Err(wrong(format!("sequence {seq} has token {id}, {readable} can be read")));
         }
         state.computed = Some(end);
         if state.sampling.needs_history() {

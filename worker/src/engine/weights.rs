@@ -4,20 +4,21 @@ use super::grouped;
 use super::latent;
 use super::mlp::Mlp;
 use super::moe::Mixture;
-use crate::backend::Backend;
+use super::tables::Kinds;
+use crate::backend::{Backend, NormWeights};
 use crate::load::loader::Loader;
 use model::catalog::{Role, TensorId};
 use model::fault::Fault;
 use model::mesh::{Mesh, RankId};
-use model::rope::Rope;
-use model::spec::{Branch, CacheKind, Layer, Mixer, ModelSpec};
+use model::spec::{Branch, CacheKind, Layer, Mixer, ModelSpec, Norm, NormForm, Residual};
 use std::ops::Range;
 
 /// One decoder layer.
 pub struct LayerWeights<B: Backend> {
-    pub mixer_norm: (B::Vector, f32),
+    pub residual: Residual,
+    pub mixer_norm: NormWeights<B::Vector>,
     pub mixer: MixerWeights<B>,
-    pub branch_norm: (B::Vector, f32),
+    pub branch_norm: NormWeights<B::Vector>,
     pub branches: Vec<BranchWeights<B>>,
 }
 
@@ -43,9 +44,13 @@ impl<B: Backend> MixerWeights<B> {
 /// Embedding and head: one matrix where a single stage holds both and the model ties them.
 pub struct Vocabulary<B: Backend> {
     embedding: Option<B::Matrix>,
+    /// Of the embeddings themselves, on the first stage.
+    pub embedding_norm: Option<NormWeights<B::Vector>>,
     head: Option<B::Matrix>,
-    pub final_norm: Option<(B::Vector, f32)>,
-    /// Vocabulary rows of this rank.
+    pub final_norm: Option<NormWeights<B::Vector>>,
+    /// This rank's rows of the embedding table, which may have more than the head.
+    pub embedded: Range<usize>,
+    /// This rank's tokens that the head answers with.
     pub rows: Range<usize>,
 }
 
@@ -54,13 +59,24 @@ impl<B: Backend> Vocabulary<B> {
     pub fn load(backend: &B, from: &Loader<'_>, spec: &ModelSpec, first: bool, last: bool) -> Result<Self, Fault> {
         let outer = |role| TensorId { layer: None, role, expert: None };
         let table = |role| backend.matrix(&[from.window(outer(role))?], 1);
+        let norm = |of: &Norm, [weight, bias]: [Role; 2]| -> Result<NormWeights<B::Vector>, Fault> {
+            let vector = |role| backend.vector(&from.values(outer(role))?);
+            let bias = if of.form == NormForm::Layer { Some(vector(bias)?) } else { None };
+            Ok(NormWeights { norm: *of, weight: vector(weight)?, bias })
+        };
         let tied = spec.head.tied;
+        assert!(!tied || spec.embedding_rows == spec.vocab, "a tied head answers with every token that can be read");
         Ok(Vocabulary {
+            embedded: from.vocab_rows(spec.embedding_rows)?,
             rows: from.vocab_rows(spec.vocab)?,
+            embedding_norm: match &spec.embedding_norm {
+                Some(of) if first => Some(norm(of, [Role::EmbeddingNorm, Role::EmbeddingNormBias])?),
+                Some(_) | None => None,
+            },
             embedding: if first || (last && tied) { Some(table(Role::Embedding)?) } else { None },
             head: if last && !tied { Some(table(Role::Head)?) } else { None },
             final_norm: match last {
-                true => Some((backend.vector(&from.values(outer(Role::FinalNorm))?)?, spec.final_norm.eps)),
+                true => Some(norm(&spec.final_norm, [Role::FinalNorm, Role::FinalNormBias])?),
                 false => None,
             },
         })
@@ -118,21 +134,36 @@ impl<B: Backend> LayerLoader<'_, B> {
         self.backend.vector(&self.values(roles)?)
     }
 
-    /// The whole layer. `ropes` are the stage's tables in order.
-    pub fn load(&self, layer: &Layer, ropes: &[Rope]) -> Result<LayerWeights<B>, Fault> {
-        let rope = layer
-            .mixer
-            .rope()
-            .map(|rope| ropes.iter().position(|r| r == rope).expect("every layer's rope is in the stage's list"));
-        let mixer_norm = (self.vector(&[Role::MixerNorm])?, layer.mixer_norm.eps);
+    /// The same of one expert's tensors.
+    pub fn expert_vector(&self, roles: &[Role], expert: usize) -> Result<B::Vector, Fault> {
+        let mut values = Vec::new();
+        for &role in roles {
+            values.extend(self.loader.values(self.id(role, Some(expert)))?);
+        }
+        self.backend.vector(&values)
+    }
+
+    /// A norm's weight, and its bias where it has one.
+    pub fn norm(&self, of: &Norm, weight: Role, bias: Role) -> Result<NormWeights<B::Vector>, Fault> {
+        let bias = if of.form == NormForm::Layer { Some(self.vector(&[bias])?) } else { None };
+        Ok(NormWeights { norm: *of, weight: self.vector(&[weight])?, bias })
+    }
+
+    /// A norm that never has a bias.
+    pub fn plain_norm(&self, of: &Norm, weight: Role) -> Result<NormWeights<B::Vector>, Fault> {
+        assert_eq!(of.form, NormForm::Rms, "the catalogue declares no bias for the norm of {weight:?}");
+        Ok(NormWeights { norm: *of, weight: self.vector(&[weight])?, bias: None })
+    }
+
+    /// The whole layer. `kinds` are those of the stage's tables.
+    pub fn load(&self, layer: &Layer, kinds: &Kinds) -> Result<LayerWeights<B>, Fault> {
+        let tables = kinds.chosen(&layer.mixer);
+        let mixer_norm = self.norm(&layer.mixer_norm, Role::MixerNorm, Role::MixerNormBias)?;
         let mixer = match &layer.mixer {
-            Mixer::Grouped(g) => MixerWeights::Grouped(grouped::Attention::load(g, self, rope)?),
-            Mixer::Latent(l) => {
-                let rope = rope.expect("latent attention always rotates");
-                MixerWeights::Latent(Box::new(latent::Attention::load(l, self, rope)?))
-            }
+            Mixer::Grouped(g) => MixerWeights::Grouped(grouped::Attention::load(g, self, tables)?),
+            Mixer::Latent(l) => MixerWeights::Latent(Box::new(latent::Attention::load(l, self, tables)?)),
         };
-        let branch_norm = (self.vector(&[Role::BranchNorm])?, layer.branch_norm.eps);
+        let branch_norm = self.norm(&layer.branch_norm, Role::BranchNorm, Role::BranchNormBias)?;
         let mut branches = Vec::with_capacity(layer.branches.len());
         for branch in &layer.branches {
             branches.push(match branch {
@@ -140,6 +171,6 @@ impl<B: Backend> LayerLoader<'_, B> {
                 Branch::Moe(m) => BranchWeights::Moe(Box::new(Mixture::load(m, self)?)),
             });
         }
-        Ok(LayerWeights { mixer_norm, mixer, branch_norm, branches })
+        Ok(LayerWeights { residual: layer.residual, mixer_norm, mixer, branch_norm, branches })
     }
 }

@@ -23,6 +23,9 @@ pub(super) struct Row {
 }
 
 impl Meta {
+    /// Of no rows.
+    pub(super) const NONE: Meta = Meta { sequences: Vec::new(), rows: Vec::new() };
+
     /// Every row belongs to one sequence, has its consecutive position, and a block.
     pub(super) fn new(batch: &Batch) -> Result<Meta, Fault> {
         let mut rows = Vec::with_capacity(batch.positions.len());

@@ -14,13 +14,15 @@
 //! **Weights** are stored as bf16 where the compute dtype or the checkpoint is bf16, else as f32 ([`simd::pack`]).
 //!
 //! **Norms and softmax sums** run in sixteen lanes (element i in lane i mod 16), which are added by halving: lane i to
-//! i+8, then +4, +2, +1. Exponentials are a polynomial of our own ([`simd::math`]).
+//! i+8, then +4, +2, +1. A norm over all heads adds each head's sum of squares so, then the heads' sums, head i in lane
+//! i mod 16. Exponentials are a polynomial of our own ([`simd::math`]).
 //!
 //! **Attention** walks spans of [`BLOCK_TOKENS`] positions. A score is one chain over the channels, ascending, times the
 //! scale. Weights of a span are exp(score - the span's own maximum), +0.0 where masked; their sum halves the 32
 //! positions; an output is one chain over the positions seen, ascending. Spans merge left to right as
 //! [`simd::attention`] writes down; a span that is masked as a whole is skipped. The result is multiplied by the
-//! rounded inverse of the sum. Slots behind a query's own position are never looked at.
+//! rounded inverse of the sum. Slots behind a query's own position are never looked at. ALiBi adds slope times (key's minus
+//! query's position) to the scaled score, as one FMA; a sink merges last, as a span of one position without a value.
 //!
 //! **Experts.** A routing weight multiplies with one rounding of its own; a row's terms are added from +0.0 by
 //! ascending expert inside each segment of experts, and the segments by the tree.

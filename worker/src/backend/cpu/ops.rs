@@ -1,17 +1,22 @@
 //! [`Backend`] for the CPU: checks at the door, then kernels.
 
 use super::buffer::{Buffer, Data, ensure, wrong};
+use super::simd::activations::{Activate, Alone, ClampedSwiglu, Gated, GeluTanh, Silu};
 use super::simd::grouped;
+use super::simd::lanes::Element;
 use super::simd::latent;
+use super::simd::norms::{LayerNorm, Norm};
 use super::simd::panel::{self, Source};
-use super::simd::rows::{Add, Norm, Silu};
+use super::simd::rows::{Add, Scaled};
 use super::{Cache, CpuBackend, Matrix, Meta, Place, Vector, combine, route, weights};
-use crate::backend::{Backend, GroupedShape, Grouping, HostSlice, Kind, LatentShape, MatrixView, Routing};
+use crate::backend::{
+    Backend, GroupedShape, Grouping, HeadNorm, HostSlice, Kind, LatentShape, MatrixView, NormWeights, PerHead, Routing,
+};
 use crate::engine::batch::Batch;
 use model::fault::Fault;
 use model::quant::Dtype;
 use model::rope::{Rope, Table};
-use model::spec::{Activation, CacheKind, Router};
+use model::spec::{Activation, CacheKind, NormForm, Router};
 
 /// Values that make one task of a row-wise operation.
 const TASK_VALUES: usize = 8192;
@@ -74,26 +79,36 @@ impl CpuBackend {
         Ok(())
     }
 
-    fn norm_of(
+    fn activate_with<A: Activate + Sync>(
         &self,
+        activation: A,
         x: &Buffer,
-        first: usize,
-        weight: &Vector,
-        eps: f32,
         n: usize,
         out: &mut Buffer,
     ) -> Result<(), Fault> {
-        let (width, stride) = (weight.0.len(), x.cols);
-        ensure(first + width <= stride && out.cols == width, || {
-            format!("columns {first}.. of {stride}, a norm of {width}, {} outputs", out.cols)
-        })?;
-        out.check(n)?;
+        let (width, cols) = (out.cols, x.cols);
         let x = x.full(n)?;
-        let level = self.level;
-        by_dtype!([out = &mut out.data] => self.pool.rows(out, width, n, grain(width), &|row, out| {
-            level.run(Norm { x: &x[row * stride + first..][..width], weight: &weight.0, eps, out });
-        }));
+        by_dtype!([out = &mut out.data] => self.activate_rows(activation, (x, cols), n, (out, width)));
         Ok(())
+    }
+
+    fn activate_rows<T: Element, A: Activate + Sync>(
+        &self,
+        activation: A,
+        (x, cols): (&[f32], usize),
+        n: usize,
+        (out, width): (&mut [T], usize),
+    ) {
+        let level = self.level;
+        self.pool.rows(out, width, n, grain(width), &|row, out| {
+            let x = &x[row * cols..][..cols];
+            if cols == width {
+                level.run(Alone { activation, x, out });
+            } else {
+                let (gate, up) = x.split_at(width);
+                level.run(Gated { activation, gate, up, out });
+            }
+        });
     }
 
     fn grouped_layout(&self, shape: &GroupedShape, meta: &Meta, cache: &Cache) -> Result<(), Fault> {
@@ -118,6 +133,40 @@ fn check_table(table: &Table, meta: &Meta, width: usize) -> Result<(), Fault> {
     let most = meta.rows.iter().map(|r| r.position + 1).max().unwrap_or(0);
     ensure(most <= positions && 2 * table.pairs <= width, || {
         format!("a table of {positions} positions and {} pairs for {most} and {width} channels", table.pairs)
+    })
+}
+
+/// One number for each position of a batch.
+fn check_scales<'a>(scales: Option<&'a Vector>, meta: &Meta) -> Result<Option<&'a [f32]>, Fault> {
+    let most = meta.rows.iter().map(|r| r.position + 1).max().unwrap_or(0);
+    let scales = scales.map(|v| &v.0[..]);
+    ensure(scales.is_none_or(|s| most <= s.len()), || format!("fewer query scales than {most} positions"))?;
+    Ok(scales)
+}
+
+/// A norm that fits the heads of `n` rows.
+fn head_norm<'a>(
+    shape: &GroupedShape,
+    norm: HeadNorm<&'a Vector, &'a Buffer>,
+    n: usize,
+) -> Result<HeadNorm<&'a [f32], &'a [f32]>, Fault> {
+    let fits = |weights: &'a Vector, n: usize| {
+        ensure(weights.0.len() == n, || format!("a norm of {} for {n} channels", weights.0.len()))?;
+        Ok(&weights.0[..])
+    };
+    let GroupedShape { heads: own, kv_heads, head_dim, .. } = *shape;
+    Ok(match norm {
+        HeadNorm::Rotated { eps } => HeadNorm::Rotated { eps },
+        HeadNorm::Heads { query, key, eps } => {
+            HeadNorm::Heads { query: fits(query, head_dim)?, key: fits(key, head_dim)?, eps }
+        }
+        HeadNorm::Whole { query, key, eps, squares, heads } => {
+            ensure(own <= heads && heads + kv_heads <= squares.cols, || {
+                format!("{own} of {heads} heads and {kv_heads} key heads in rows of {} squares", squares.cols)
+            })?;
+            let (query, key) = (fits(query, own * head_dim)?, fits(key, kv_heads * head_dim)?);
+            HeadNorm::Whole { query, key, eps, squares: squares.full(n)?, heads }
+        }
     })
 }
 
@@ -187,21 +236,30 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn norm(&mut self, x: &Buffer, weight: &Vector, eps: f32, n: usize, out: &mut Buffer) -> Result<(), Fault> {
-        ensure(x.cols == weight.0.len(), || format!("a norm of {} on rows of {}", weight.0.len(), x.cols))?;
-        self.norm_of(x, 0, weight, eps, n, out)
-    }
-
-    fn norm_columns(
-        &mut self,
-        x: &Buffer,
-        first: usize,
-        weight: &Vector,
-        eps: f32,
-        n: usize,
-        out: &mut Buffer,
-    ) -> Result<(), Fault> {
-        self.norm_of(x, first, weight, eps, n, out)
+    fn norm(&mut self, x: &Buffer, norm: &NormWeights<Vector>, n: usize, out: &mut Buffer) -> Result<(), Fault> {
+        let (width, eps, weight) = (x.cols, norm.norm.eps, &norm.weight.0[..]);
+        ensure(width == weight.len() && width == out.cols, || {
+            format!("a norm of {} on rows of {width}, {} outputs", weight.len(), out.cols)
+        })?;
+        out.check(n)?;
+        let (x, level) = (x.full(n)?, self.level);
+        match (norm.norm.form, &norm.bias) {
+            (NormForm::Rms, None) => {
+                by_dtype!([out = &mut out.data] => self.pool.rows(out, width, n, grain(width), &|row, out| {
+                    level.run(Norm { x: &x[row * width..][..width], weight, eps, out });
+                }));
+            }
+            (NormForm::Layer, Some(bias)) if bias.0.len() == width => {
+                by_dtype!([out = &mut out.data] => self.pool.rows(out, width, n, grain(width), &|row, out| {
+                    level.run(LayerNorm { x: &x[row * width..][..width], weight, bias: &bias.0, eps, out });
+                }));
+            }
+            (form, bias) => {
+                let bias = bias.as_ref().map(|b| b.0.len());
+                return Err(wrong(format!("a {form:?} norm of {width} with biases {bias:?}")));
+            }
+        }
+        Ok(())
     }
 
     fn matmul(
@@ -237,15 +295,36 @@ impl Backend for CpuBackend {
     }
 
     fn activate(&mut self, x: &Buffer, activation: Activation, n: usize, out: &mut Buffer) -> Result<(), Fault> {
-        let width = out.cols;
-        ensure(x.cols == 2 * width, || format!("{} gates and ups for {width} outputs", x.cols))?;
+        let (width, gated) = (out.cols, x.cols == 2 * out.cols);
+        ensure(gated || x.cols == width, || format!("{} gates and ups for {width} outputs", x.cols))?;
         out.check(n)?;
-        ensure(activation == Activation::Silu, || format!("{activation:?} has no kernel"))?;
-        let (x, level) = (x.full(n)?, self.level);
-        by_dtype!([out = &mut out.data] => self.pool.rows(out, width, n, grain(width), &|row, out| {
-            let (gate, up) = x[row * 2 * width..][..2 * width].split_at(width);
-            level.run(Silu { gate, up, out });
-        }));
+        match activation {
+            Activation::Silu => self.activate_with(Silu, x, n, out),
+            Activation::GeluTanh => self.activate_with(GeluTanh, x, n, out),
+            Activation::ClampedSwiglu { alpha, limit } if gated => {
+                self.activate_with(ClampedSwiglu { alpha, limit }, x, n, out)
+            }
+            Activation::ClampedSwiglu { .. } => Err(wrong(format!("{activation:?} without a gate"))),
+        }
+    }
+
+    fn head_squares(
+        &mut self,
+        shape: &GroupedShape,
+        qkv: &Buffer,
+        columns: (usize, Option<usize>),
+        n: usize,
+        out: &mut Buffer,
+    ) -> Result<(), Fault> {
+        let cols = out.cols;
+        let meta = &Meta::NONE;
+        let step = grouped::Step { pool: &self.pool, level: self.level, shape, meta };
+        ensure(qkv.cols == step.width(), || format!("rows of {} for {}", qkv.cols, step.width()))?;
+        let (first, keys) = columns;
+        ensure(first + shape.heads <= cols && keys.is_none_or(|keys| keys + shape.kv_heads <= cols), || {
+            format!("{} and {} heads at columns {columns:?} of {cols}", shape.heads, shape.kv_heads)
+        })?;
+        step.squares(qkv.full(n)?, columns, n, cols, out.full_mut(n)?);
         Ok(())
     }
 
@@ -253,22 +332,23 @@ impl Backend for CpuBackend {
         &mut self,
         shape: &GroupedShape,
         qkv: &mut Buffer,
-        norms: Option<(&Vector, &Vector, f32)>,
+        norm: Option<HeadNorm<&Vector, &Buffer>>,
         rope: Option<&Table>,
+        query_scale: Option<&Vector>,
         meta: &Meta,
         cache: &mut Cache,
     ) -> Result<(), Fault> {
         self.grouped_layout(shape, meta, cache)?;
         let step = grouped::Step { pool: &self.pool, level: self.level, shape, meta };
         ensure(qkv.cols == step.width(), || format!("rows of {} for {}", qkv.cols, step.width()))?;
-        let dim = shape.head_dim;
-        ensure(norms.is_none_or(|(q, k, _)| q.0.len() == dim && k.0.len() == dim), || format!("norms not of {dim}"))?;
+        ensure(rope.is_some() == shape.rope.is_some(), || "a rotation and its table come together".into())?;
         if let Some(table) = rope {
-            check_table(table, meta, dim)?;
+            check_table(table, meta, shape.head_dim)?;
         }
-        let norms = norms.map(|(q, k, eps)| (&q.0[..], &k.0[..], eps));
+        let query_scale = check_scales(query_scale, meta)?;
+        let norm = norm.map(|norm| head_norm(shape, norm, meta.rows())).transpose()?;
         let qkv = qkv.full_mut(meta.rows())?;
-        by_dtype!([cache = &mut cache.data] => step.prepare(qkv, norms, rope, cache));
+        by_dtype!([cache = &mut cache.data] => step.prepare(qkv, norm, rope, query_scale, cache));
         Ok(())
     }
 
@@ -276,6 +356,7 @@ impl Backend for CpuBackend {
         &mut self,
         shape: &GroupedShape,
         qkv: &Buffer,
+        per_head: PerHead<&Vector>,
         meta: &Meta,
         cache: &Cache,
         out: &mut Buffer,
@@ -285,9 +366,13 @@ impl Backend for CpuBackend {
         ensure(qkv.cols == step.width() && out.cols == shape.heads * shape.head_dim, || {
             format!("rows of {} to {} for {} heads of {}", qkv.cols, out.cols, shape.heads, shape.head_dim)
         })?;
+        let per_head = PerHead { slopes: per_head.slopes.map(|v| &v.0[..]), sinks: per_head.sinks.map(|v| &v.0[..]) };
+        ensure([per_head.slopes, per_head.sinks].iter().flatten().all(|each| each.len() == shape.heads), || {
+            format!("one number for each of {} heads", shape.heads)
+        })?;
         out.check(meta.rows())?;
         let (qkv, tiles) = (qkv.full(meta.rows())?, &mut self.scratch.tiles);
-        by_dtype!([cache = &cache.data, out = &mut out.data] => step.attend(qkv, cache, tiles, out));
+        by_dtype!([cache = &cache.data, out = &mut out.data] => step.attend(qkv, per_head, cache, tiles, out));
         Ok(())
     }
 
@@ -296,8 +381,9 @@ impl Backend for CpuBackend {
         shape: &LatentShape,
         q: &mut Buffer,
         kv: &mut Buffer,
-        norm: (&Vector, f32),
+        norm: &NormWeights<Vector>,
         rope: &Table,
+        query_scale: Option<&Vector>,
         meta: &Meta,
         cache: &mut Cache,
     ) -> Result<(), Fault> {
@@ -306,11 +392,15 @@ impl Backend for CpuBackend {
         ensure(q.cols == shape.heads * head && kv.cols == shape.kv_rank + shape.rope_dim, || {
             format!("rows of {} and {} for {shape:?}", q.cols, kv.cols)
         })?;
-        ensure(norm.0.0.len() == shape.kv_rank, || format!("a norm of {} for {shape:?}", norm.0.0.len()))?;
+        let (weight, eps) = (&norm.weight.0[..], norm.norm.eps);
+        ensure(norm.norm.form == NormForm::Rms && weight.len() == shape.kv_rank, || {
+            format!("a {:?} norm of {} for {shape:?}", norm.norm.form, weight.len())
+        })?;
         check_table(rope, meta, shape.rope_dim)?;
+        let query_scale = check_scales(query_scale, meta)?;
         let step = latent::Step { pool: &self.pool, level: self.level, family: self.family, shape, meta };
         let (q, kv) = (q.full_mut(meta.rows())?, kv.full_mut(meta.rows())?);
-        by_dtype!([cache = &mut cache.data] => step.prepare(q, kv, (&norm.0.0, norm.1), rope, cache));
+        by_dtype!([cache = &mut cache.data] => step.prepare(q, kv, (weight, eps), rope, query_scale, cache));
         Ok(())
     }
 
@@ -367,6 +457,35 @@ impl Backend for CpuBackend {
 
     fn pair_matmul(&mut self, x: &Buffer, w: &[Matrix], grouping: &Grouping, out: &mut Buffer) -> Result<(), Fault> {
         self.experts(x, w, grouping, None, out)
+    }
+
+    fn weigh_rows(&mut self, x: &Buffer, grouping: &Grouping, out: &mut Buffer) -> Result<(), Fault> {
+        let (cols, pairs, level) = (x.cols, grouping.rows.len(), self.level);
+        ensure(out.cols == cols && grouping.weights.len() == pairs, || {
+            format!("{} weights for {pairs} pairs, rows of {cols} into {}", grouping.weights.len(), out.cols)
+        })?;
+        x.check(grouping.rows.iter().max().map_or(0, |r| *r as usize + 1))?;
+        out.check(pairs)?;
+        by_dtype!([x = self.input(x)?, out = &mut out.data] => {
+            self.pool.rows(out, cols, pairs, grain(cols), &|pair, out| {
+                let x = &x[grouping.rows[pair] as usize * cols..][..cols];
+                level.run(Scaled { x, by: grouping.weights[pair], out });
+            })
+        });
+        Ok(())
+    }
+
+    fn add_expert_bias(&mut self, x: &mut Buffer, biases: &[Vector], grouping: &Grouping) -> Result<(), Fault> {
+        let (cols, pairs, offsets, level) = (x.cols, grouping.rows.len(), &grouping.offsets, self.level);
+        ensure(offsets.len() == biases.len() + 1 && offsets.last() == Some(&(pairs as u32)), || {
+            format!("offsets of {} experts, {pairs} pairs, {} biases", offsets.len(), biases.len())
+        })?;
+        ensure(biases.iter().all(|b| b.0.len() == cols), || format!("biases are not of {cols}"))?;
+        self.pool.rows(x.full_mut(pairs)?, cols, pairs, grain(cols), &|pair, x| {
+            let expert = offsets.partition_point(|o| *o as usize <= pair) - 1;
+            level.run(Add { x, y: &biases[expert].0, bias: None });
+        });
+        Ok(())
     }
 
     fn combine(

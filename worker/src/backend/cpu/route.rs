@@ -34,12 +34,18 @@ pub(super) fn route(
     pool.rows(&mut chosen, active, n, 8, &|row, chosen| {
         let mut scores = [0.0f32; EXPERTS_MAX];
         let scores = &mut scores[..experts];
-        scores.copy_from_slice(&logits[row * experts..][..experts]);
+        let logits = &logits[row * experts..][..experts];
+        scores.copy_from_slice(logits);
         level.run(Scores { x: scores, softmax: router.score == Score::Softmax });
         let mut biased = [0.0f32; EXPERTS_MAX];
         let biased = &mut biased[..experts];
-        for (id, biased) in biased.iter_mut().enumerate() {
-            *biased = scores[id] + correction.map_or(0.0, |c| c[id]);
+        if correction.is_none() && router.groups.is_none() {
+            // Scores rise with logits; where they round to the same, logits still tell them apart.
+            biased.copy_from_slice(logits);
+        } else {
+            for (id, biased) in biased.iter_mut().enumerate() {
+                *biased = scores[id] + correction.map_or(0.0, |c| c[id]);
+            }
         }
         choose(router, biased, chosen);
         weigh(router, scores, chosen);

@@ -1,11 +1,11 @@
 //! Both attentions against f64 loops; chunks, batches and spoiled slots against whole prompts, bit for bit.
 
 use super::{Case, near, same_bits};
-use crate::backend::{Backend, GroupedShape, Kind, LatentShape};
+use crate::backend::{Backend, GroupedShape, HeadNorm, Kind, LatentShape, NormWeights, PerHead};
 use crate::engine::batch::{Batch, Sequence};
 use model::plan::BLOCK_TOKENS;
 use model::rope::{Layout, Rope, Scaling};
-use model::spec::{CacheKind, Span};
+use model::spec::{CacheKind, Norm, Span};
 use model::step::BlockId;
 
 const EPS: f32 = 1e-6;
@@ -43,55 +43,153 @@ fn schedules(lengths: [usize; 3]) -> Vec<Vec<Vec<(usize, usize, usize)>>> {
     vec![whole, each, chunks]
 }
 
+/// What one case of grouped attention has beside its shape; by position and head, as the operations take it.
+struct Extras {
+    norm: Norms,
+    scales: Option<Vec<f32>>,
+    per_head: PerHead<Vec<f32>>,
+}
+
+enum Norms {
+    None,
+    Heads(Vec<f32>, Vec<f32>),
+    Whole(Vec<f32>, Vec<f32>),
+    Rotated,
+}
+
+/// Lengths of the three sequences; the longest passes two blocks.
+const LENGTHS: [usize; 3] = [75, 33, 6];
+
+fn shape(heads: usize, kv_heads: usize, head_dim: usize, span: Span, rope: Option<Rope>) -> GroupedShape {
+    GroupedShape { heads, kv_heads, head_dim, span, scale: 1.0 / (head_dim as f32).sqrt(), rope }
+}
+
 pub fn grouped<B: Backend>(case: &mut Case<B>) {
     let half = |dims| Some(rope(dims, Layout::Half));
-    for (heads, kv_heads, head_dim, span, rope, normed) in [
-        (2, 1, 8, Span::Full, half(8), false),
-        (4, 4, 16, Span::Window(5), Some(rope(8, Layout::Interleaved)), true),
-        (12, 1, 20, Span::Full, half(20), true),
-        (6, 2, 64, Span::Window(40), None, false),
-        (3, 1, 128, Span::Full, half(64), true),
+    let turned = |dims| Some(rope(dims, Layout::Interleaved));
+    let per_head = |heads| move |case: &mut Case<B>| case.random.values(heads);
+    for (shape, normed) in [
+        (shape(2, 1, 8, Span::Full, half(8)), false),
+        (shape(4, 4, 16, Span::Window(5), turned(8)), true),
+        (shape(12, 1, 20, Span::Full, half(20)), true),
+        (shape(6, 2, 64, Span::Window(40), None), false),
+        (shape(3, 1, 128, Span::Full, half(64)), true),
+        // Rotated parts that fill no vector, in heads that fill none.
+        (shape(4, 2, 24, Span::Full, half(10)), false),
+        (shape(2, 2, 36, Span::Chunk(32), turned(22)), true),
     ] {
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        let shape = GroupedShape { heads, kv_heads, head_dim, span, scale, rope };
-        let lengths = [75, 33, 6];
-        let width = (heads + 2 * kv_heads) * head_dim;
-        let inputs: [Vec<f32>; 3] = lengths.map(|n| case.random.values(n * width));
-        let norms = normed.then(|| (case.random.values(head_dim), case.random.values(head_dim)));
-        let mut answers = Vec::new();
-        for schedule in schedules(lengths) {
-            answers.push(run_grouped(case, &shape, &inputs, norms.as_ref(), &schedule));
-        }
-        for sequence in 0..3 {
-            same_bits("sequences apart", &answers[1][sequence], &answers[0][sequence]);
-            same_bits("chunks", &answers[2][sequence], &answers[0][sequence]);
-            naive_grouped(case, &shape, &inputs[sequence], norms.as_ref(), &answers[0][sequence]);
-        }
+        let weights = |case: &mut Case<B>| case.random.values(shape.head_dim);
+        let norm = if normed { Norms::Heads(weights(case), weights(case)) } else { Norms::None };
+        check_grouped(case, &shape, &Extras { norm, scales: None, per_head: PerHead::NONE });
+    }
+    // Llama 4's two kinds of layer: chunks that end within blocks, and queries that grow.
+    let scales: Vec<f32> = (0..96).map(|p| 1.0 + 0.3 * (1.0 + (p / 16) as f32).ln()).collect();
+    for (shape, norm, scales) in [
+        (shape(4, 2, 16, Span::Chunk(13), turned(16)), Norms::Rotated, None),
+        (shape(10, 2, 20, Span::Chunk(45), half(12)), Norms::Rotated, Some(&scales)),
+        (shape(4, 1, 16, Span::Full, None), Norms::None, Some(&scales)),
+    ] {
+        check_grouped(case, &shape, &Extras { norm, scales: scales.cloned(), per_head: PerHead::NONE });
+    }
+    // MiniMax-M2's norm over all heads.
+    let whole = shape(20, 4, 24, Span::Full, half(12));
+    let norm = Norms::Whole(case.random.values(20 * 24), case.random.values(4 * 24));
+    check_grouped(case, &whole, &Extras { norm, scales: None, per_head: PerHead::NONE });
+    // BLOOM's slopes, gpt-oss's sinks (one far above every score, one far below), and both.
+    let slopes = |heads: usize| (0..heads).map(|h| 0.7f32.powi(h as i32 + 1)).collect::<Vec<f32>>();
+    for (shape, sloped, sunk) in [
+        (shape(3, 3, 20, Span::Full, None), true, false),
+        (shape(9, 1, 16, Span::Full, None), true, false),
+        (shape(8, 2, 24, Span::Window(33), half(24)), false, true),
+        (shape(16, 1, 16, Span::Full, half(8)), false, true),
+        (shape(4, 2, 8, Span::Full, None), true, true),
+    ] {
+        let mut sinks = per_head(shape.heads)(case);
+        (sinks[0], sinks[1]) = (30.0, -200.0);
+        let per_head = PerHead { slopes: sloped.then(|| slopes(shape.heads)), sinks: sunk.then_some(sinks) };
+        check_grouped(case, &shape, &Extras { norm: Norms::None, scales: None, per_head });
     }
 }
 
-type Norms = (Vec<f32>, Vec<f32>);
+fn check_grouped<B: Backend>(case: &mut Case<B>, shape: &GroupedShape, extras: &Extras) {
+    let width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
+    let inputs: [Vec<f32>; 3] = LENGTHS.map(|n| case.random.values(n * width));
+    let mut answers = Vec::new();
+    for schedule in schedules(LENGTHS) {
+        answers.push(run_grouped(case, shape, &inputs, extras, &schedule));
+    }
+    for sequence in 0..3 {
+        same_bits("sequences apart", &answers[1][sequence], &answers[0][sequence]);
+        same_bits("chunks", &answers[2][sequence], &answers[0][sequence]);
+        naive_grouped(case, shape, &inputs[sequence], extras, &answers[0][sequence]);
+    }
+}
+
+/// The extras on the device.
+struct Held<B: Backend> {
+    weights: Option<(B::Vector, B::Vector)>,
+    scales: Option<B::Vector>,
+    per_head: PerHead<B::Vector>,
+    table: Option<B::RopeTable>,
+}
+
+impl<B: Backend> Held<B> {
+    fn new(case: &Case<B>, shape: &GroupedShape, extras: &Extras) -> Held<B> {
+        let vector = |values: &Vec<f32>| case.backend.vector(values).expect("a vector");
+        let weights = match &extras.norm {
+            Norms::Heads(q, k) | Norms::Whole(q, k) => Some((vector(q), vector(k))),
+            Norms::None | Norms::Rotated => None,
+        };
+        let per_head = PerHead {
+            slopes: extras.per_head.slopes.as_ref().map(vector),
+            sinks: extras.per_head.sinks.as_ref().map(vector),
+        };
+        let table = shape.rope.as_ref().map(|r| case.backend.rope_table(r, 96).expect("a table"));
+        Held { weights, scales: extras.scales.as_ref().map(vector), per_head, table }
+    }
+
+    fn prepare(
+        &self,
+        case: &mut Case<B>,
+        (shape, extras): (&GroupedShape, &Extras),
+        qkv: &mut B::Buffer,
+        (meta, n): (&B::Meta, usize),
+        cache: &mut B::Cache,
+    ) {
+        let mut squares = case.empty(n, shape.heads + shape.kv_heads, Kind::Full);
+        let norm = match (&extras.norm, &self.weights) {
+            (Norms::Heads(..), Some((query, key))) => Some(HeadNorm::Heads { query, key, eps: EPS }),
+            (Norms::Whole(..), Some((query, key))) => {
+                let columns = (0, Some(shape.heads));
+                case.backend.head_squares(shape, qkv, columns, n, &mut squares).expect("squares");
+                Some(HeadNorm::Whole { query, key, eps: EPS, squares: &squares, heads: shape.heads })
+            }
+            (Norms::Rotated, _) => Some(HeadNorm::Rotated { eps: EPS }),
+            _ => None,
+        };
+        let (rope, scales) = (self.table.as_ref(), self.scales.as_ref());
+        case.backend.grouped_prepare(shape, qkv, norm, rope, scales, meta, cache).expect("prepared");
+    }
+}
 
 fn run_grouped<B: Backend>(
     case: &mut Case<B>,
     shape: &GroupedShape,
     inputs: &[Vec<f32>; 3],
-    norms: Option<&Norms>,
+    extras: &Extras,
     schedule: &[Vec<(usize, usize, usize)>],
 ) -> [Vec<f32>; 3] {
     let width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
     let kind = CacheKind::Paged { kv_heads: shape.kv_heads, head_dim: shape.head_dim };
     let mut cache = case.backend.cache(kind, 9).expect("a cache");
-    let table = shape.rope.as_ref().map(|r| case.backend.rope_table(r, 96).expect("a table"));
-    let vectors =
-        norms.map(|(q, k)| (case.backend.vector(q).expect("a norm"), case.backend.vector(k).expect("a norm")));
-    let norms = vectors.as_ref().map(|(q, k)| (q, k, EPS));
+    let held = Held::new(case, shape, extras);
     // Whoever looks at a slot before it is written meets a NaN.
     let spoilt = batch((0..3).map(|s| chunk(s * 96, 96, 0, s)).collect());
     let meta = case.backend.meta(&spoilt).expect("meta");
     let mut nan = case.buffer(&vec![f32::NAN; 288 * width], width, Kind::Full);
-    case.backend.grouped_prepare(shape, &mut nan, norms, table.as_ref(), &meta, &mut cache).expect("NaNs written");
+    held.prepare(case, (shape, extras), &mut nan, (&meta, 288), &mut cache);
 
+    let per_head = PerHead { slopes: held.per_head.slopes.as_ref(), sinks: held.per_head.sinks.as_ref() };
     let mut answers = [const { Vec::new() }; 3];
     let out_width = shape.heads * shape.head_dim;
     for step in schedule {
@@ -103,9 +201,9 @@ fn run_grouped<B: Backend>(
         let n = rows.len() / width;
         let meta = case.backend.meta(&batch(spans)).expect("meta");
         let mut qkv = case.buffer(&rows, width, Kind::Full);
-        case.backend.grouped_prepare(shape, &mut qkv, norms, table.as_ref(), &meta, &mut cache).expect("prepared");
+        held.prepare(case, (shape, extras), &mut qkv, (&meta, n), &mut cache);
         let mut out = case.empty(n, out_width, Kind::Input);
-        case.backend.grouped_attention(shape, &qkv, &meta, &cache, &mut out).expect("attention");
+        case.backend.grouped_attention(shape, &qkv, per_head, &meta, &cache, &mut out).expect("attention");
         let got = case.read(&mut out, n);
         let mut row = 0;
         for (sequence, _, count) in step {
@@ -114,6 +212,37 @@ fn run_grouped<B: Backend>(
         }
     }
     answers
+}
+
+/// Ranks that hold some heads each write their columns; added, these are the columns of one rank that holds all.
+pub fn squares<B: Backend>(case: &mut Case<B>) {
+    let (n, heads, kv_heads, dim) = (5, 6, 2, 20);
+    let all = shape(heads, kv_heads, dim, Span::Full, None);
+    let width = (heads + 2 * kv_heads) * dim;
+    let values = case.random.values(n * width);
+    let qkv = case.buffer(&values, width, Kind::Full);
+    let mut out = case.buffer(&vec![f32::NAN; n * 8], 8, Kind::Full);
+    case.backend.head_squares(&all, &qkv, (0, Some(heads)), n, &mut out).expect("squares");
+    let want = case.read(&mut out, n);
+    for (at, square) in want.iter().enumerate() {
+        let x = &values[at / 8 * width + at % 8 * dim..][..dim];
+        let sum: f64 = x.iter().map(|v| f64::from(*v).powi(2)).sum();
+        near("a head's squares", *square, sum, sum * 1e-6);
+    }
+    // Four ranks: two share each key head, and the first of them counts it.
+    let mut sums = vec![0.0f32; n * 8];
+    for (first, count, key) in [(0, 2, 0), (2, 1, 0), (3, 2, 1), (5, 1, 1)] {
+        let part = shape(count, 1, dim, Span::Full, None);
+        let rows = values.chunks_exact(width).flat_map(|row| {
+            let key_at = (heads + key) * dim;
+            [&row[first * dim..(first + count) * dim], &row[key_at..key_at + dim], &row[..dim]].concat()
+        });
+        let qkv = case.buffer(&rows.collect::<Vec<_>>(), (count + 2) * dim, Kind::Full);
+        let counts = (first == 3 * key).then_some(heads + key);
+        case.backend.head_squares(&part, &qkv, (first, counts), n, &mut out).expect("squares");
+        sums.iter_mut().zip(case.read(&mut out, n)).for_each(|(sum, part)| *sum += part);
+    }
+    same_bits("squares of ranks", &sums, &want);
 }
 
 fn normed(x: &mut [f64], weight: &[f32], eps: f32) {
@@ -148,19 +277,41 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-fn naive_grouped<B: Backend>(case: &Case<B>, shape: &GroupedShape, inputs: &[f32], norms: Option<&Norms>, got: &[f32]) {
+/// Query or key head `head` of one row, made ready.
+fn ready(shape: &GroupedShape, extras: &Extras, row: &[f32], position: usize, head: usize) -> Vec<f64> {
+    let (dim, query) = (shape.head_dim, head < shape.heads);
+    let mut x = wide(&row[head * dim..][..dim]);
+    match &extras.norm {
+        Norms::Heads(q, k) => normed(&mut x, if query { q } else { k }, EPS),
+        Norms::Whole(q, k) => {
+            let (first, heads, weight) = if query { (0, shape.heads, q) } else { (shape.heads, shape.kv_heads, k) };
+            let mut all = wide(&row[first * dim..][..heads * dim]);
+            normed(&mut all, weight, EPS);
+            x = all[(head - first) * dim..][..dim].to_vec();
+        }
+        Norms::None | Norms::Rotated => {}
+    }
+    if let Some(rope) = &shape.rope {
+        turned(&mut x, rope, position);
+    }
+    if let Norms::Rotated = extras.norm {
+        normed(&mut x, &vec![1.0; dim], EPS);
+    }
+    if let Some(scales) = extras.scales.as_ref().filter(|_| query) {
+        x.iter_mut().for_each(|v| *v *= f64::from(scales[position]));
+    }
+    x
+}
+
+fn naive_grouped<B: Backend>(case: &Case<B>, shape: &GroupedShape, inputs: &[f32], extras: &Extras, got: &[f32]) {
     let (dim, width) = (shape.head_dim, (shape.heads + 2 * shape.kv_heads) * shape.head_dim);
-    let ready = |position: usize, head: usize| {
-        let mut x = wide(&inputs[position * width + head * dim..][..dim]);
-        if let Some((q, k)) = norms {
-            normed(&mut x, if head < shape.heads { q } else { k }, EPS);
-        }
-        if let Some(rope) = &shape.rope {
-            turned(&mut x, rope, position);
-        }
-        x
-    };
-    for position in 0..inputs.len() / width {
+    let rows: Vec<&[f32]> = inputs.chunks_exact(width).collect();
+    let keys: Vec<Vec<Vec<f64>>> = rows
+        .iter()
+        .enumerate()
+        .map(|(p, row)| (0..shape.kv_heads).map(|kv| ready(shape, extras, row, p, shape.heads + kv)).collect())
+        .collect();
+    for position in 0..rows.len() {
         let from = match shape.span {
             Span::Full => 0,
             Span::Window(window) => (position + 1).saturating_sub(window),
@@ -168,11 +319,18 @@ fn naive_grouped<B: Backend>(case: &Case<B>, shape: &GroupedShape, inputs: &[f32
         };
         for head in 0..shape.heads {
             let kv = head / (shape.heads / shape.kv_heads);
-            let q = ready(position, head);
-            let scores: Vec<f64> =
-                (from..=position).map(|p| dot(&q, &ready(p, shape.heads + kv)) * f64::from(shape.scale)).collect();
-            let value = |p: usize| wide(&inputs[p * width + (shape.heads + shape.kv_heads + kv) * dim..][..dim]);
-            let want = mean(&scores, &(from..=position).map(value).collect::<Vec<_>>());
+            let q = ready(shape, extras, rows[position], position, head);
+            let slope = extras.per_head.slopes.as_ref().map_or(0.0, |each| f64::from(each[head]));
+            let mut scores: Vec<f64> = (from..=position)
+                .map(|p| dot(&q, &keys[p][kv]) * f64::from(shape.scale) - slope * (position - p) as f64)
+                .collect();
+            let value = |p: usize| wide(&rows[p][(shape.heads + shape.kv_heads + kv) * dim..][..dim]);
+            let mut values: Vec<Vec<f64>> = (from..=position).map(value).collect();
+            if let Some(sinks) = &extras.per_head.sinks {
+                scores.push(f64::from(sinks[head]));
+                values.push(vec![0.0; dim]);
+            }
+            let want = mean(&scores, &values);
             for (c, want) in want.iter().enumerate() {
                 let at = (position * shape.heads + head) * dim + c;
                 near(&format!("{shape:?} position {position}"), got[at], *want, 8.0 * case.unit() + 2e-5);
@@ -186,10 +344,13 @@ struct LatentWeights {
     absorb: Vec<Vec<f32>>,
     expand: Vec<Vec<f32>>,
     norm: Vec<f32>,
+    /// Of queries, by position.
+    scales: Option<Vec<f32>>,
 }
 
 pub fn latent<B: Backend>(case: &mut Case<B>) {
-    for (heads, kv_rank, nope_dim, rope_dim, value_dim) in [(1, 12, 6, 4, 5), (4, 32, 16, 8, 16), (20, 70, 24, 16, 40)]
+    for (heads, kv_rank, nope_dim, rope_dim, value_dim, scaled) in
+        [(1, 12, 6, 4, 5, false), (4, 32, 16, 8, 16, true), (20, 70, 24, 16, 40, false)]
     {
         let scale = 1.0 / ((nope_dim + rope_dim) as f32).sqrt();
         let rope = rope(rope_dim, Layout::Interleaved);
@@ -205,7 +366,8 @@ pub fn latent<B: Backend>(case: &mut Case<B>) {
             (0..heads).map(one).collect()
         };
         let (absorb, expand) = (weights(kv_rank, nope_dim), weights(value_dim, kv_rank));
-        let weights = LatentWeights { absorb, expand, norm: case.random.values(kv_rank) };
+        let scales = scaled.then(|| (0..96).map(|p| 1.0 + 0.1 * (1.0 + (p / 8) as f32).ln()).collect());
+        let weights = LatentWeights { absorb, expand, norm: case.random.values(kv_rank), scales };
         let answers: Vec<_> =
             schedules(lengths).iter().map(|s| run_latent(case, &shape, &inputs, &weights, s)).collect();
         for sequence in 0..3 {
@@ -227,7 +389,10 @@ fn run_latent<B: Backend>(
     let kind = CacheKind::Latent { kv_rank: shape.kv_rank, rope_dim: shape.rope_dim };
     let mut cache = case.backend.cache(kind, 9).expect("a cache");
     let table = case.backend.rope_table(&shape.rope, 96).expect("a table");
-    let norm = case.backend.vector(&weights.norm).expect("a norm");
+    let weight = case.backend.vector(&weights.norm).expect("a norm");
+    let norm = NormWeights { norm: Norm::rms(EPS), weight, bias: None };
+    let scales = weights.scales.as_ref().map(|v| case.backend.vector(v).expect("a vector"));
+    let scales = scales.as_ref();
     let pack = |case: &Case<B>, w: &[Vec<f32>], rows, cols| -> Vec<B::Matrix> {
         w.iter().map(|w| case.backend.matrix_f32(w, rows, cols, 1).expect("a matrix")).collect()
     };
@@ -240,7 +405,7 @@ fn run_latent<B: Backend>(
     );
     let prepared = "prepared";
     case.backend
-        .latent_prepare(shape, &mut nan.0, &mut nan.1, (&norm, EPS), &table, &meta, &mut cache)
+        .latent_prepare(shape, &mut nan.0, &mut nan.1, &norm, &table, scales, &meta, &mut cache)
         .expect(prepared);
 
     let mut answers = [const { Vec::new() }; 3];
@@ -255,7 +420,7 @@ fn run_latent<B: Backend>(
         let n = kv.len() / widths.1;
         let meta = case.backend.meta(&batch(spans)).expect("meta");
         let (mut q, mut kv) = (case.buffer(&q, widths.0, Kind::Full), case.buffer(&kv, widths.1, Kind::Full));
-        case.backend.latent_prepare(shape, &mut q, &mut kv, (&norm, EPS), &table, &meta, &mut cache).expect(prepared);
+        case.backend.latent_prepare(shape, &mut q, &mut kv, &norm, &table, scales, &meta, &mut cache).expect(prepared);
         let mut out = case.empty(n, out_width, Kind::Input);
         case.backend.latent_attention(shape, &q, &absorb, &expand, &meta, &cache, &mut out).expect("attention");
         let got = case.read(&mut out, n);
@@ -290,6 +455,9 @@ fn naive_latent<B: Backend>(
         for head in 0..shape.heads {
             let mut q = wide(&queries[(position * shape.heads + head) * head_dim..][..head_dim]);
             turned(&mut q[shape.nope_dim..], &shape.rope, position);
+            if let Some(scales) = &weights.scales {
+                q.iter_mut().for_each(|v| *v *= f64::from(scales[position]));
+            }
             let mut absorbed = times(&weights.absorb[head], &q[..shape.nope_dim]);
             absorbed.extend_from_slice(&q[shape.nope_dim..]);
             let scores: Vec<f64> =

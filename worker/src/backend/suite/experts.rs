@@ -10,10 +10,13 @@ fn router(score: Score, groups: Option<ExpertGroups>, renormalise: bool) -> Rout
 
 pub fn route<B: Backend>(case: &mut Case<B>) {
     let groups = Some(ExpertGroups { count: 8, kept: 3 });
+    let mistral4 = Some(ExpertGroups { count: 4, kept: 2 });
     for (experts, active, router) in [
         (8, 2, router(Score::Softmax, None, true)),
         (60, 4, router(Score::Softmax, None, false)),
         (64, 6, router(Score::Sigmoid, groups, true)),
+        (16, 4, router(Score::Softmax, mistral4, true)),
+        (16, 1, router(Score::Sigmoid, None, false)),
         (24, 3, router(Score::Sigmoid, None, true)),
     ] {
         let n = 40;
@@ -42,6 +45,11 @@ pub fn route<B: Backend>(case: &mut Case<B>) {
     let plain = Router { correction_bias: false, ..router(Score::Softmax, None, true) };
     let got = case.backend.route(&ties, &plain, 5, None, 1).expect("a choice");
     assert_eq!(got.ids, [1, 2, 4, 5, 0], "ties go to the lower id");
+    // All of these gates are open as wide as f32 can tell.
+    let open = case.buffer(&[40.0, 90.0, 30.0, 50.0], 4, Kind::Full);
+    let plain = Router::plain(Score::Sigmoid, false);
+    let got = case.backend.route(&open, &plain, 2, None, 1).expect("a choice");
+    assert_eq!((got.ids, got.weights), (vec![1, 3], vec![1.0; 2]), "logits decide where scores can't");
 }
 
 /// The reference, in f64.
@@ -116,6 +124,39 @@ pub fn multiply<B: Backend>(case: &mut Case<B>) {
                 case.backend.matmul(&input, &matrices[expert], None, 1, &mut one).expect("a product");
                 let want = case.read(&mut one, 1);
                 same_bits("an expert's product", &picked[pair * outputs..][..outputs], &want);
+            }
+        }
+    }
+}
+
+/// Inputs by their routing weights, and biases by expert.
+pub fn weigh_and_bias<B: Backend>(case: &mut Case<B>) {
+    for (n, experts, cols) in [(1, 2, 5), (9, 6, 70), (40, 4, 256)] {
+        let grouping = grouping(case, n, experts);
+        let pairs = grouping.rows.len();
+        let x = case.random.values(n * cols);
+        let (input, rounded) = (case.buffer(&x, cols, Kind::Input), case.rounded(&x));
+        let mut out = case.empty(pairs.max(1), cols, Kind::Input);
+        case.backend.weigh_rows(&input, &grouping, &mut out).expect("weighed rows");
+        let got = case.read(&mut out, pairs);
+        let products = (0..pairs * cols).map(|i| {
+            let (pair, column) = (i / cols, i % cols);
+            grouping.weights[pair] * rounded[grouping.rows[pair] as usize * cols + column]
+        });
+        let products = case.rounded(&products.collect::<Vec<_>>());
+        same_bits("weighed rows", &got, &products);
+
+        let biases: Vec<Vec<f32>> = (0..experts).map(|_| case.random.values(cols)).collect();
+        let vectors: Vec<B::Vector> = biases.iter().map(|b| case.backend.vector(b).expect("a vector")).collect();
+        let y = case.random.values(pairs.max(1) * cols);
+        let mut sums = case.buffer(&y, cols, Kind::Full);
+        case.backend.add_expert_bias(&mut sums, &vectors, &grouping).expect("sums");
+        let got = case.read(&mut sums, pairs);
+        for (expert, bias) in biases.iter().enumerate() {
+            for pair in grouping.offsets[expert] as usize..grouping.offsets[expert + 1] as usize {
+                let y = &y[pair * cols..][..cols];
+                let want: Vec<f32> = y.iter().zip(bias).map(|(y, b)| y + b).collect();
+                same_bits("an expert's bias", &got[pair * cols..][..cols], &want);
             }
         }
     }

@@ -24,11 +24,14 @@ pub fn run<B: Backend>(dtype: Dtype, make: &mut dyn FnMut() -> B) -> Transcript 
         rows::formats(&mut case);
         rows::embed(&mut case);
         rows::norms(&mut case);
-        rows::sums_and_activations(&mut case);
+        rows::sums(&mut case);
+        rows::activations(&mut case);
+        attention::squares(&mut case);
         attention::grouped(&mut case);
         attention::latent(&mut case);
         experts::route(&mut case);
         experts::multiply(&mut case);
+        experts::weigh_and_bias(&mut case);
         experts::combine(&mut case);
         *transcript = case.transcript;
     }

@@ -1,10 +1,10 @@
 //! Multiplications, norms, sums and activations.
 
 use super::{Case, near, product, same_bits, view};
-use crate::backend::{Backend, Kind, MatrixView};
+use crate::backend::{Backend, Kind, MatrixView, NormWeights};
 use half::{bf16, f16};
 use model::quant::Format;
-use model::spec::Activation;
+use model::spec::{Activation, Norm, NormForm};
 
 pub fn matmul<B: Backend>(case: &mut Case<B>) {
     for (n, out, inputs, segments) in [
@@ -137,30 +137,52 @@ pub fn embed<B: Backend>(case: &mut Case<B>) {
 }
 
 pub fn norms<B: Backend>(case: &mut Case<B>) {
-    for (n, cols, first, width) in [(1, 1, 0, 1), (3, 40, 0, 40), (4, 100, 7, 64), (2, 300, 17, 33), (5, 256, 0, 256)] {
-        let x = case.random.values(n * cols);
-        let weight = case.random.values(width);
-        let vector = case.backend.vector(&weight).expect("a vector");
-        let input = case.buffer(&x, cols, Kind::Full);
-        let mut out = case.empty(n, width, Kind::Input);
-        case.backend.norm_columns(&input, first, &vector, 1e-5, n, &mut out).expect("norms");
-        let all = case.read(&mut out, n);
+    const EPS: f32 = 1e-5;
+    for (n, width, form) in [
+        (1, 1, NormForm::Rms),
+        (3, 40, NormForm::Rms),
+        (4, 64, NormForm::Rms),
+        (2, 33, NormForm::Rms),
+        (5, 256, NormForm::Rms),
+        (3, 15, NormForm::Layer),
+        (4, 64, NormForm::Layer),
+        (2, 100, NormForm::Layer),
+        (1, 1, NormForm::Layer),
+    ] {
+        // A mean far from zero, which a single pass over squares would lose.
+        let centre = if form == NormForm::Layer { 30.0 } else { 0.0 };
+        let x: Vec<f32> = case.random.values(n * width).iter().map(|v| v + centre).collect();
+        let (weight, bias) = (case.random.values(width), case.random.values(width));
+        let vector = |values: &[f32]| case.backend.vector(values).expect("a vector");
+        let bias_vector = (form == NormForm::Layer).then(|| vector(&bias));
+        let norm = NormWeights { norm: Norm { eps: EPS, form }, weight: vector(&weight), bias: bias_vector };
+        let input = case.buffer(&x, width, Kind::Full);
+        let (mut out, mut full) = (case.empty(n, width, Kind::Input), case.empty(n, width, Kind::Full));
+        case.backend.norm(&input, &norm, n, &mut out).expect("norms");
+        case.backend.norm(&input, &norm, n, &mut full).expect("norms");
+        let (all, full) = (case.read(&mut out, n), case.read(&mut full, n));
+        same_bits("a norm is rounded once", &all, &case.rounded(&full));
         for row in 0..n {
-            let x = &x[row * cols + first..][..width];
-            let mean = x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / width as f64;
+            let x = &x[row * width..][..width];
+            let mean = |f: &dyn Fn(f64) -> f64| x.iter().map(|v| f(f64::from(*v))).sum::<f64>() / width as f64;
+            let centre = if form == NormForm::Layer { mean(&|v| v) } else { 0.0 };
+            let deviation = (mean(&|v| (v - centre).powi(2)) + f64::from(EPS)).sqrt();
             for i in 0..width {
-                let want = f64::from(x[i]) / (mean + 1e-5).sqrt() * f64::from(weight[i]);
-                near("norm", all[row * width + i], want, want.abs() * (case.unit() + 4e-6));
+                let plain = (f64::from(x[i]) - centre) / deviation * f64::from(weight[i]);
+                let want = if form == NormForm::Layer { plain + f64::from(bias[i]) } else { plain };
+                // What the mean loses by its rounding is an absolute error of each value.
+                let lost = centre.abs() * 1e-6 / deviation * f64::from(weight[i].abs());
+                near("norm", full[row * width + i], want, (plain.abs() + want.abs()) * 4e-6 + lost);
             }
             let alone = case.buffer(x, width, Kind::Full);
-            case.backend.norm(&alone, &vector, 1e-5, 1, &mut out).expect("a norm");
+            case.backend.norm(&alone, &norm, 1, &mut out).expect("a norm");
             let alone = case.read(&mut out, 1);
             same_bits("a norm alone", &alone, &all[row * width..][..width]);
         }
     }
 }
 
-pub fn sums_and_activations<B: Backend>(case: &mut Case<B>) {
+pub fn sums<B: Backend>(case: &mut Case<B>) {
     for (n, cols) in [(1, 3), (4, 48), (3, 70)] {
         let (x, y, bias) = (case.random.values(n * cols), case.random.values(n * cols), case.random.values(cols));
         let vector = case.backend.vector(&bias).expect("a vector");
@@ -173,21 +195,69 @@ pub fn sums_and_activations<B: Backend>(case: &mut Case<B>) {
             .collect();
         same_bits("add", &got, &want);
 
-        let gates: Vec<f32> = case.random.values(n * 2 * cols).iter().map(|v| v * 6.0).collect();
-        let input = case.buffer(&gates, 2 * cols, Kind::Full);
-        let mut out = case.empty(n, cols, Kind::Input);
-        case.backend.activate(&input, Activation::Silu, n, &mut out).expect("activations");
-        let got = case.read(&mut out, n);
-        for (i, got) in got.iter().enumerate() {
-            let at = i / cols * 2 * cols + i % cols;
-            let (gate, up) = (f64::from(gates[at]), f64::from(gates[at + cols]));
-            let want = gate / (1.0 + (-gate).exp()) * up;
-            near("silu", *got, want, want.abs() * (case.unit() + 1e-6) + 1e-30);
-        }
-
         let mut chosen = case.empty(2, cols, Kind::Full);
         case.backend.select(&sum, &[n as u32 - 1, 0], &mut chosen).expect("rows");
         let (got, sum) = (case.read(&mut chosen, 2), case.read(&mut sum, n));
         same_bits("select", &got, &[&sum[(n - 1) * cols..], &sum[..cols]].concat());
+    }
+}
+
+const CLAMPED: Activation = Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 };
+
+/// What an activation makes of one gate and one up, or of a value without a gate.
+fn activated(activation: Activation, gate: f64, up: Option<f64>) -> f64 {
+    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+    match activation {
+        Activation::Silu => gate * sigmoid(gate) * up.unwrap_or(1.0),
+        Activation::GeluTanh => {
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (gate + 0.044715 * gate.powi(3));
+            // 1 + tanh(u), without what it loses near -1.
+            gate / 2.0 * (2.0 * sigmoid(2.0 * inner)) * up.unwrap_or(1.0)
+        }
+        Activation::ClampedSwiglu { alpha, limit } => {
+            let (gate, limit) = (gate.min(f64::from(limit)), f64::from(limit));
+            gate * sigmoid(f64::from(alpha) * gate) * (up.unwrap_or(0.0).clamp(-limit, limit) + 1.0)
+        }
+    }
+}
+
+pub fn activations<B: Backend>(case: &mut Case<B>) {
+    for (n, cols) in [(1, 3), (4, 48), (3, 70)] {
+        let mut x: Vec<f32> = case.random.values(n * 2 * cols).iter().map(|v| v * 6.0).collect();
+        // Far out, and as near to zero as can be.
+        let special = [0.0, -0.0, 60.0, -60.0, 1e20, -1e20, 3e38, -3e38, 1e-38, -1e-42];
+        let most = special.len().min(cols);
+        x[..most].copy_from_slice(&special[..most]);
+        for (activation, gated) in [
+            (Activation::Silu, true),
+            (Activation::GeluTanh, true),
+            (CLAMPED, true),
+            (Activation::Silu, false),
+            (Activation::GeluTanh, false),
+        ] {
+            let (width, n) = if gated { (2 * cols, n) } else { (cols, 2 * n) };
+            let input = case.buffer(&x, width, Kind::Full);
+            let mut out = case.empty(n, cols, Kind::Input);
+            case.backend.activate(&input, activation, n, &mut out).expect("activations");
+            let all = case.read(&mut out, n);
+            for (i, got) in all.iter().enumerate() {
+                let at = i / cols * width + i % cols;
+                let (gate, up) = (f64::from(x[at]), gated.then(|| f64::from(x[at + cols])));
+                let want = activated(activation, gate, up);
+                if want.abs() > f64::from(f32::MAX) {
+                    assert!(got.is_infinite() && (*got > 0.0) == (want > 0.0), "{activation:?} of {gate}: {got}");
+                } else {
+                    // An exponential's large argument has a large last place. It ends at e^-87, below which a gate is
+                    // taken for closed.
+                    let closed = gate.abs() * up.unwrap_or(1.0).abs().max(1.0) * 2e-38;
+                    let allowed = want.abs() * (case.unit() + 2e-5) + closed + 1e-30;
+                    near(&format!("{activation:?} of {gate} and {up:?}"), *got, want, allowed);
+                }
+            }
+            let alone = case.buffer(&x[(n - 1) * width..][..width], width, Kind::Full);
+            case.backend.activate(&alone, activation, 1, &mut out).expect("activations");
+            let alone = case.read(&mut out, 1);
+            same_bits("an activation alone", &alone, &all[(n - 1) * cols..]);
+        }
     }
 }

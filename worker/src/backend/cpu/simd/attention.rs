@@ -90,6 +90,20 @@ impl Running {
     pub fn inverse(&self, answer: usize) -> f32 {
         1.0 / self.total[answer]
     }
+
+    /// Takes in a last position without a value, whose score `sinks` has for each answer, and returns what the answers
+    /// are multiplied by in the end.
+    ///
+    /// # Safety
+    /// As [`Lanes`].
+    #[inline(always)]
+    pub unsafe fn sink<L: Lanes>(&mut self, sinks: &[f32]) -> [f32; LANES] {
+        let (mut most, mut total) = ([LOWEST; LANES], [0.0; LANES]);
+        most[..sinks.len()].copy_from_slice(sinks);
+        total[..sinks.len()].fill(1.0);
+        unsafe { self.merge::<L>(&most, &total) };
+        std::array::from_fn(|answer| self.old_scale[answer] / self.total[answer])
+    }
 }
 
 /// Adds the span's outputs for `queries` queries and positions `at` to their running answers.

@@ -9,13 +9,12 @@
 use super::attention::{Answers, LOWEST, QUERIES, Running, Values, WIDTH_MAX, Weights, apply};
 use super::lanes::{Element, Kernel, LANES, Lanes};
 use super::pool::Pool;
-use super::rows::{NormInPlace, Positions, Rotate};
+use super::rows::Positions;
 use super::{Level, math, shared::Shared};
-use crate::backend::GroupedShape;
 use crate::backend::cpu::meta::Meta;
+use crate::backend::{GroupedShape, PerHead};
 use crate::engine::batch::Sequence;
 use model::plan::BLOCK_TOKENS;
-use model::rope::Table;
 use model::spec::Span;
 use model::step::BlockId;
 use std::mem::MaybeUninit;
@@ -30,7 +29,7 @@ pub struct Layout {
 
 impl Layout {
     /// Elements of a value row.
-    fn value_stride(&self) -> usize {
+    pub(super) fn value_stride(&self) -> usize {
         self.head_dim.next_multiple_of(LANES)
     }
 
@@ -43,49 +42,12 @@ impl Layout {
     }
 
     /// First element of a head's keys; its values follow.
-    fn head_start(&self, block: BlockId, head: usize) -> usize {
+    pub(super) fn head_start(&self, block: BlockId, head: usize) -> usize {
         block.0 as usize * self.block_elements() + head * self.head_elements()
     }
 
-    fn values_start(&self, block: BlockId, head: usize) -> usize {
+    pub(super) fn values_start(&self, block: BlockId, head: usize) -> usize {
         self.head_start(block, head) + BLOCK_TOKENS * self.head_dim
-    }
-}
-
-/// Writes one position's keys and values of one head.
-pub struct Write<'a, T> {
-    pub layout: Layout,
-    pub cache: &'a Shared<'a, T>,
-    pub block: BlockId,
-    pub slot: usize,
-    pub head: usize,
-    pub key: &'a [f32],
-    pub value: &'a [f32],
-}
-
-impl<T: Element> Kernel for Write<'_, T> {
-    type Output = ();
-    #[inline(always)]
-    fn run<L: Lanes>(self) {
-        let dim = self.layout.head_dim;
-        assert!(self.key.len() == dim && self.value.len() == dim && self.slot < BLOCK_TOKENS && dim <= WIDTH_MAX);
-        let keys = self.layout.head_start(self.block, self.head);
-        let values = self.layout.values_start(self.block, self.head) + self.slot * self.layout.value_stride();
-        assert!(self.head < self.layout.kv_heads && values + dim <= self.cache.len());
-        let mut rounded = [T::default(); WIDTH_MAX];
-        for i in (0..dim).step_by(LANES) {
-            // SAFETY: below `dim`, which both ends hold; a (slot, head) belongs to one row and so to one task.
-            unsafe {
-                let n = dim - i;
-                T::store_up_to::<L>(rounded.as_mut_ptr().add(i), f32::load_up_to::<L>(self.key.as_ptr().add(i), n), n);
-                let v = f32::load_up_to::<L>(self.value.as_ptr().add(i), n);
-                T::store_up_to::<L>(self.cache.pointer().add(values + i), v, n);
-            }
-        }
-        for (channel, key) in rounded[..dim].iter().enumerate() {
-            // SAFETY: inside the head's keys.
-            unsafe { *self.cache.pointer().add(keys + channel * BLOCK_TOKENS + self.slot) = *key };
-        }
     }
 }
 
@@ -100,6 +62,9 @@ pub struct Attend<'a, T> {
     /// The positions each query sees.
     pub sees: &'a [Range<usize>],
     pub scale: f32,
+    /// Each query's slope and sink; empty where attention has none.
+    pub slopes: &'a [f32],
+    pub sinks: &'a [f32],
     /// Where each query's `head_dim` outputs go.
     pub outputs: &'a [*mut T],
 }
@@ -110,6 +75,7 @@ impl<T: Element> Kernel for Attend<'_, T> {
     fn run<L: Lanes>(self) {
         let (count, dim) = (self.queries.len(), self.layout.head_dim);
         assert!(count <= QUERIES && count == self.sees.len() && count == self.outputs.len() && dim <= WIDTH_MAX);
+        assert!([self.slopes, self.sinks].iter().all(|each| each.is_empty() || each.len() == count));
         let stride = self.layout.value_stride();
         let mut outputs = MaybeUninit::<[f32; QUERIES * WIDTH_MAX]>::uninit();
         let outputs = outputs.as_mut_ptr().cast::<f32>();
@@ -122,8 +88,14 @@ impl<T: Element> Kernel for Attend<'_, T> {
             for span in first..end {
                 self.span::<L>(span, &mut running, outputs);
             }
+            let mut inverses = [0.0; LANES];
+            if self.sinks.is_empty() {
+                (0..count).for_each(|q| inverses[q] = running.inverse(q));
+            } else {
+                inverses = running.sink::<L>(self.sinks);
+            }
             for q in 0..count {
-                let inverse = L::splat(running.inverse(q));
+                let inverse = L::splat(inverses[q]);
                 for i in (0..dim).step_by(LANES) {
                     let v = L::mul(L::load(outputs.add(q * stride + i)), inverse);
                     T::store_up_to::<L>(self.outputs[q].add(i), v, dim - i);
@@ -153,7 +125,9 @@ impl<T: Element> Attend<'_, T> {
                 let to = self.sees[q].end.min(start + BLOCK_TOKENS);
                 if from < to {
                     seen[q] = from - start..to - start;
-                    (most[q], total[q]) = self.weigh::<L>(&mut weights[q], seen[q].clone());
+                    // The query stands at the last position it sees.
+                    let slope = self.slopes.get(q).map(|slope| (*slope, self.sees[q].end - 1 - start));
+                    (most[q], total[q]) = self.weigh::<L>(&mut weights[q], seen[q].clone(), slope);
                 }
             }
             running.merge::<L>(&most, &total);
@@ -221,9 +195,15 @@ impl<T: Element> Attend<'_, T> {
         Q
     }
 
-    /// Products to weights of the positions seen, zero elsewhere; returns the span's maximum and sum.
+    /// Products to weights of the positions seen, zero elsewhere; returns the span's maximum and sum. A slope comes with
+    /// the query's own position from the span's start on.
     #[inline(always)]
-    unsafe fn weigh<L: Lanes>(&self, p: &mut [f32; BLOCK_TOKENS], seen: Range<usize>) -> (f32, f32) {
+    unsafe fn weigh<L: Lanes>(
+        &self,
+        p: &mut [f32; BLOCK_TOKENS],
+        seen: Range<usize>,
+        slope: Option<(f32, usize)>,
+    ) -> (f32, f32) {
         unsafe {
             let (from, to) = (L::splat(seen.start as f32), L::splat(seen.end as f32));
             let lanes = [Positions::<L>::first(), L::add(Positions::<L>::first(), L::splat(LANES as f32))];
@@ -231,8 +211,14 @@ impl<T: Element> Attend<'_, T> {
                 L::select_less(lane, from, other, L::select_less(lane, to, v, other))
             };
             let (scale, none, zero) = (L::splat(self.scale), L::splat(f32::NEG_INFINITY), L::splat(0.0));
-            let low = only(lanes[0], L::mul(L::load(p.as_ptr()), scale), none);
-            let high = only(lanes[1], L::mul(L::load(p.as_ptr().add(LANES)), scale), none);
+            let mut low = L::mul(L::load(p.as_ptr()), scale);
+            let mut high = L::mul(L::load(p.as_ptr().add(LANES)), scale);
+            if let Some((slope, own)) = slope {
+                let (slope, own) = (L::splat(slope), L::splat(own as f32));
+                low = L::fma(slope, L::sub(lanes[0], own), low);
+                high = L::fma(slope, L::sub(lanes[1], own), high);
+            }
+            let (low, high) = (only(lanes[0], low, none), only(lanes[1], high, none));
             let most = L::greatest(L::max(low, high));
             let low = only(lanes[0], math::exp::<L>(L::sub(low, L::splat(most))), zero);
             let high = only(lanes[1], math::exp::<L>(L::sub(high, L::splat(most))), zero);
@@ -253,7 +239,7 @@ pub struct Step<'a> {
 }
 
 impl Step<'_> {
-    fn layout(&self) -> Layout {
+    pub(super) fn layout(&self) -> Layout {
         Layout { kv_heads: self.shape.kv_heads, head_dim: self.shape.head_dim }
     }
 
@@ -262,40 +248,15 @@ impl Step<'_> {
         (self.shape.heads + 2 * self.shape.kv_heads) * self.shape.head_dim
     }
 
-    /// Norms and rotates queries and keys of `qkv`, and writes keys and values.
-    pub fn prepare<T: Element>(
-        &self,
-        qkv: &mut [f32],
-        norms: Option<(&[f32], &[f32], f32)>,
-        rope: Option<&Table>,
-        cache: &mut [T],
-    ) {
-        let (shape, dim) = (self.shape, self.shape.head_dim);
-        let cache = Shared::new(cache);
-        self.pool.rows(qkv, self.width(), self.meta.rows.len(), 4, &|index, row| {
-            let at = self.meta.rows[index];
-            let (queries_keys, values) = row.split_at_mut((shape.heads + shape.kv_heads) * dim);
-            for (head, x) in queries_keys.chunks_exact_mut(dim).enumerate() {
-                if let Some((query, key, eps)) = norms {
-                    let weight = if head < shape.heads { query } else { key };
-                    self.level.run(NormInPlace { x: &mut *x, weight, eps });
-                }
-                if let (Some(table), Some(rope)) = (rope, &shape.rope) {
-                    let of = at.position * table.pairs..(at.position + 1) * table.pairs;
-                    let (cos, sin) = (&table.cos[of.clone()], &table.sin[of]);
-                    self.level.run(Rotate { x: &mut x[..2 * table.pairs], cos, sin, layout: rope.layout });
-                }
-            }
-            let keys = &queries_keys[shape.heads * dim..];
-            for (head, (key, value)) in keys.chunks_exact(dim).zip(values.chunks_exact(dim)).enumerate() {
-                let (block, slot) = (at.block, at.slot);
-                self.level.run(Write { layout: self.layout(), cache: &cache, block, slot, head, key, value });
-            }
-        });
-    }
-
     /// Attention of prepared queries; `tiles` is memory kept between calls.
-    pub fn attend<T: Element>(&self, qkv: &[f32], cache: &[T], tiles: &mut Vec<u32>, out: &mut [T]) {
+    pub fn attend<T: Element>(
+        &self,
+        qkv: &[f32],
+        per_head: PerHead<&[f32]>,
+        cache: &[T],
+        tiles: &mut Vec<u32>,
+        out: &mut [T],
+    ) {
         let (shape, meta) = (self.shape, self.meta);
         let group = shape.heads / shape.kv_heads;
         let (heads_each, rows_each) = (group.min(QUERIES), (QUERIES / group).max(1));
@@ -318,7 +279,7 @@ impl Step<'_> {
             let rows = sequence.row + first..sequence.row + sequence.rows.min(first + rows_each);
             let start = kv_head * group + head_tile * heads_each;
             let heads = start..(start + heads_each).min((kv_head + 1) * group);
-            self.tile(qkv, cache, sequence, rows, heads, kv_head, &out);
+            self.tile(qkv, per_head, cache, sequence, rows, heads, kv_head, &out);
         });
     }
 
@@ -326,6 +287,7 @@ impl Step<'_> {
     fn tile<T: Element>(
         &self,
         qkv: &[f32],
+        per_head: PerHead<&[f32]>,
         cache: &[T],
         sequence: &Sequence,
         rows: Range<usize>,
@@ -337,6 +299,7 @@ impl Step<'_> {
         let mut queries = [std::ptr::null::<f32>(); QUERIES];
         let mut outputs = [std::ptr::null_mut::<T>(); QUERIES];
         let mut sees: [Range<usize>; QUERIES] = std::array::from_fn(|_| 0..0);
+        let (mut slopes, mut sinks) = ([0.0; QUERIES], [0.0; QUERIES]);
         let mut count = 0;
         for row in rows {
             let end = self.meta.rows[row].position + 1;
@@ -352,6 +315,8 @@ impl Step<'_> {
                 // SAFETY: inside the output; each (row, head) belongs to one task.
                 outputs[count] = unsafe { out.pointer().add(at) };
                 sees[count] = start..end;
+                slopes[count] = per_head.slopes.map_or(0.0, |each| each[head]);
+                sinks[count] = per_head.sinks.map_or(0.0, |each| each[head]);
                 count += 1;
             }
         }
@@ -363,6 +328,8 @@ impl Step<'_> {
             queries: &queries[..count],
             sees: &sees[..count],
             scale: self.shape.scale,
+            slopes: if per_head.slopes.is_some() { &slopes[..count] } else { &[] },
+            sinks: if per_head.sinks.is_some() { &sinks[..count] } else { &[] },
             outputs: &outputs[..count],
         });
     }

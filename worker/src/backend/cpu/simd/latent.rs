@@ -5,10 +5,11 @@
 
 use super::attention::{Answers, LOWEST, QUERIES, Running, Values, WIDTH_MAX, Weights, apply};
 use super::lanes::{Element, Kernel, LANES, Lanes};
+use super::norms::NormInPlace;
 use super::pack::Packed;
 use super::panel::{Input, Source, TASK_ROWS, Target, panel};
 use super::pool::Pool;
-use super::rows::{NormInPlace, Rotate, Round};
+use super::rows::{Rotate, Round, Scale};
 use super::{Level, math, shared::Shared};
 use crate::backend::LatentShape;
 use crate::backend::cpu::meta::Meta;
@@ -223,13 +224,14 @@ impl Step<'_> {
         (ROWS * inputs, ROWS * products, ROWS * s.heads.next_multiple_of(LANES) * self.layout().width())
     }
 
-    /// Rotates queries, norms and rotates cached rows, and writes them.
+    /// Rotates and scales queries, norms and rotates cached rows, and writes them.
     pub fn prepare<T: Element>(
         &self,
         q: &mut [f32],
         kv: &mut [f32],
         (weight, eps): (&[f32], f32),
         table: &Table,
+        query_scale: Option<&[f32]>,
         cache: &mut [T],
     ) {
         let (shape, n) = (self.shape, self.meta.rows.len());
@@ -242,6 +244,9 @@ impl Step<'_> {
         self.pool.rows(q, shape.heads * head, n, 4, &|index, row| {
             for x in row.chunks_exact_mut(head) {
                 turn(&mut x[shape.nope_dim..], self.meta.rows[index].position);
+            }
+            if let Some(scales) = query_scale {
+                self.level.run(Scale { x: row, by: scales[self.meta.rows[index].position] });
             }
         });
         let cache = Shared::new(cache);

@@ -3,6 +3,7 @@
 // `Lanes` states the one condition for all of its operations and their users.
 #![allow(clippy::missing_safety_doc)]
 
+pub mod activations;
 pub mod aligned;
 #[cfg(target_arch = "x86_64")]
 pub mod amx;
@@ -16,10 +17,12 @@ pub mod grouped;
 pub mod lanes;
 pub mod latent;
 pub mod math;
+pub mod norms;
 pub mod pack;
 pub mod panel;
 pub mod pool;
 mod portable;
+mod prepare;
 pub mod roof;
 pub mod rows;
 pub mod shared;

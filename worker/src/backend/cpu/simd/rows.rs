@@ -1,62 +1,9 @@
-//! Operations on one row at a time: norms, activations, sums.
+//! Operations on one row at a time: rotations, sums, roundings, scores.
 
 use super::lanes::{Element, Kernel, LANES, Lanes};
 use super::math;
 use model::rope::Layout;
 use std::marker::PhantomData;
-
-/// RMS norm: the sum of squares in sixteen lanes (element i in lane i mod 16), halved; times `weight`, rounded once.
-pub struct Norm<'a, T> {
-    pub x: &'a [f32],
-    pub weight: &'a [f32],
-    pub eps: f32,
-    pub out: &'a mut [T],
-}
-
-impl<T: Element> Kernel for Norm<'_, T> {
-    type Output = ();
-    #[inline(always)]
-    fn run<L: Lanes>(self) {
-        let n = self.x.len();
-        assert!(self.weight.len() == n && self.out.len() == n);
-        // SAFETY: all three hold `n`.
-        unsafe { norm::<L, T>(self.x.as_ptr(), self.weight.as_ptr(), self.eps, n, self.out.as_mut_ptr()) };
-    }
-}
-
-/// The same in place, f32.
-pub struct NormInPlace<'a> {
-    pub x: &'a mut [f32],
-    pub weight: &'a [f32],
-    pub eps: f32,
-}
-
-impl Kernel for NormInPlace<'_> {
-    type Output = ();
-    #[inline(always)]
-    fn run<L: Lanes>(self) {
-        let n = self.x.len();
-        assert!(self.weight.len() == n);
-        // SAFETY: both hold `n`; a vector is read before it is written.
-        unsafe { norm::<L, f32>(self.x.as_ptr(), self.weight.as_ptr(), self.eps, n, self.x.as_mut_ptr()) };
-    }
-}
-
-#[inline(always)]
-unsafe fn norm<L: Lanes, T: Element>(x: *const f32, weight: *const f32, eps: f32, n: usize, out: *mut T) {
-    unsafe {
-        let mut squares = L::splat(0.0);
-        for i in (0..n).step_by(LANES) {
-            let v = f32::load_up_to::<L>(x.add(i), n - i);
-            squares = L::fma(v, v, squares);
-        }
-        let inverse = L::splat(1.0 / (L::sum(squares) / n as f32 + eps).sqrt());
-        for i in (0..n).step_by(LANES) {
-            let v = L::mul(f32::load_up_to::<L>(x.add(i), n - i), inverse);
-            T::store_up_to::<L>(out.add(i), L::mul(v, f32::load_up_to::<L>(weight.add(i), n - i)), n - i);
-        }
-    }
-}
 
 /// Rotates pairs of channels: `(a cos - b sin, b cos + a sin)`, the second product of each rounded first.
 pub struct Rotate<'a> {
@@ -92,31 +39,6 @@ impl Kernel for Rotate<'_> {
                 let s = f32::load_up_to::<L>(self.sin.as_ptr().add(i), n);
                 f32::store_up_to::<L>(x.add(i), L::fma(a, c, L::sub(L::splat(0.0), L::mul(b, s))), n);
                 f32::store_up_to::<L>(x.add(half + i), L::fma(b, c, L::mul(a, s)), n);
-            }
-        }
-    }
-}
-
-/// `out = silu(gate) * up`, rounded once.
-pub struct Silu<'a, T> {
-    pub gate: &'a [f32],
-    pub up: &'a [f32],
-    pub out: &'a mut [T],
-}
-
-impl<T: Element> Kernel for Silu<'_, T> {
-    type Output = ();
-    #[inline(always)]
-    fn run<L: Lanes>(self) {
-        let n = self.out.len();
-        assert!(self.gate.len() == n && self.up.len() == n);
-        for i in (0..n).step_by(LANES) {
-            // SAFETY: below `n`.
-            unsafe {
-                let gate = f32::load_up_to::<L>(self.gate.as_ptr().add(i), n - i);
-                let up = f32::load_up_to::<L>(self.up.as_ptr().add(i), n - i);
-                let v = L::mul(L::mul(gate, math::sigmoid::<L>(gate)), up);
-                T::store_up_to::<L>(self.out.as_mut_ptr().add(i), v, n - i);
             }
         }
     }
@@ -168,6 +90,50 @@ impl Kernel for Weigh<'_> {
                 let acc = self.acc.as_mut_ptr().add(i);
                 let term = L::mul(L::splat(self.weight), f32::load_up_to::<L>(self.y.as_ptr().add(i), n - i));
                 f32::store_up_to::<L>(acc, L::add(f32::load_up_to::<L>(acc, n - i), term), n - i);
+            }
+        }
+    }
+}
+
+/// `x *= by`.
+pub struct Scale<'a> {
+    pub x: &'a mut [f32],
+    pub by: f32,
+}
+
+impl Kernel for Scale<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let n = self.x.len();
+        for i in (0..n).step_by(LANES) {
+            // SAFETY: below `n`.
+            unsafe {
+                let x = self.x.as_mut_ptr().add(i);
+                f32::store_up_to::<L>(x, L::mul(f32::load_up_to::<L>(x, n - i), L::splat(self.by)), n - i);
+            }
+        }
+    }
+}
+
+/// `out = by * x`, rounded once.
+pub struct Scaled<'a, T> {
+    pub x: &'a [T],
+    pub by: f32,
+    pub out: &'a mut [T],
+}
+
+impl<T: Element> Kernel for Scaled<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let n = self.out.len();
+        assert!(self.x.len() == n);
+        for i in (0..n).step_by(LANES) {
+            // SAFETY: below `n`.
+            unsafe {
+                let v = L::mul(T::load_up_to::<L>(self.x.as_ptr().add(i), n - i), L::splat(self.by));
+                T::store_up_to::<L>(self.out.as_mut_ptr().add(i), v, n - i);
             }
         }
     }
