@@ -1,14 +1,14 @@
 //! Query and key heads made ready for [`super::grouped`]: normed, rotated and scaled, keys and values put into the cache.
 
 use super::attention::WIDTH_MAX;
-use super::grouped::{Layout, Step};
+use super::grouped::{self, Step};
 use super::lanes::{Element, Kernel, LANES, Lanes};
 use super::norms::{NormInPlace, Squares, Sum, Weigh, inverse_root};
 use super::rows::{Rotate, Scale};
 use super::shared::Shared;
 use crate::backend::HeadNorm;
 use model::plan::BLOCK_TOKENS;
-use model::rope::Table;
+use model::rope::{Layout, Table};
 use model::step::BlockId;
 
 /// How one row's query or key heads are normed.
@@ -29,6 +29,14 @@ enum One<'a> {
     After {
         eps: f32,
     },
+}
+
+/// One position's rotation.
+#[derive(Clone, Copy)]
+struct Turn<'a> {
+    cos: &'a [f32],
+    sin: &'a [f32],
+    layout: Layout,
 }
 
 impl Step<'_> {
@@ -65,15 +73,15 @@ impl Step<'_> {
             let (queries, rest) = row.split_at_mut(shape.heads * dim);
             let (keys, values) = rest.split_at_mut(shape.kv_heads * dim);
             let [of_queries, of_keys] = self.head_norms(norm, index);
-            for (head, x) in queries.chunks_exact_mut(dim).enumerate() {
-                self.ready(x, head, of_queries, rope, at.position);
-                if let Some(scales) = query_scale {
-                    self.level.run(Scale { x, by: scales[at.position] });
-                }
+            let turn = rope.zip(shape.rope.as_ref()).map(|(table, rope)| {
+                let of = at.position * table.pairs..(at.position + 1) * table.pairs;
+                Turn { cos: &table.cos[of.clone()], sin: &table.sin[of], layout: rope.layout }
+            });
+            self.ready(queries, of_queries, turn);
+            if let Some(scales) = query_scale {
+                self.level.run(Scale { x: queries, by: scales[at.position] });
             }
-            for (head, x) in keys.chunks_exact_mut(dim).enumerate() {
-                self.ready(x, head, of_keys, rope, at.position);
-            }
+            self.ready(keys, of_keys, turn);
             for (head, (key, value)) in keys.chunks_exact(dim).zip(values.chunks_exact(dim)).enumerate() {
                 let (block, slot) = (at.block, at.slot);
                 self.level.run(Write { layout: self.layout(), cache: &cache, block, slot, head, key, value });
@@ -98,30 +106,34 @@ impl Step<'_> {
         }
     }
 
-    /// Norms and rotates one head.
-    fn ready(&self, x: &mut [f32], head: usize, norm: One<'_>, rope: Option<&Table>, position: usize) {
-        match norm {
-            One::Before { weight, eps } => self.level.run(NormInPlace { x: &mut *x, weight, eps }),
-            One::Known { weights, inverse } => {
-                self.level.run(Weigh { inverse, weight: &weights[head * x.len()..][..x.len()], x: &mut *x });
+    /// Norms and rotates each of some heads.
+    fn ready(&self, heads: &mut [f32], norm: One<'_>, turn: Option<Turn<'_>>) {
+        if matches!(norm, One::None) && turn.is_none() {
+            return;
+        }
+        let dim = self.shape.head_dim;
+        for (head, x) in heads.chunks_exact_mut(dim).enumerate() {
+            match norm {
+                One::Before { weight, eps } => self.level.run(NormInPlace { x: &mut *x, weight, eps }),
+                One::Known { weights, inverse } => {
+                    self.level.run(Weigh { x: &mut *x, inverse, weight: &weights[head * dim..][..dim] });
+                }
+                One::None | One::After { .. } => {}
             }
-            One::None | One::After { .. } => {}
-        }
-        if let (Some(table), Some(rope)) = (rope, &self.shape.rope) {
-            let of = position * table.pairs..(position + 1) * table.pairs;
-            let (cos, sin) = (&table.cos[of.clone()], &table.sin[of]);
-            self.level.run(Rotate { x: &mut x[..2 * table.pairs], cos, sin, layout: rope.layout });
-        }
-        if let One::After { eps } = norm {
-            let by = inverse_root(self.level.run(Squares { x: &*x }), x.len(), eps);
-            self.level.run(Scale { x, by });
+            if let Some(Turn { cos, sin, layout }) = turn {
+                self.level.run(Rotate { x: &mut x[..2 * cos.len()], cos, sin, layout });
+            }
+            if let One::After { eps } = norm {
+                let by = inverse_root(self.level.run(Squares { x: &*x }), dim, eps);
+                self.level.run(Scale { x, by });
+            }
         }
     }
 }
 
 /// Writes one position's keys and values of one head.
 pub struct Write<'a, T> {
-    pub layout: Layout,
+    pub layout: grouped::Layout,
     pub cache: &'a Shared<'a, T>,
     pub block: BlockId,
     pub slot: usize,
