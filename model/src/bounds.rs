@@ -156,8 +156,8 @@ fn rope(rope: &Rope, head_dim: usize) -> Result<(), SpecError> {
             factor_of(*factor).and(original_of(*original))
         }
         Scaling::Llama3 { factor, low, high, original } => {
-            if !(low.is_finite() && high.is_finite() && *low > 0.0 && high > low) {
-                return bad("high_freq_factor", *high, "must be above low_freq_factor, which must be positive");
+            if !(low.is_finite() && high.is_finite() && *low > 0.0 && high >= low) {
+                return bad("high_freq_factor", *high, "must be at least low_freq_factor, which must be positive");
             }
             factor_of(*factor).and(original_of(*original))
         }

@@ -156,7 +156,8 @@ fn llama3(frequency: f64, factor: f64, low: f64, high: f64, original: f64) -> f6
     let wavelength = TAU / frequency;
     if wavelength < original / high {
         frequency
-    } else if wavelength > original / low {
+    } else if wavelength > original / low || high <= low {
+        // Llama 4 leaves no band between.
         frequency / factor
     } else {
         let smooth = (original / wavelength - low) / (high - low);

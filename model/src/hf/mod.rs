@@ -159,6 +159,11 @@ const HARMLESS: [(&str, &[&str]); 6] = [
             "tf_legacy_loss",
             "use_return_dict",
             "is_decoder",
+            "attention_softmax_in_fp32",
+            "bias_dropout_fusion",
+            "masked_softmax_fusion",
+            "skip_bias_add",
+            "skip_bias_add_qkv",
         ],
     ),
     ("the files state the format of each tensor themselves", &["torch_dtype", "dtype"]),
@@ -306,7 +311,12 @@ fn family(keys: &Keys<'_>) -> Result<Family, SpecError> {
 /// Keys that any family may carry and that are implemented for one value alone.
 fn refuse_unimplemented(keys: &Keys<'_>) -> Result<(), SpecError> {
     keys.only("hidden_act", "silu", "the gated branch is computed with silu")?;
-    keys.only("pretraining_tp", 1, "a split pretraining layout changes the order of sums")?;
+    // BLOOM sums in the order of its training only where it is told to be slow and exact.
+    if keys.flag("slow_but_exact", false)? || !keys.has("slow_but_exact") && !keys.has("layer_norm_epsilon") {
+        keys.only("pretraining_tp", 1, "a split pretraining layout changes the order of sums")?;
+    } else {
+        keys.value("pretraining_tp");
+    }
     keys.only("is_encoder_decoder", false, "there is no encoder")?;
     keys.only("add_cross_attention", false, "there is no encoder")?;
     keys.only("tie_encoder_decoder", false, "there is no encoder")?;
