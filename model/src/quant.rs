@@ -38,6 +38,20 @@ impl Format {
         }
     }
 
+    /// How values follow from codes; `None` where they are plain numbers.
+    pub fn scheme(self) -> Option<Scheme> {
+        let half = Scales::Single(ScaleFormat::F16);
+        let of =
+            |bits, offset, group, scales, shift| Scheme { code: Code::Integer { bits, offset }, group, scales, shift };
+        Some(match self {
+            Format::F32 | Format::Bf16 | Format::F16 => return None,
+            Format::Q8_0 => of(8, 128, 32, half, Shift::None),
+            Format::Q4_0 => of(4, 8, 32, half, Shift::None),
+            Format::Q4_1 => of(4, 0, 32, half, Shift::Minimum),
+            Format::Q6K => of(6, 32, 16, Scales::Nested { groups: 16 }, Shift::None),
+        })
+    }
+
     /// Bytes of `values` values, which must be whole blocks.
     pub fn bytes(self, values: usize) -> usize {
         assert!(values.is_multiple_of(self.block()), "{values} values are not whole blocks of {}", self.block());
@@ -49,9 +63,10 @@ impl Format {
 /// these, so that a backend has one kernel for all of them:
 ///
 /// ```text
-/// value = decode(code) * scale - minimum        each operation rounded once, in f32
+/// value = decode(code) * scale [- minimum]      each operation rounded once, in f32
 /// scale = scale of a run of groups [* integer of the group]
 /// ```
+/// Groups are counted along the whole stored row, from its first input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Scheme {
     pub code: Code,
@@ -72,6 +87,44 @@ pub enum Code {
     Iq4Nl,
     /// 8 bits: sign, four of exponent, three of mantissa (OCP FP8), no infinities; 0x7f and 0xff are NaN.
     E4m3,
+}
+
+/// ggml's sixteen levels.
+pub const IQ4_NL: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+
+/// The eight magnitudes of E2M1, by the code's lower three bits.
+pub const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+
+impl Code {
+    /// Bits of a code.
+    pub const fn bits(self) -> u32 {
+        match self {
+            Code::Integer { bits, .. } => bits,
+            Code::E2m1 | Code::Iq4Nl => 4,
+            Code::E4m3 => 8,
+        }
+    }
+
+    /// The number that a code stands for; `point` takes the place of an integer's offset ([`Shift::Point`]).
+    pub fn decode(self, code: u8, point: Option<u8>) -> f32 {
+        match self {
+            Code::Integer { offset, .. } => f32::from(code) - point.map_or(offset as f32, f32::from),
+            Code::E2m1 if code & 8 == 0 => E2M1[usize::from(code & 7)],
+            Code::E2m1 => -E2M1[usize::from(code & 7)],
+            Code::Iq4Nl => f32::from(IQ4_NL[usize::from(code & 15)]),
+            Code::E4m3 => e4m3(code),
+        }
+    }
+}
+
+fn e4m3(code: u8) -> f32 {
+    let (exponent, mantissa) = (u32::from(code >> 3 & 15), u32::from(code & 7));
+    let magnitude = match (exponent, mantissa) {
+        (15, 7) => f32::NAN,
+        (0, _) => mantissa as f32 / 512.0,
+        _ => f32::from_bits(((exponent + 120) << 23) | (mantissa << 20)),
+    };
+    if code & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
 /// Where a group's scale comes from.

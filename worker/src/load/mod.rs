@@ -2,10 +2,11 @@
 //!
 //! * [`checkpoint`]: one [`checkpoint::Checkpoint`] over a Hugging Face directory or a GGUF file, mapped, never copied.
 //! * [`safetensors`], [`gguf`]: the two containers' headers; every number in them is checked before it is believed.
-//! * [`widen`]: stored values as f32.
+//! * [`widen`]: stored values as f32; [`codes`]: quantised ones as codes and the scales of their groups.
 //! * [`loader`]: what a rank reads: the windows of the declared tensors that its place in the mesh holds.
 
 pub mod checkpoint;
+pub mod codes;
 pub mod gguf;
 pub mod loader;
 pub mod safetensors;
