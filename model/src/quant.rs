@@ -1,40 +1,101 @@
 //! Weight formats: a property of a tensor, not of a layer.
 
-/// How a tensor's values are stored.
+/// How a tensor's values are stored: one number after the other, or in GGUF's blocks (names and layouts are ggml's).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Format {
     F32,
     Bf16,
     F16,
-    /// GGUF: 32 weights, an f16 scale and 32 int8.
-    Q8_0,
-    /// GGUF: 32 weights, an f16 scale and 16 bytes of nibbles, offset 8.
+    /// One byte: sign, four bits of exponent, three of mantissa. A weight only with a scale beside it, like the integers.
+    F8E4m3,
+    I8,
+    U8,
+    I32,
+    I64,
+    /// 32 weights: f16 scale, 16 bytes of nibbles, offset 8.
     Q4_0,
-    /// GGUF: 32 weights, f16 scale and minimum, 16 bytes of nibbles.
+    /// 32 weights: f16 scale and minimum, 16 bytes of nibbles.
     Q4_1,
-    /// GGUF: 256 weights in 16 groups, 6 bits each.
+    /// 32 weights: f16 scale, 32 fifth bits, 16 bytes of nibbles, offset 16.
+    Q5_0,
+    /// 32 weights: f16 scale and minimum, 32 fifth bits, 16 bytes of nibbles.
+    Q5_1,
+    /// 32 weights: f16 scale, 32 int8.
+    Q8_0,
+    /// 256 weights in 16 groups, 2 bits each, 4-bit scales and minima.
+    Q2K,
+    /// 256 weights in 16 groups, 3 bits each, 6-bit scales.
+    Q3K,
+    /// 256 weights in 8 groups, 4 bits each, 6-bit scales and minima.
+    Q4K,
+    /// 256 weights in 8 groups, 5 bits each, 6-bit scales and minima.
+    Q5K,
+    /// 256 weights in 16 groups, 6 bits each, 8-bit scales.
     Q6K,
+    /// 32 weights: f16 scale, 16 bytes of indices into a table.
+    Iq4Nl,
+    /// 256 weights in 8 groups, 6-bit scales, indices into the same table.
+    Iq4Xs,
+    /// 32 weights: a power of two, 16 bytes of nibbles that are OCP's e2m1.
+    Mxfp4,
 }
 
 impl Format {
+    /// Every format, in order.
+    pub const ALL: [Format; 21] = [
+        Format::F32,
+        Format::Bf16,
+        Format::F16,
+        Format::F8E4m3,
+        Format::I8,
+        Format::U8,
+        Format::I32,
+        Format::I64,
+        Format::Q4_0,
+        Format::Q4_1,
+        Format::Q5_0,
+        Format::Q5_1,
+        Format::Q8_0,
+        Format::Q2K,
+        Format::Q3K,
+        Format::Q4K,
+        Format::Q5K,
+        Format::Q6K,
+        Format::Iq4Nl,
+        Format::Iq4Xs,
+        Format::Mxfp4,
+    ];
+
     /// Values in one block; a row is a whole number of blocks.
     pub const fn block(self) -> usize {
         match self {
-            Format::F32 | Format::Bf16 | Format::F16 => 1,
-            Format::Q8_0 | Format::Q4_0 | Format::Q4_1 => 32,
-            Format::Q6K => 256,
+            Format::F32 | Format::Bf16 | Format::F16 | Format::F8E4m3 => 1,
+            Format::I8 | Format::U8 | Format::I32 | Format::I64 => 1,
+            Format::Q4_0 | Format::Q4_1 | Format::Q5_0 | Format::Q5_1 | Format::Q8_0 => 32,
+            Format::Iq4Nl | Format::Mxfp4 => 32,
+            Format::Q2K | Format::Q3K | Format::Q4K | Format::Q5K | Format::Q6K | Format::Iq4Xs => 256,
         }
     }
 
     /// Bytes of one block.
     pub const fn block_bytes(self) -> usize {
         match self {
-            Format::F32 => 4,
+            Format::F8E4m3 | Format::I8 | Format::U8 => 1,
             Format::Bf16 | Format::F16 => 2,
-            Format::Q8_0 => 34,
-            Format::Q4_0 => 18,
+            Format::F32 | Format::I32 => 4,
+            Format::I64 => 8,
+            Format::Q4_0 | Format::Iq4Nl => 18,
             Format::Q4_1 => 20,
+            Format::Q5_0 => 22,
+            Format::Q5_1 => 24,
+            Format::Q8_0 => 34,
+            Format::Q2K => 84,
+            Format::Q3K => 110,
+            Format::Q4K => 144,
+            Format::Q5K => 176,
             Format::Q6K => 210,
+            Format::Iq4Xs => 136,
+            Format::Mxfp4 => 17,
         }
     }
 
@@ -56,6 +117,50 @@ impl Format {
     pub fn bytes(self, values: usize) -> usize {
         assert!(values.is_multiple_of(self.block()), "{values} values are not whole blocks of {}", self.block());
         values / self.block() * self.block_bytes()
+    }
+
+    /// The number of a GGUF type in ggml's own list.
+    pub const fn from_gguf(kind: u32) -> Option<Format> {
+        Some(match kind {
+            0 => Format::F32,
+            1 => Format::F16,
+            2 => Format::Q4_0,
+            3 => Format::Q4_1,
+            6 => Format::Q5_0,
+            7 => Format::Q5_1,
+            8 => Format::Q8_0,
+            10 => Format::Q2K,
+            11 => Format::Q3K,
+            12 => Format::Q4K,
+            13 => Format::Q5K,
+            14 => Format::Q6K,
+            20 => Format::Iq4Nl,
+            23 => Format::Iq4Xs,
+            30 => Format::Bf16,
+            39 => Format::Mxfp4,
+            _ => return None,
+        })
+    }
+
+    /// The name of a type in a safetensors header.
+    pub fn from_safetensors(dtype: &str) -> Option<Format> {
+        Some(match dtype {
+            "F32" => Format::F32,
+            "BF16" => Format::Bf16,
+            "F16" => Format::F16,
+            "F8_E4M3" => Format::F8E4m3,
+            "I8" => Format::I8,
+            // Exponents alone are whole bytes too.
+            "U8" | "F8_E8M0" => Format::U8,
+            "I32" => Format::I32,
+            "I64" => Format::I64,
+            _ => return None,
+        })
+    }
+
+    /// Whether a stored number is the value itself, with nothing beside it.
+    pub const fn is_plain(self) -> bool {
+        matches!(self, Format::F32 | Format::Bf16 | Format::F16)
     }
 }
 

@@ -87,16 +87,7 @@ pub struct TensorInfo {
 impl TensorInfo {
     /// The storage format, where it is one that the engine reads.
     pub fn format(&self) -> Option<Format> {
-        match self.kind {
-            0 => Some(Format::F32),
-            1 => Some(Format::F16),
-            2 => Some(Format::Q4_0),
-            3 => Some(Format::Q4_1),
-            8 => Some(Format::Q8_0),
-            14 => Some(Format::Q6K),
-            30 => Some(Format::Bf16),
-            _ => None,
-        }
+        Format::from_gguf(self.kind)
     }
 
     /// How many values the tensor holds. Parsing has proved that the product fits.
