@@ -160,6 +160,11 @@ pub fn tensors(spec: &ModelSpec) -> Vec<TensorDecl> {
     out
 }
 
+/// What `spec`'s checkpoint calls a tensor, be it declared or not.
+pub fn tensor_name(spec: &ModelSpec, id: &TensorId) -> String {
+    names::source(spec, id).name
+}
+
 fn declare(spec: &ModelSpec, layer: Option<usize>, expert: Option<usize>, shape: &Shape) -> TensorDecl {
     let id = TensorId { layer, role: shape.role, expert };
     let cut = match (shape.cut, expert) {

@@ -64,6 +64,8 @@ pub fn spec(
         architecture: architecture.to_string(),
         naming: Naming::Gguf,
         part_of: None,
+        // Every tensor of a GGUF file states its own format.
+        quantisation: None,
         vocab,
         embedding_rows: vocab,
         hidden,

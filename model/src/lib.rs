@@ -26,6 +26,7 @@ pub mod identity;
 pub mod mesh;
 pub mod plan;
 pub mod quant;
+pub mod quantisation;
 pub mod rope;
 #[cfg(test)]
 mod samples;

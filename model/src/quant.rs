@@ -99,18 +99,29 @@ impl Format {
         }
     }
 
-    /// How values follow from codes; `None` where they are plain numbers.
+    /// How values follow from codes; `None` where they are plain numbers, or say nothing without what lies beside them.
     pub fn scheme(self) -> Option<Scheme> {
         let half = Scales::Single(ScaleFormat::F16);
-        let of =
-            |bits, offset, group, scales, shift| Scheme { code: Code::Integer { bits, offset }, group, scales, shift };
-        Some(match self {
-            Format::F32 | Format::Bf16 | Format::F16 => return None,
-            Format::Q8_0 => of(8, 128, 32, half, Shift::None),
-            Format::Q4_0 => of(4, 8, 32, half, Shift::None),
-            Format::Q4_1 => of(4, 0, 32, half, Shift::Minimum),
-            Format::Q6K => of(6, 32, 16, Scales::Nested { groups: 16 }, Shift::None),
-        })
+        let integer = |bits, offset| Code::Integer { bits, offset };
+        let nested = |groups| Scales::Nested { groups };
+        let (code, group, scales, shift) = match self {
+            Format::F32 | Format::Bf16 | Format::F16 | Format::F8E4m3 => return None,
+            Format::I8 | Format::U8 | Format::I32 | Format::I64 => return None,
+            Format::Q4_0 => (integer(4, 8), 32, half, Shift::None),
+            Format::Q4_1 => (integer(4, 0), 32, half, Shift::Minimum),
+            Format::Q5_0 => (integer(5, 16), 32, half, Shift::None),
+            Format::Q5_1 => (integer(5, 0), 32, half, Shift::Minimum),
+            Format::Q8_0 => (integer(8, 128), 32, half, Shift::None),
+            Format::Q2K => (integer(2, 0), 16, nested(16), Shift::Minimum),
+            Format::Q3K => (integer(3, 4), 16, nested(16), Shift::None),
+            Format::Q4K => (integer(4, 0), 32, nested(8), Shift::Minimum),
+            Format::Q5K => (integer(5, 0), 32, nested(8), Shift::Minimum),
+            Format::Q6K => (integer(6, 32), 16, nested(16), Shift::None),
+            Format::Iq4Nl => (Code::Iq4Nl, 32, half, Shift::None),
+            Format::Iq4Xs => (Code::Iq4Nl, 32, nested(8), Shift::None),
+            Format::Mxfp4 => (Code::E2m1, 32, Scales::Single(ScaleFormat::E8m0), Shift::None),
+        };
+        Some(Scheme { code, group, scales, shift })
     }
 
     /// Bytes of `values` values, which must be whole blocks.
@@ -119,7 +130,7 @@ impl Format {
         values / self.block() * self.block_bytes()
     }
 
-    /// The number of a GGUF type in ggml's own list.
+    /// The format of a number in ggml's own list of types.
     pub const fn from_gguf(kind: u32) -> Option<Format> {
         Some(match kind {
             0 => Format::F32,
@@ -142,7 +153,7 @@ impl Format {
         })
     }
 
-    /// The name of a type in a safetensors header.
+    /// The format of a type's name in a safetensors header.
     pub fn from_safetensors(dtype: &str) -> Option<Format> {
         Some(match dtype {
             "F32" => Format::F32,

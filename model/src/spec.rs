@@ -6,6 +6,7 @@
 //! ids -> embedding -> [ x += mixer(norm(x)) ; x += sum of branches(norm(x)) ] per layer -> final norm -> head -> logits
 //! ```
 
+use crate::quantisation::Quantisation;
 use crate::rope::Rope;
 
 /// Everything the engine, the planner and the loader need to know about one model.
@@ -18,6 +19,8 @@ pub struct ModelSpec {
     /// The model around it whose language part this is (`model_type`), where there is one: pictures and sound are left
     /// out.
     pub part_of: Option<String>,
+    /// What the checkpoint's config says of its weights' storage, where they are not plain numbers.
+    pub quantisation: Option<Quantisation>,
     /// Tokens the head can answer with.
     pub vocab: usize,
     /// Rows of the embedding table: `vocab`, and those of tokens that are only ever read (Llama 3.2 Vision's image token).

@@ -13,6 +13,7 @@ mod llama4;
 mod minimax;
 mod mistral;
 mod mixtral;
+mod quantisation;
 mod qwen;
 mod rope;
 
@@ -232,6 +233,8 @@ fn language(
         architecture: family.name.to_string(),
         naming: Naming::HuggingFace(catalog::dialect(family.name)),
         part_of: None,
+        // Of the whole where it is a wrapper's; some put it into the language part.
+        quantisation: quantisation::read(keys)?.map_or_else(|| quantisation::read(outer), |found| Ok(Some(found)))?,
         vocab,
         embedding_rows: vocab + body.extra_embeddings,
         hidden: common.hidden,
@@ -323,11 +326,6 @@ fn refuse_unimplemented(keys: &Keys<'_>) -> Result<(), SpecError> {
     keys.only("chunk_size_feed_forward", 0, "the branch runs whole")?;
     keys.only("use_mrope", false, "positions are one number a token")?;
     keys.only("rope_interleaved", false, "the family pairs channels by halves")?;
-    if let Some(value) = keys.value("quantization_config") {
-        let method = value.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
-        let why = format!("quantised checkpoints ({method}) are not implemented; use a bf16, f16, f32 or GGUF file");
-        return Err(SpecError::bad("quantization_config", method, why));
-    }
     Ok(())
 }
 

@@ -170,7 +170,7 @@ fn what_is_not_implemented_is_refused() {
     let cases = [
         ("llama", json!({"hidden_act": "gelu"}), "hidden_act = \"gelu\""),
         ("llama", json!({"pretraining_tp": 2}), "pretraining_tp = 2"),
-        ("deepseek", json!({"quantization_config": {"quant_method": "fp8"}}), "quantization_config = fp8"),
+        ("deepseek", json!({"quantization_config": {"quant_method": "bitsandbytes"}}), "bitsandbytes"),
         ("llama", json!({"rope_scaling": {"type": "longrope", "factor": 2.0}}), "longrope"),
         ("llama", json!({"rope_interleaved": true}), "rope_interleaved"),
         ("deepseek", json!({"attention_bias": true}), "attention_bias"),

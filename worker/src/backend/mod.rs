@@ -8,6 +8,7 @@ pub mod cpu;
 pub mod suite;
 
 use crate::engine::batch::Batch;
+use crate::load::beside::Beside;
 use model::catalog::Fused;
 use model::fault::Fault;
 use model::quant::Format;
@@ -25,6 +26,9 @@ pub struct MatrixView<'a> {
     pub fused: Option<Fused>,
     /// Stored rows are the matrix's columns, and the other way round; plain numbers only.
     pub transposed: bool,
+    /// Where `bytes` are the codes of a matrix whose scales are other tensors: what they need to have values. `format`
+    /// is then that of the container alone.
+    pub beside: Option<Beside<'a>>,
     /// The window in the matrix: first row, rows, first column, columns.
     pub row: usize,
     pub rows: usize,
@@ -35,7 +39,8 @@ pub struct MatrixView<'a> {
 impl<'a> MatrixView<'a> {
     /// All of a matrix that is stored as it is.
     pub fn whole(format: Format, bytes: &'a [u8], rows: usize, cols: usize) -> MatrixView<'a> {
-        MatrixView { format, bytes, stored_cols: cols, fused: None, transposed: false, row: 0, rows, col: 0, cols }
+        let (fused, transposed, beside) = (None, false, None);
+        MatrixView { format, bytes, stored_cols: cols, fused, transposed, beside, row: 0, rows, col: 0, cols }
     }
 
     /// The stored row of the window's row `row` (a stored column, where transposed).

@@ -1,170 +1,134 @@
-//! ggml's blocks as f32, bit for bit as the `gguf` package dequantises them: the same products in the same order.
+//! ggml's blocks, taken apart into codes and groups. Their values then equal those of the `gguf` package bit for bit.
 //!
 //! Blocks of 32 keep weight `i` in the low nibble of byte `i` and weight `i + 16` in its high nibble. Blocks of 256
 //! keep runs of 32 weights in the same bits of the same 32 bytes.
 
+use super::codes::Group;
 use half::f16;
 use model::quant::Format;
 
 /// Weights of the largest block.
 pub const BLOCK_MAX: usize = 256;
 
-/// ggml's sixteen uneven levels.
-pub const IQ4_LEVELS: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
-
-/// Twice the numbers of OCP's e2m1: with the sign in the highest bit.
-const E2M1_DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
-
-/// The values of one block of `format` into the first of `out`.
-pub fn dequantise(format: Format, bytes: &[u8], out: &mut [f32; BLOCK_MAX]) {
-    assert_eq!(bytes.len(), format.block_bytes(), "a whole block of {format:?}");
+/// One block's codes, in the order of its values.
+pub fn codes(format: Format, bytes: &[u8], out: &mut [u8; BLOCK_MAX]) {
     match format {
-        Format::Q4_0 => small(out, half_at(bytes, 0), None, |i| nibble(&bytes[2..], i) as i32 - 8),
-        Format::Q4_1 => {
-            small(out, half_at(bytes, 0), Some(half_at(bytes, 2)), |i| nibble(&bytes[4..], i) as i32);
+        Format::Q4_0 | Format::Iq4Nl => nibbles(&bytes[2..18], out),
+        Format::Q4_1 => nibbles(&bytes[4..20], out),
+        Format::Mxfp4 => nibbles(&bytes[1..17], out),
+        Format::Q5_0 => fives(&bytes[2..22], out),
+        Format::Q5_1 => fives(&bytes[4..24], out),
+        Format::Q8_0 => out.iter_mut().zip(&bytes[2..34]).for_each(|(out, byte)| *out = byte ^ 0x80),
+        Format::Q2K => each(out, |i| bits(&bytes[16..], i, 2)),
+        // A third bit, set where nothing is taken away.
+        Format::Q3K => each(out, |i| bits(&bytes[32..], i, 2) | ((bytes[i % 32] >> (i / 32)) & 1) << 2),
+        Format::Q4K => each(out, |i| bits(&bytes[16..], i, 4)),
+        Format::Q5K => each(out, |i| bits(&bytes[48..], i, 4) | ((bytes[16 + i % 32] >> (i / 32)) & 1) << 4),
+        Format::Q6K => each(out, |i| {
+            // Each half of 128 weights holds four rows of 32, whose low bits are the nibbles of two runs of 32 bytes.
+            let (half, quarter, i) = (i / 128, i / 32 % 4, i % 32);
+            let low = bytes[half * 64 + (quarter % 2) * 32 + i] >> (4 * (quarter / 2)) & 15;
+            low | (bytes[128 + half * 32 + i] >> (2 * quarter) & 3) << 4
+        }),
+        Format::Iq4Xs => {
+            for group in 0..8 {
+                nibbles(&bytes[8 + group * 16..][..16], &mut out[group * 32..]);
+            }
         }
-        Format::Q5_0 => small(out, half_at(bytes, 0), None, |i| fifth(&bytes[2..], i) as i32 - 16),
-        Format::Q5_1 => {
-            small(out, half_at(bytes, 0), Some(half_at(bytes, 2)), |i| fifth(&bytes[4..], i) as i32);
-        }
-        Format::Q8_0 => small(out, half_at(bytes, 0), None, |i| bytes[2 + i] as i8 as i32),
-        Format::Iq4Nl => {
-            small(out, half_at(bytes, 0), None, |i| IQ4_LEVELS[nibble(&bytes[2..], i) as usize] as i32);
-        }
-        Format::Mxfp4 => {
-            let scale = power_of_two_halved(bytes[0]);
-            small(out, scale, None, |i| E2M1_DOUBLED[nibble(&bytes[1..], i) as usize] as i32);
-        }
-        Format::Q2K => q2k(bytes, out),
-        Format::Q3K => q3k(bytes, out),
-        Format::Q4K => q45k(bytes, None, &bytes[16..144], out),
-        Format::Q5K => q45k(bytes, Some(&bytes[16..48]), &bytes[48..176], out),
-        Format::Q6K => q6k(bytes, out),
-        Format::Iq4Xs => iq4xs(bytes, out),
-        plain => unreachable!("{plain:?} has no blocks"),
+        plain => unreachable!("{plain:?} has no codes"),
     }
 }
 
-pub fn half_at(bytes: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
-}
-
-/// `2^(exponent - 128)`: half of what an e8m0 byte means, since the table beside it is doubled. 255 is no NaN here.
-pub fn power_of_two_halved(exponent: u8) -> f32 {
-    f32::from_bits(if exponent < 2 { 0x0020_0000 << exponent } else { (exponent as u32 - 1) << 23 })
-}
-
-/// A block of 32 with one scale.
-fn small(out: &mut [f32; BLOCK_MAX], scale: f32, minimum: Option<f32>, code: impl Fn(usize) -> i32) {
-    for (i, out) in out[..32].iter_mut().enumerate() {
-        let value = scale * code(i) as f32;
-        *out = minimum.map_or(value, |minimum| value + minimum);
+/// What the values of group `within` of a block share.
+pub fn group(format: Format, bytes: &[u8], within: usize) -> Group {
+    let half = |at: usize| f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32();
+    match format {
+        Format::Q4_0 | Format::Q5_0 | Format::Q8_0 | Format::Iq4Nl => Group::scaled(half(0)),
+        // ggml adds it.
+        Format::Q4_1 | Format::Q5_1 => Group { minimum: -half(2), ..Group::scaled(half(0)) },
+        Format::Mxfp4 => Group::scaled(power_of_two(bytes[0])),
+        Format::Q2K => Group {
+            integer: i16::from(bytes[within] & 15),
+            minimum: half(82),
+            minimum_integer: bytes[within] >> 4,
+            ..Group::scaled(half(80))
+        },
+        Format::Q3K => Group { integer: q3k_scale(&bytes[96..108], within), ..Group::scaled(half(108)) },
+        Format::Q4K | Format::Q5K => {
+            let (integer, minimum_integer) = q45k_scale(&bytes[4..16], within);
+            Group { integer, minimum: half(2), minimum_integer, ..Group::scaled(half(0)) }
+        }
+        Format::Q6K => Group { integer: i16::from(bytes[192 + within] as i8), ..Group::scaled(half(208)) },
+        Format::Iq4Xs => Group { integer: iq4xs_scale(&bytes[2..8], within), ..Group::scaled(half(0)) },
+        plain => unreachable!("{plain:?} has no groups"),
     }
 }
 
-fn nibble(bytes: &[u8], i: usize) -> u8 {
-    (bytes[i % 16] >> (4 * (i / 16))) & 15
+/// What an e8m0 byte stands for. 255 is 2^128 (infinity in f32; see [`value`](super::codes::value)), not a NaN.
+pub fn power_of_two(exponent: u8) -> f32 {
+    f32::from_bits(if exponent == 0 { 1 << 22 } else { u32::from(exponent) << 23 })
+}
+
+fn each(out: &mut [u8; BLOCK_MAX], code: impl Fn(usize) -> u8) {
+    out.iter_mut().enumerate().for_each(|(i, out)| *out = code(i));
+}
+
+/// `count` bits of weight `i`: runs of 32 weights share 32 bytes, the first run in the lowest bits.
+fn bits(bytes: &[u8], i: usize, count: usize) -> u8 {
+    let runs = 8 / count;
+    let byte = bytes[i / (32 * runs) * 32 + i % 32];
+    byte >> (count * (i / 32 % runs)) & ((1 << count) - 1)
+}
+
+/// The first half of a block in the lower nibbles, the second in the upper ones.
+fn nibbles(bytes: &[u8], out: &mut [u8]) {
+    for (i, byte) in bytes.iter().enumerate() {
+        out[i] = byte & 15;
+        out[i + bytes.len()] = byte >> 4;
+    }
 }
 
 /// Four bytes of highest bits, then the nibbles.
-fn fifth(bytes: &[u8], i: usize) -> u8 {
-    nibble(&bytes[4..], i) | ((bytes[i / 8] >> (i % 8)) & 1) << 4
-}
-
-/// Sixteen bytes of (scale, minimum) nibbles, 64 of bit pairs, the two f16.
-fn q2k(bytes: &[u8], out: &mut [f32; BLOCK_MAX]) {
-    let (scale, minimum) = (half_at(bytes, 80), half_at(bytes, 82));
-    for (i, out) in out.iter_mut().enumerate() {
-        let both = bytes[i / 16];
-        let code = (bytes[16 + i / 128 * 32 + i % 32] >> (2 * (i / 32 % 4))) & 3;
-        *out = scale * f32::from(both & 15) * f32::from(code) - minimum * f32::from(both >> 4);
+fn fives(bytes: &[u8], out: &mut [u8; BLOCK_MAX]) {
+    nibbles(&bytes[4..], out);
+    for (i, out) in out[..32].iter_mut().enumerate() {
+        *out |= (bytes[i / 8] >> (i % 8) & 1) << 4;
     }
 }
 
-/// 32 bytes of third bits (set where nothing is taken away), 64 of bit pairs, twelve of scales, the f16.
-fn q3k(bytes: &[u8], out: &mut [f32; BLOCK_MAX]) {
-    let scale = half_at(bytes, 108);
-    for (i, out) in out.iter_mut().enumerate() {
-        let low = (bytes[32 + i / 128 * 32 + i % 32] >> (2 * (i / 32 % 4))) & 3;
-        let high = (bytes[i % 32] >> (i / 32)) & 1;
-        let code = low as i32 - if high == 0 { 4 } else { 0 };
-        *out = scale * q3k_scale(&bytes[96..108], i / 16) as f32 * code as f32;
-    }
+/// Six bits less 32: the low four in a nibble of the first eight bytes, the high two in the last four.
+fn q3k_scale(packed: &[u8], group: usize) -> i16 {
+    let low = packed[group % 8] >> (4 * (group / 8)) & 15;
+    let high = packed[8 + group % 4] >> (2 * (group / 4)) & 3;
+    i16::from(low | high << 4) - 32
 }
 
-/// Six bits: the low four in a nibble of the first eight bytes, the high two in the last four.
-pub fn q3k_scale(scales: &[u8], group: usize) -> i32 {
-    let low = (scales[group % 8] >> (4 * (group / 8))) & 15;
-    let high = (scales[8 + group % 4] >> (2 * (group / 4))) & 3;
-    (low | high << 4) as i32 - 32
-}
-
-/// Two f16, twelve bytes of scales and minima, where given 32 bytes of fifth bits, nibbles.
-fn q45k(bytes: &[u8], fifths: Option<&[u8]>, nibbles: &[u8], out: &mut [f32; BLOCK_MAX]) {
-    let (scale, minimum) = (half_at(bytes, 0), half_at(bytes, 2));
-    for (group, out) in out.chunks_exact_mut(32).enumerate() {
-        let (s, m) = q45k_scale(&bytes[4..16], group);
-        let (scale, minimum) = (scale * f32::from(s), minimum * f32::from(m));
-        for (i, out) in out.iter_mut().enumerate() {
-            let low = (nibbles[group / 2 * 32 + i] >> (4 * (group % 2))) & 15;
-            let high = fifths.map_or(0, |bits| (bits[i] >> group) & 1);
-            *out = scale * f32::from(low | high << 4) - minimum;
-        }
-    }
-}
-
-/// Scale and minimum of a group, six bits each: the first four groups' in the low bits of a byte of their own, the
-/// others' split between a nibble and the two bits left over there.
-pub fn q45k_scale(packed: &[u8], group: usize) -> (u8, u8) {
-    let (d, m) = (&packed[..4], &packed[4..8]);
+/// Scale and minimum, six bits each: the first four groups' in the low bits of a byte of their own, the others' split
+/// between a nibble and the two bits left over there.
+fn q45k_scale(packed: &[u8], group: usize) -> (i16, u8) {
+    let (scales, minima) = (&packed[..4], &packed[4..8]);
     if group < 4 {
-        return (d[group] & 63, m[group] & 63);
+        return (i16::from(scales[group] & 63), minima[group] & 63);
     }
-    let (g, both) = (group - 4, packed[4 + group]);
-    ((both & 15) | ((d[g] >> 2) & 48), (both >> 4) | ((m[g] >> 2) & 48))
+    let both = packed[4 + group];
+    let (scale, minimum) = (scales[group - 4] >> 2 & 48, minima[group - 4] >> 2 & 48);
+    (i16::from(both & 15 | scale), both >> 4 | minimum)
 }
 
-/// 128 bytes of low nibbles, 64 of high bit pairs, 16 int8 scales, an f16 scale of scales. Each half of 128 weights
-/// holds four rows of 32, whose low bits are the nibbles of two runs of 32 bytes.
-fn q6k(bytes: &[u8], out: &mut [f32; BLOCK_MAX]) {
-    let scale = half_at(bytes, 208);
-    for half in 0..2 {
-        let (low, high) = (&bytes[half * 64..][..64], &bytes[128 + half * 32..][..32]);
-        let scales = &bytes[192 + half * 8..][..8];
-        for quarter in 0..4 {
-            for i in 0..32 {
-                let nibble = (low[(quarter % 2) * 32 + i] >> (4 * (quarter / 2))) & 15;
-                let bits = nibble | (((high[i] >> (2 * quarter)) & 3) << 4);
-                let group = scale * f32::from(scales[quarter * 2 + i / 16] as i8);
-                out[half * 128 + quarter * 32 + i] = group * (f32::from(bits) - 32.0);
-            }
-        }
-    }
-}
-
-/// An f16, two bytes of high bit pairs and four of low nibbles of the scales, sixteen bytes of indices a group.
-fn iq4xs(bytes: &[u8], out: &mut [f32; BLOCK_MAX]) {
-    let scale = half_at(bytes, 0);
-    for (group, out) in out.chunks_exact_mut(32).enumerate() {
-        let scale = scale * iq4xs_scale(&bytes[2..8], group) as f32;
-        for (i, out) in out.iter_mut().enumerate() {
-            *out = scale * f32::from(IQ4_LEVELS[nibble(&bytes[8 + group * 16..], i) as usize]);
-        }
-    }
-}
-
-/// A group's scale: `high:u16 low:[u8; 4]`, six bits less 32.
-pub fn iq4xs_scale(packed: &[u8], group: usize) -> i32 {
-    let high = u16::from_le_bytes([packed[0], packed[1]]);
-    let low = (packed[2 + group / 2] >> (4 * (group % 2))) & 15;
-    (low as i32 | ((high >> (2 * group)) & 3) as i32 * 16) - 32
+/// Six bits less 32: two bytes of high pairs, four of low nibbles.
+fn iq4xs_scale(packed: &[u8], group: usize) -> i16 {
+    let high = u16::from_le_bytes([packed[0], packed[1]]) >> (2 * group) & 3;
+    let low = packed[2 + group / 2] >> (4 * (group % 2)) & 15;
+    i16::from(low) + 16 * high as i16 - 32
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::backend::MatrixView;
+    use crate::load::widen::widen;
+    use model::quant::Format;
 
-    /// For each type: name, blocks in hex, the bits of the values in hex, as the `gguf` package (0.x) computed them.
+    /// A type, a block and the bits of its values a line, as the `gguf` package computes them.
     /// Written by `tests/real/gguf_vectors.py`.
     const VECTORS: &str = include_str!("blocks.txt");
 
@@ -179,17 +143,15 @@ mod tests {
             let [kind, block, values] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("{line}") };
             let format = Format::from_gguf(kind.parse().unwrap()).unwrap();
             let block = bytes(block);
-            let mut out = [0.0; BLOCK_MAX];
-            dequantise(format, &block, &mut out);
+            assert_eq!(block.len(), format.block_bytes());
+            let mut out = vec![0.0; format.block()];
+            widen(&MatrixView::whole(format, &block, 1, format.block()), 0, &mut out);
             let expected = bytes(values);
-            let expected: Vec<u32> =
-                expected.chunks_exact(4).map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]])).collect();
-            assert_eq!(expected.len(), format.block());
+            let expected = expected.chunks_exact(4).map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]));
+            assert_eq!(expected.len(), out.len());
             for (i, (found, expected)) in out.iter().zip(expected).enumerate() {
-                // Which NaN an infinity times zero gives is the processor's affair.
-                let both_nan = found.is_nan() && f32::from_bits(expected).is_nan();
-                let (bits, wanted) = (found.to_bits(), expected);
-                assert!(bits == wanted || both_nan, "{format:?} weight {i}: {bits:08x}, not {wanted:08x}");
+                let found = found.to_bits();
+                assert_eq!(found, expected, "{format:?} weight {i}: {found:08x}, not {expected:08x}");
             }
             seen.push(format);
         }

@@ -3,10 +3,10 @@
 //!
 //! A format belongs here when a [`Scheme`] describes it; [`scheme`] and the two readers are all that a backend knows.
 
+use super::blocks::{self, BLOCK_MAX};
 use super::widen::row_bytes;
 use crate::backend::MatrixView;
-use half::f16;
-use model::quant::{Format, Scales, Scheme, Shift};
+use model::quant::{Scales, Scheme, Shift};
 
 /// What the values of one group share.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -30,9 +30,14 @@ impl Group {
     }
 }
 
-/// How the values of a window follow from codes. `None`: they are plain numbers, or no scheme describes them.
+/// How the values of a window follow from codes. `None`: they are plain numbers, or no scheme describes them (stored the
+/// other way round, or in groups that are no runs).
 pub fn scheme(view: &MatrixView<'_>) -> Option<Scheme> {
-    if view.transposed { None } else { view.format.scheme() }
+    match view.beside {
+        Some(beside) => beside.order.is_none().then_some(beside.scheme),
+        None if view.transposed => None,
+        None => view.format.scheme(),
+    }
 }
 
 /// The groups that a window touches: first and number, counted along the stored row.
@@ -46,7 +51,9 @@ pub fn value(scheme: &Scheme, code: u8, group: &Group) -> f32 {
     let nested = matches!(scheme.scales, Scales::Nested { .. });
     let point = (scheme.shift == Shift::Point).then_some(group.point);
     let scale = if nested { group.scale * f32::from(group.integer) } else { group.scale };
-    let scaled = scheme.code.decode(code, point) * scale;
+    let code = scheme.code.decode(code, point);
+    // 2^128 is past f32, but half of it times twice the code is what it stands for.
+    let scaled = if scale == f32::INFINITY { code * 2.0 * f32::from_bits(254 << 23) } else { code * scale };
     match (scheme.shift, nested) {
         (Shift::Minimum, true) => scaled - group.minimum * f32::from(group.minimum_integer),
         (Shift::Minimum, false) => scaled - group.minimum,
@@ -57,32 +64,10 @@ pub fn value(scheme: &Scheme, code: u8, group: &Group) -> f32 {
 /// Writes the codes of row `row` of a window that has a scheme, one byte each, to `out`, which holds its columns.
 pub fn codes(view: &MatrixView<'_>, row: usize, out: &mut [u8]) {
     assert!(row < view.rows && out.len() == view.cols, "row {row} of {}, {} columns", view.rows, out.len());
-    let mut all = [0u8; BLOCK_MAX];
-    blocks(view, row, |bytes, from, skip, count| {
-        block_codes(view.format, bytes, &mut all);
-        out[from..from + count].copy_from_slice(&all[skip..skip + count]);
-    });
-}
-
-/// Writes the groups of row `row` of a window that has a scheme to `out`, which holds those that it [`touched`].
-pub fn groups(view: &MatrixView<'_>, row: usize, out: &mut [Group]) {
-    let Some(scheme) = scheme(view) else { panic!("{:?} has no groups", view.format) };
-    let (first, count) = touched(view, scheme.group);
-    assert!(row < view.rows && out.len() == count, "row {row} of {}, {} groups", view.rows, out.len());
-    let stored = row_bytes(view, view.stored_row(row));
-    let each = view.format.block() / scheme.group;
-    for (index, out) in out.iter_mut().enumerate() {
-        let (block, within) = ((first + index) / each, (first + index) % each);
-        let bytes = &stored[block * view.format.block_bytes()..][..view.format.block_bytes()];
-        *out = block_group(view.format, bytes, within);
+    if let Some(beside) = &view.beside {
+        return beside.codes(view.bytes, view.stored_row(row), view.col, out);
     }
-}
-
-const BLOCK_MAX: usize = 256;
-
-/// Calls `each` with the bytes of a block, the first of the window's columns there, the values of the block before it,
-/// and how many of them are in the window.
-fn blocks(view: &MatrixView<'_>, row: usize, mut each: impl FnMut(&[u8], usize, usize, usize)) {
+    let mut all = [0u8; BLOCK_MAX];
     let stored = row_bytes(view, view.stored_row(row));
     let (block, size) = (view.format.block(), view.format.block_bytes());
     let mut at = 0;
@@ -90,49 +75,27 @@ fn blocks(view: &MatrixView<'_>, row: usize, mut each: impl FnMut(&[u8], usize, 
         let column = view.col + at;
         let (index, skip) = (column / block, column % block);
         let count = (block - skip).min(view.cols - at);
-        each(&stored[index * size..][..size], at, skip, count);
+        blocks::codes(view.format, &stored[index * size..][..size], &mut all);
+        out[at..at + count].copy_from_slice(&all[skip..skip + count]);
         at += count;
     }
 }
 
-/// One block's codes, in the order of its values.
-fn block_codes(format: Format, bytes: &[u8], out: &mut [u8; BLOCK_MAX]) {
-    match format {
-        Format::Q8_0 => out.iter_mut().zip(&bytes[2..34]).for_each(|(out, byte)| *out = byte ^ 0x80),
-        Format::Q4_0 => nibbles(&bytes[2..18], out),
-        Format::Q4_1 => nibbles(&bytes[4..20], out),
-        Format::Q6K => {
-            for half in 0..2 {
-                let (low, high) = (&bytes[half * 64..][..64], &bytes[128 + half * 32..][..32]);
-                for quarter in 0..4 {
-                    for i in 0..32 {
-                        let nibble = (low[(quarter % 2) * 32 + i] >> (4 * (quarter / 2))) & 15;
-                        out[half * 128 + quarter * 32 + i] = nibble | (((high[i] >> (2 * quarter)) & 3) << 4);
-                    }
-                }
-            }
-        }
-        Format::F32 | Format::Bf16 | Format::F16 => unreachable!("{format:?} has no codes"),
+/// Writes the groups of row `row` of a window that has a scheme to `out`, which holds those that it [`touched`].
+pub fn groups(view: &MatrixView<'_>, row: usize, out: &mut [Group]) {
+    let Some(scheme) = scheme(view) else { panic!("{:?} has no groups", view.format) };
+    let (first, count) = touched(view, scheme.group);
+    assert!(row < view.rows && out.len() == count, "row {row} of {}, {} groups", view.rows, out.len());
+    if let Some(beside) = &view.beside {
+        let row = view.stored_row(row);
+        return out.iter_mut().zip(first..).for_each(|(out, group)| *out = beside.group(row, group));
     }
-}
-
-/// The first half of a block in the lower nibbles, the second in the upper ones.
-fn nibbles(bytes: &[u8], out: &mut [u8; BLOCK_MAX]) {
-    for (i, byte) in bytes.iter().enumerate() {
-        out[i] = byte & 15;
-        out[i + bytes.len()] = byte >> 4;
-    }
-}
-
-/// Group `within` of a block.
-fn block_group(format: Format, bytes: &[u8], within: usize) -> Group {
-    let half = |at: usize| f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32();
-    match format {
-        Format::Q8_0 | Format::Q4_0 => Group::scaled(half(0)),
-        // ggml adds it.
-        Format::Q4_1 => Group { minimum: -half(2), ..Group::scaled(half(0)) },
-        Format::Q6K => Group { integer: i16::from(bytes[192 + within] as i8), ..Group::scaled(half(208)) },
-        Format::F32 | Format::Bf16 | Format::F16 => unreachable!("{format:?} has no groups"),
+    let stored = row_bytes(view, view.stored_row(row));
+    let each = view.format.block() / scheme.group;
+    for (index, out) in out.iter_mut().enumerate() {
+        let (block, within) = ((first + index) / each, (first + index) % each);
+        let bytes = &stored[block * view.format.block_bytes()..][..view.format.block_bytes()];
+        *out = blocks::group(view.format, bytes, within);
     }
 }
 
@@ -140,12 +103,17 @@ fn block_group(format: Format, bytes: &[u8], within: usize) -> Group {
 mod tests {
     use super::*;
     use crate::load::widen::widen;
+    use half::f16;
+    use model::quant::Format;
 
     /// Blocks whose scales are small halves, some of them subnormal, and whose other bytes run through everything.
     fn blocks_of(format: Format, count: usize) -> Vec<u8> {
         let scales: &[usize] = match format {
-            Format::Q4_1 => &[0, 2],
+            Format::Q4_1 | Format::Q5_1 | Format::Q4K | Format::Q5K => &[0, 2],
+            Format::Q2K => &[80, 82],
+            Format::Q3K => &[108],
             Format::Q6K => &[208],
+            Format::Mxfp4 => &[],
             _ => &[0],
         };
         let mut bytes = Vec::new();
@@ -156,6 +124,9 @@ mod tests {
                 let scale = [0.03, -0.017, 1.2e-6, 700.0][block % 4] * (block + n + 1) as f32;
                 b[*at..at + 2].copy_from_slice(&f16::from_f32(scale).to_le_bytes());
             }
+            if format == Format::Mxfp4 {
+                b[0] = 100 + (block % 40) as u8;
+            }
             bytes.extend(b);
         }
         bytes
@@ -163,7 +134,7 @@ mod tests {
 
     #[test]
     fn codes_and_groups_make_the_widened_values_of_any_window() {
-        for format in [Format::Q8_0, Format::Q4_0, Format::Q4_1, Format::Q6K] {
+        for format in Format::ALL.into_iter().filter(|f| f.block() > 1) {
             let (rows, stored_cols) = (3, 1024);
             let bytes = blocks_of(format, rows * stored_cols / format.block());
             for (col, cols) in [(0, 1024), (5, 40), (31, 2), (16, 16), (100, 300), (1023, 1), (250, 520)] {

@@ -1,5 +1,7 @@
-//! Rows of stored tensors as f32, bit for bit as ggml dequantises them. A window may start and end inside a block.
+//! Rows of stored tensors as f32, bit for bit as the formats' authors dequantise them. A window may start and end inside
+//! a block.
 
+use super::codes::{self, Group};
 use crate::backend::MatrixView;
 use half::{bf16, f16};
 use model::quant::Format;
@@ -7,25 +9,44 @@ use model::quant::Format;
 /// Writes row `row` of the window to `out`, which holds the window's columns.
 pub fn widen(view: &MatrixView<'_>, row: usize, out: &mut [f32]) {
     assert!(row < view.rows && out.len() == view.cols, "row {row} of {}, {} columns", view.rows, out.len());
+    if view.beside.is_some_and(|beside| beside.order.is_some()) {
+        return ordered(view, row, out);
+    }
+    if codes::scheme(view).is_some() {
+        return coded(view, row, out);
+    }
     if view.transposed {
         return column(view, view.stored_row(row), out);
     }
     assert!(view.col + view.cols <= view.stored_cols, "the window is wider than the tensor");
     let stored = row_bytes(view, view.stored_row(row));
-    let block = view.format.block();
-    let mut values = [0.0f32; BLOCK_MAX];
-    let mut at = 0;
-    while at < out.len() {
-        let column = view.col + at;
-        if block == 1 {
-            return plain(view.format, &stored[column * view.format.block_bytes()..], out);
+    plain(view.format, &stored[view.col * view.format.block_bytes()..], out);
+}
+
+/// A row of codes and groups.
+fn coded(view: &MatrixView<'_>, row: usize, out: &mut [f32]) {
+    let scheme = codes::scheme(view).expect("the caller has looked");
+    let (first, count) = codes::touched(view, scheme.group);
+    let (mut stored, mut groups) = (vec![0; view.cols], vec![Group::scaled(0.0); count]);
+    codes::codes(view, row, &mut stored);
+    codes::groups(view, row, &mut groups);
+    for (index, group) in groups.iter().enumerate() {
+        let from = ((first + index) * scheme.group).saturating_sub(view.col);
+        let end = ((first + index + 1) * scheme.group - view.col).min(view.cols);
+        for (out, code) in out[from..end].iter_mut().zip(&stored[from..end]) {
+            *out = codes::value(&scheme, *code, group);
         }
-        let (index, skip) = (column / block, column % block);
-        let count = (block - skip).min(out.len() - at);
-        let bytes = &stored[index * view.format.block_bytes()..][..view.format.block_bytes()];
-        dequantise(view.format, bytes, &mut values);
-        out[at..at + count].copy_from_slice(&values[skip..skip + count]);
-        at += count;
+    }
+}
+
+/// A row whose every input names its group.
+fn ordered(view: &MatrixView<'_>, row: usize, out: &mut [f32]) {
+    let beside = view.beside.expect("the caller has looked");
+    let (stored_row, mut stored) = (view.stored_row(row), vec![0; view.cols]);
+    beside.codes(view.bytes, stored_row, view.col, &mut stored);
+    for (k, (out, code)) in out.iter_mut().zip(stored).enumerate() {
+        let group = beside.group(stored_row, beside.group_of(view.col + k));
+        *out = codes::value(&beside.scheme, code, &group);
     }
 }
 
@@ -45,8 +66,6 @@ pub fn row_bytes<'a>(view: &MatrixView<'a>, stored_row: usize) -> &'a [u8] {
     &view.bytes[stored_row * each..][..each]
 }
 
-const BLOCK_MAX: usize = 256;
-
 fn plain(format: Format, bytes: &[u8], out: &mut [f32]) {
     match format {
         Format::F32 => {
@@ -61,69 +80,17 @@ fn plain(format: Format, bytes: &[u8], out: &mut [f32]) {
         }
         Format::F16 => {
             for (out, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                *out = half_at(b, 0);
+                *out = f16::from_le_bytes([b[0], b[1]]).to_f32();
             }
         }
-        Format::Q8_0 | Format::Q4_0 | Format::Q4_1 | Format::Q6K => unreachable!("{format:?} has blocks"),
-    }
-}
-
-fn half_at(bytes: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
-}
-
-/// One block's values.
-fn dequantise(format: Format, bytes: &[u8], out: &mut [f32; BLOCK_MAX]) {
-    match format {
-        Format::Q8_0 => {
-            let scale = half_at(bytes, 0);
-            for i in 0..32 {
-                out[i] = f32::from(bytes[2 + i] as i8) * scale;
-            }
-        }
-        Format::Q4_0 => {
-            let scale = half_at(bytes, 0);
-            for i in 0..16 {
-                let byte = bytes[2 + i];
-                out[i] = (f32::from(byte & 15) - 8.0) * scale;
-                out[i + 16] = (f32::from(byte >> 4) - 8.0) * scale;
-            }
-        }
-        Format::Q4_1 => {
-            let (scale, minimum) = (half_at(bytes, 0), half_at(bytes, 2));
-            for i in 0..16 {
-                let byte = bytes[4 + i];
-                out[i] = f32::from(byte & 15) * scale + minimum;
-                out[i + 16] = f32::from(byte >> 4) * scale + minimum;
-            }
-        }
-        Format::Q6K => dequantise_q6k(bytes, out),
-        Format::F32 | Format::Bf16 | Format::F16 => unreachable!("{format:?} has no blocks"),
-    }
-}
-
-/// 128 bytes of low nibbles, 64 of high bit pairs, 16 int8 scales, an f16 scale of scales. Each half of 128 weights
-/// holds four rows of 32, whose low bits are the nibbles of two runs of 32 bytes.
-fn dequantise_q6k(bytes: &[u8], out: &mut [f32; BLOCK_MAX]) {
-    let scale = half_at(bytes, 208);
-    for half in 0..2 {
-        let (low, high) = (&bytes[half * 64..][..64], &bytes[128 + half * 32..][..32]);
-        let scales = &bytes[192 + half * 8..][..8];
-        for quarter in 0..4 {
-            for i in 0..32 {
-                let nibble = (low[(quarter % 2) * 32 + i] >> (4 * (quarter / 2))) & 15;
-                let bits = nibble | (((high[i] >> (2 * quarter)) & 3) << 4);
-                let group = scale * f32::from(scales[quarter * 2 + i / 16] as i8);
-                out[half * 128 + quarter * 32 + i] = group * (f32::from(bits) - 32.0);
-            }
-        }
+        coded => unreachable!("{coded:?} is nothing by itself; the loader has refused it"),
     }
 }
 
 /// The row's bytes inside the window where they are bf16, which needs no widening.
 pub fn halves<'a>(view: &MatrixView<'a>, row: usize) -> Option<&'a [u8]> {
     const { assert!(size_of::<bf16>() == 2) };
-    let straight = view.format == Format::Bf16 && !view.transposed;
+    let straight = view.format == Format::Bf16 && !view.transposed && view.beside.is_none();
     let bytes = straight.then(|| row_bytes(view, view.stored_row(row)))?;
     Some(&bytes[view.col * 2..(view.col + view.cols) * 2])
 }
@@ -140,8 +107,11 @@ mod tests {
     /// Bytes whose scales are small normal halves and whose other bytes run through everything.
     fn blocks(format: Format, count: usize) -> Vec<u8> {
         let scales: &[usize] = match format {
-            Format::Q4_1 => &[0, 2],
+            Format::Q4_1 | Format::Q5_1 | Format::Q4K | Format::Q5K => &[0, 2],
+            Format::Q2K => &[80, 82],
+            Format::Q3K => &[108],
             Format::Q6K => &[208],
+            Format::Mxfp4 => &[],
             _ => &[0],
         };
         let mut bytes = Vec::new();
@@ -158,7 +128,7 @@ mod tests {
 
     #[test]
     fn a_window_is_a_part_of_the_whole_row_in_every_format() {
-        for format in [Format::F32, Format::Bf16, Format::F16, Format::Q8_0, Format::Q4_0, Format::Q4_1, Format::Q6K] {
+        for format in Format::ALL.into_iter().filter(|f| f.is_plain() || f.block() > 1) {
             let cols = 512;
             let bytes = blocks(format, 2 * cols / format.block());
             let mut whole = vec![0.0; cols];

@@ -99,6 +99,9 @@ pub(super) fn pack_f32(
 
 fn check(part: &MatrixView<'_>, cols: usize) -> Result<(), Fault> {
     ensure(part.cols == cols, || format!("parts of {} and {cols} columns can't be stacked", part.cols))?;
+    if let Some(beside) = &part.beside {
+        return ensure(beside.holds(part), || format!("a window of {} x {cols} leaves its tensors", part.rows));
+    }
     let block = part.format.block();
     ensure(part.stored_cols.is_multiple_of(block) && (block == 1 || !part.transposed), || {
         format!("rows of {} values are not whole blocks of {:?}", part.stored_cols, part.format)
