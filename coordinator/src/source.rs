@@ -118,12 +118,7 @@ fn safetensors_formats(path: &Path) -> Result<BTreeSet<Format>, SourceError> {
     let header: serde_json::Map<String, serde_json::Value> =
         serde_json::from_slice(&header).map_err(|e| bad(path, format!("the header is not JSON: {e}")))?;
     let is_matrix = |t: &&serde_json::Value| t["shape"].as_array().is_some_and(|s| s.len() > 1);
-    let format = |t: &serde_json::Value| match t["dtype"].as_str() {
-        Some("F32") => Some(Format::F32),
-        Some("F16") => Some(Format::F16),
-        Some("BF16") => Some(Format::Bf16),
-        _ => None,
-    };
+    let format = |t: &serde_json::Value| t["dtype"].as_str().and_then(Format::from_safetensors);
     Ok(header.values().filter(is_matrix).filter_map(format).collect())
 }
 

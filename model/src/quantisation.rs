@@ -55,7 +55,8 @@ impl Pattern {
     pub fn matches(&self, module: &str) -> bool {
         match self {
             Pattern::Name(name) => {
-                let within = module.strip_prefix(name.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+                let within =
+                    module.strip_prefix(name.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
                 within || module.strip_suffix(name.as_str()).is_some_and(|rest| rest.ends_with('.'))
             }
             Pattern::Expression(text) => Pattern::compile(text).is_ok_and(|expression| expression.is_match(module)),

@@ -321,6 +321,9 @@ pub fn ignored(spec: &ModelSpec, name: &str) -> Option<&'static str> {
     if name == dialect.head && spec.head.tied {
         return Some("a copy of the embedding, which the head is tied to");
     }
+    if name.ends_with(".input_scale") && spec.quantisation.is_some() {
+        return Some("a scale for inputs, which are not quantised");
+    }
     if spec.part_of.is_some() && OTHER_SENSES.iter().any(|of| name.starts_with(of)) {
         return Some("pictures and sound, which are not read");
     }

@@ -129,7 +129,13 @@ fn weights(format: &str, keys: &Keys<'_>) -> Result<Method, SpecError> {
     let group = match (strategy, group) {
         ("group", Some(group)) => Some(group),
         ("channel" | "tensor" | "block", _) => None,
-        _ => return Err(SpecError::bad("quantization_config.strategy", strategy, "known: group, channel, tensor, block")),
+        _ => {
+            return Err(SpecError::bad(
+                "quantization_config.strategy",
+                strategy,
+                "known: group, channel, tensor, block",
+            ));
+        }
     };
     let whole = Extent { rows: None, cols: None };
     match (format, kind, bits, strategy, symmetric) {
@@ -152,9 +158,7 @@ fn block(keys: &Keys<'_>) -> Result<Method, SpecError> {
     let sides: Vec<usize> =
         value.as_array().into_iter().flatten().filter_map(|v| v.as_u64().map(|n| n as usize)).collect();
     match sides[..] {
-        [rows @ 1..=GROUP_MAX, cols @ 1..=GROUP_MAX] => {
-            Ok(Method::Fp8(Extent { rows: Some(rows), cols: Some(cols) }))
-        }
+        [rows @ 1..=GROUP_MAX, cols @ 1..=GROUP_MAX] => Ok(Method::Fp8(Extent { rows: Some(rows), cols: Some(cols) })),
         _ => Err(keys.bad("block_structure", value, "must be two sizes, rows and columns")),
     }
 }
@@ -172,7 +176,10 @@ fn awq(keys: &Keys<'_>) -> Result<Quantisation, SpecError> {
         None => group(keys, "q_group_size")?,
         some => some,
     };
-    Ok(Quantisation { method: Method::Awq { group }, kept: names(keys, "modules_to_not_convert", |s| Pattern::Part(s.into()))? })
+    Ok(Quantisation {
+        method: Method::Awq { group },
+        kept: names(keys, "modules_to_not_convert", |s| Pattern::Part(s.into()))?,
+    })
 }
 
 fn gptq(keys: &Keys<'_>) -> Result<Quantisation, SpecError> {
@@ -247,10 +254,14 @@ mod tests {
         let fp8 = Extent { rows: Some(128), cols: Some(128) };
         let cases = [
             (
-                r#"{"activation_scheme":"dynamic","fmt":"e4m3","quant_method":"fp8","weight_block_size":[128,128]}"#.into(),
+                r#"{"activation_scheme":"dynamic","fmt":"e4m3","quant_method":"fp8","weight_block_size":[128,128]}"#
+                    .into(),
                 Method::Fp8(fp8),
             ),
-            (r#"{"quant_method":"mxfp4","modules_to_not_convert":["model.layers.*.self_attn","lm_head"]}"#.into(), Method::Mxfp4),
+            (
+                r#"{"quant_method":"mxfp4","modules_to_not_convert":["model.layers.*.self_attn","lm_head"]}"#.into(),
+                Method::Mxfp4,
+            ),
             (
                 compressed(
                     "pack-quantized",
@@ -274,7 +285,8 @@ mod tests {
                 Method::Awq { group: Some(128) },
             ),
             (
-                r#"{"quant_method":"gptq","bits":4,"group_size":-1,"desc_act":true,"sym":false,"damp_percent":0.1}"#.into(),
+                r#"{"quant_method":"gptq","bits":4,"group_size":-1,"desc_act":true,"sym":false,"damp_percent":0.1}"#
+                    .into(),
                 Method::Gptq { bits: 4, group: None, less_one: true },
             ),
             (
@@ -300,7 +312,13 @@ mod tests {
             (r#"{"quant_method":"gptq","bits":3,"group_size":128}"#.into(), "quantization_config.bits = 3"),
             (r#"{"quant_method":"gptq","bits":4,"checkpoint_format":"marlin"}"#.into(), "marlin"),
             (r#"{"quant_method":"awq","bits":4,"version":"gemv"}"#.into(), "gemv"),
-            (compressed("nvfp4-pack-quantized", r#"{"num_bits":4,"strategy":"group","group_size":16,"type":"float"}"#), "nvfp4"),
+            (
+                compressed(
+                    "nvfp4-pack-quantized",
+                    r#"{"num_bits":4,"strategy":"group","group_size":16,"type":"float"}"#,
+                ),
+                "nvfp4",
+            ),
             (compressed("pack-quantized", r#"{"num_bits":3,"strategy":"group","group_size":16}"#), "3 bits"),
             (compressed("pack-quantized", r#"{"num_bits":4,"strategy":"group","group_size":16,"odd":1}"#), "odd"),
             (r#"{"quant_method":"mxfp4","modules_to_not_convert":["a.*(b"]}"#.into(), "modules_to_not_convert"),

@@ -33,15 +33,9 @@ pub struct Beside<'a> {
 /// Where the code of an output and an input lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Packing {
-    Bytes {
-        signed: bool,
-    },
-    Rows {
-        bits: u32,
-    },
-    Down {
-        bits: u32,
-    },
+    Bytes { signed: bool },
+    Rows { bits: u32 },
+    Down { bits: u32 },
     Across,
 }
 

@@ -15,7 +15,11 @@ pub fn codes(format: Format, bytes: &[u8], out: &mut [u8; BLOCK_MAX]) {
     match format {
         Format::Q4_0 | Format::Iq4Nl => nibbles(&bytes[2..18], out),
         Format::Q4_1 => nibbles(&bytes[4..20], out),
-        Format::Mxfp4 => nibbles(&bytes[1..17], out),
+        Format::Mxfp4 => {
+            nibbles(&bytes[1..17], out);
+            // ggml's levels are integers, which have no negative zero.
+            out[..32].iter_mut().filter(|code| **code == 8).for_each(|code| *code = 0);
+        }
         Format::Q5_0 => fives(&bytes[2..22], out),
         Format::Q5_1 => fives(&bytes[4..24], out),
         Format::Q8_0 => out.iter_mut().zip(&bytes[2..34]).for_each(|(out, byte)| *out = byte ^ 0x80),

@@ -141,7 +141,8 @@ impl Checkpoint {
         }
     }
 
-    fn has(&self, name: &str) -> bool {
+    /// Whether there is a tensor of that name.
+    pub fn has(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
     }
 

@@ -1,9 +1,10 @@
 //! What one rank reads of a checkpoint: the windows of the declared tensors that its place in the mesh holds.
 
-use super::checkpoint::{Checkpoint, Stored};
+use super::checkpoint::Checkpoint;
+use super::find::{find, stored_cols};
 use super::{bad, values};
 use crate::backend::MatrixView;
-use model::catalog::{self, Part, TensorDecl, TensorId};
+use model::catalog::{self, TensorDecl, TensorId};
 use model::cut::{self, Cut, ExpertCut};
 use model::fault::{Fault, FaultKind};
 use model::mesh::{Mesh, RankId};
@@ -20,6 +21,7 @@ pub type Progress<'a> = &'a dyn Fn(u64, u64);
 /// Reads a rank's slices, by what they do in the model.
 pub struct Loader<'a> {
     checkpoint: &'a Checkpoint,
+    spec: ModelSpec,
     declared: BTreeMap<TensorId, TensorDecl>,
     mesh: Mesh,
     rank: RankId,
@@ -47,11 +49,20 @@ impl<'a> Loader<'a> {
         }
         let mut total = 0;
         for decl in declared.iter().filter(|d| catalog::on_stage(spec, &d.id, &plan.stages, stage)) {
-            total += window_bytes(checkpoint, decl, &plan.mesh, rank)?;
+            total += window(checkpoint, spec, decl, &plan.mesh, rank)?.map_or(0, |view| view_bytes(&view));
         }
         progress(0, total);
         let declared = declared.into_iter().map(|d| (d.id, d)).collect();
-        Ok(Loader { checkpoint, declared, mesh: plan.mesh, rank, done: Cell::new(0), total, progress })
+        Ok(Loader {
+            checkpoint,
+            spec: spec.clone(),
+            declared,
+            mesh: plan.mesh,
+            rank,
+            done: Cell::new(0),
+            total,
+            progress,
+        })
     }
 
     /// Whether this model has such a tensor.
@@ -67,7 +78,7 @@ impl<'a> Loader<'a> {
     /// This rank's window of a tensor, which it must hold.
     pub fn window(&self, id: TensorId) -> Result<MatrixView<'a>, Fault> {
         let decl = self.declaration(id)?;
-        let view = window(self.checkpoint, decl, &self.mesh, self.rank)?.ok_or_else(|| {
+        let view = window(self.checkpoint, &self.spec, decl, &self.mesh, self.rank)?.ok_or_else(|| {
             Fault::new(FaultKind::Internal, format!("rank {} holds nothing of {}", self.rank.0, decl.source.name))
         })?;
         self.done.set(self.done.get() + view_bytes(&view));
@@ -115,11 +126,10 @@ impl<'a> Loader<'a> {
 fn check(checkpoint: &Checkpoint, spec: &ModelSpec, declared: &[TensorDecl]) -> Result<(), Fault> {
     let mut claimed = BTreeSet::new();
     for decl in declared {
-        shape_of(checkpoint.tensor(&decl.source.name)?, decl)?;
-        claimed.insert(decl.source.name.as_str());
+        claimed.extend(find(checkpoint, spec, decl)?.claimed);
     }
     let unclaimed: Vec<&str> =
-        checkpoint.names().filter(|name| !claimed.contains(name) && catalog::ignored(spec, name).is_none()).collect();
+        checkpoint.names().filter(|name| !claimed.contains(*name) && catalog::ignored(spec, name).is_none()).collect();
     if unclaimed.is_empty() {
         return Ok(());
     }
@@ -127,61 +137,37 @@ fn check(checkpoint: &Checkpoint, spec: &ModelSpec, declared: &[TensorDecl]) -> 
     Err(bad(format!("nothing in the model uses {number} tensors of the checkpoint: {some}")))
 }
 
-/// The declared matrix's bytes within the stored tensor: of the stack's entry, where it is one of a stack.
-fn shape_of<'a>(stored: Stored<'a>, decl: &TensorDecl) -> Result<&'a [u8], Fault> {
-    let Part { stack, fused, transposed } = decl.source.part;
-    let (rows, cols) = (decl.rows * fused.map_or(1, |f| f.of), decl.cols);
-    let matrix = if transposed { [cols, rows] } else { [rows, cols] };
-    let wanted: Vec<usize> = stack.iter().map(|entry| entry.of).chain(matrix).collect();
-    // A vector is stored with one dimension, a stack of them with two.
-    let flat: Vec<usize> = stack.iter().map(|entry| entry.of).chain([rows * cols]).collect();
-    let fits = stored.shape == wanted || ((decl.rows == 1 || decl.cols == 1) && stored.shape == flat);
-    if !fits {
-        let (name, shape) = (&decl.source.name, stored.shape);
-        return Err(bad(format!("tensor {name} has shape {shape:?}, the model's config implies {wanted:?}")));
-    }
-    Ok(match stack {
-        None => stored.bytes,
-        Some(entry) => {
-            let each = stored.bytes.len() / entry.of;
-            &stored.bytes[entry.index * each..(entry.index + 1) * each]
-        }
-    })
-}
-
 /// The window of a declared tensor that `rank` holds.
 fn window<'a>(
     checkpoint: &'a Checkpoint,
+    spec: &ModelSpec,
     decl: &TensorDecl,
     mesh: &Mesh,
     rank: RankId,
 ) -> Result<Option<MatrixView<'a>>, Fault> {
-    let stored = checkpoint.tensor(&decl.source.name)?;
-    let bytes = shape_of(stored, decl)?;
-    Ok(cut::slice(decl.cut, decl.rows, decl.cols, mesh, rank).map(|s| MatrixView {
-        format: stored.format,
-        bytes,
-        stored_cols: if decl.source.part.transposed {
-            decl.rows * decl.source.part.fused.map_or(1, |f| f.of)
-        } else {
-            decl.cols
-        },
+    let Some(slice) = cut::slice(decl.cut, decl.rows, decl.cols, mesh, rank) else { return Ok(None) };
+    let found = find(checkpoint, spec, decl)?;
+    Ok(Some(MatrixView {
+        format: found.format,
+        bytes: found.bytes,
+        stored_cols: stored_cols(decl),
         fused: decl.source.part.fused,
         transposed: decl.source.part.transposed,
-        row: s.rows.start,
-        rows: s.rows.len(),
-        col: s.cols.start,
-        cols: s.cols.len(),
+        beside: found.beside,
+        row: slice.rows.start,
+        rows: slice.rows.len(),
+        col: slice.cols.start,
+        cols: slice.cols.len(),
     }))
 }
 
-fn window_bytes(checkpoint: &Checkpoint, decl: &TensorDecl, mesh: &Mesh, rank: RankId) -> Result<u64, Fault> {
-    Ok(window(checkpoint, decl, mesh, rank)?.map_or(0, |view| view_bytes(&view)))
-}
-
-/// Bytes of the values of a window, whole blocks or not.
+/// Bytes of the values of a window, whole blocks or not; of codes without what lies beside them.
 fn view_bytes(view: &MatrixView<'_>) -> u64 {
-    (view.rows * view.cols * view.format.block_bytes()).div_ceil(view.format.block()) as u64
+    let values = view.rows * view.cols;
+    match view.beside {
+        Some(beside) => (values * beside.scheme.code.bits() as usize).div_ceil(8) as u64,
+        None => (values * view.format.block_bytes()).div_ceil(view.format.block()) as u64,
+    }
 }
 
 /// Stands for all that decides what ranks load: equal on all of them, or they must not serve together.

@@ -4,12 +4,14 @@
 //! * [`safetensors`], [`gguf`]: the two containers' headers; every number in them is checked before it is believed.
 //! * [`widen`]: stored values as f32; [`codes`]: quantised ones as codes and the scales of their groups, which lie in
 //!   [`blocks`] (GGUF) or [`beside`] each other in tensors of their own (Hugging Face).
+//! * [`find`]: where a declared matrix lies, and whether it is all there.
 //! * [`loader`]: what a rank reads: the windows of the declared tensors that its place in the mesh holds.
 
 pub mod beside;
 pub mod blocks;
 pub mod checkpoint;
 pub mod codes;
+pub mod find;
 pub mod gguf;
 pub mod loader;
 pub mod safetensors;

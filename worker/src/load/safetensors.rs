@@ -91,21 +91,16 @@ fn entry(name: String, described: &Described, start: usize, size: usize) -> Resu
 }
 
 fn encoding(dtype: &str) -> Encoding {
-    match dtype {
-        "F32" => Encoding::Known(Format::F32),
-        "BF16" => Encoding::Known(Format::Bf16),
-        "F16" => Encoding::Known(Format::F16),
-        other => Encoding::Unknown(other.to_owned()),
-    }
+    Format::from_safetensors(dtype).map_or_else(|| Encoding::Unknown(dtype.to_owned()), Encoding::Known)
 }
 
 /// Bytes of one value of the types that are checked but not read.
 fn width(dtype: &str) -> Option<usize> {
     Some(match dtype {
-        "I8" | "U8" | "BOOL" | "F8_E4M3" | "F8_E5M2" | "F8_E8M0" => 1,
+        "BOOL" | "F8_E5M2" => 1,
         "I16" | "U16" => 2,
-        "I32" | "U32" => 4,
-        "I64" | "U64" | "F64" | "C64" => 8,
+        "U32" => 4,
+        "U64" | "F64" | "C64" => 8,
         _ => return None,
     })
 }
