@@ -2,18 +2,20 @@
 
 use anyhow::Result;
 use coordinator::config::parse_dtype;
-use coordinator::plan::{Policy, explain, parse_bytes, parse_devices, plan};
+use coordinator::plan::{Policy, explain, format_bytes, parse_bytes, parse_devices, plan, smallest};
 use coordinator::source::Source;
+use model::plan::BLOCK_TOKENS;
 use model::quant::Dtype;
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// A directory in Hugging Face's layout (its config.json and headers are enough), or a .gguf file
+    /// A directory in Hugging Face's layout, its config.json alone, or a .gguf file
     model: PathBuf,
-    /// Devices and their memory, e.g. 16x141GiB, or hosts of them: 2x8x141GiB
+    /// Devices and their memory, e.g. 16x141GiB, or hosts of them: 2x8x141GiB. Without, the smallest groups of usual
+    /// devices that hold the model
     #[arg(long)]
-    devices: String,
+    devices: Option<String>,
     #[arg(long, visible_alias = "tp")]
     tensor_parallel_size: Option<usize>,
     #[arg(long, visible_alias = "dp")]
@@ -39,9 +41,12 @@ pub struct Args {
 /// `auto`, or a value.
 type Setting<T> = Option<T>;
 
+/// Memory of the devices that are tried where none are given: of an 80 GB, a 141 GB and a 192 GB GPU.
+const USUAL: [&str; 3] = ["80GiB", "141GiB", "192GiB"];
+
 pub fn run(args: Args) -> Result<()> {
-    let source = Source::open(&args.model)?;
-    let members = parse_devices(&args.devices).map_err(anyhow::Error::msg)?;
+    let source = Source::describe(&args.model)?;
+    let (spec, formats) = (&source.spec, &source.formats);
     let policy = Policy {
         tensor: args.tensor_parallel_size,
         data: args.data_parallel_size,
@@ -52,11 +57,54 @@ pub fn run(args: Args) -> Result<()> {
         cache_bytes: args.kv_cache_memory,
         ..Policy::default()
     };
-    let planned = plan(&source.spec, &source.formats, &members, &policy, None)?;
+    let Some(devices) = &args.devices else {
+        return smallest_groups(&source, &policy, args.json);
+    };
+    let members = parse_devices(devices).map_err(anyhow::Error::msg)?;
+    let planned = plan(spec, formats, &members, &policy, None)?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&explain::report(&source.spec, &source.formats, &planned.plan))?);
+        println!("{}", serde_json::to_string_pretty(&explain::report(spec, formats, &planned.plan))?);
     } else {
-        print!("{}", explain::table(&source.spec, &source.formats, &planned.plan));
+        print!("{}{}", explain::model(spec), explain::table(spec, formats, &planned.plan));
+    }
+    Ok(())
+}
+
+fn smallest_groups(source: &Source, policy: &Policy, json: bool) -> Result<()> {
+    let (spec, formats) = (&source.spec, &source.formats);
+    let mut found = Vec::new();
+    for device in USUAL {
+        let bytes = parse_bytes(device).map_err(anyhow::Error::msg)?;
+        found.push((device, smallest(spec, formats, bytes, policy)?));
+    }
+    if json {
+        let groups: Vec<serde_json::Value> = found
+            .iter()
+            .map(|(device, (number, planned))| {
+                serde_json::json!({
+                    "device": device, "devices": number, "plan": explain::report(spec, formats, &planned.plan),
+                })
+            })
+            .collect();
+        let parameters = model::parameters::count(spec);
+        println!(
+            "{}",
+            serde_json::to_string_pretty(&serde_json::json!({
+                "architecture": spec.architecture, "parameters": parameters.total,
+                "active_parameters": parameters.active, "smallest": groups,
+            }))?
+        );
+        return Ok(());
+    }
+    print!("{}", explain::model(spec));
+    for (device, (number, planned)) in found {
+        let largest = explain::report(spec, formats, &planned.plan).ranks.iter().map(|r| r.weights_bytes).max();
+        println!(
+            "smallest group of {device} devices: {number} ({}, up to {} of weights a rank, cache for {} tokens)",
+            planned.plan.mesh,
+            format_bytes(largest.unwrap_or(0)),
+            planned.plan.limits.blocks * BLOCK_TOKENS * planned.plan.mesh.data
+        );
     }
     Ok(())
 }

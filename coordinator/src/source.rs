@@ -30,6 +30,8 @@ pub enum SourceError {
     Spec { path: PathBuf, source: SpecError },
 }
 
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
 /// Largest header that is read: the longest published ones (thousands of experts) take a few MiB.
 const HEADER_BYTES_MAX: u64 = 256 << 20;
 
@@ -39,6 +41,35 @@ impl Source {
         let path = std::fs::canonicalize(path)
             .map_err(|e| SourceError::Read { path: path.into(), why: format!("no such model: {e}") })?;
         if path.is_dir() { Source::from_directory(path) } else { Source::from_gguf(path) }
+    }
+
+    /// What can be planned without weights: also a directory that holds none, or a `config.json` by itself.
+    pub fn describe(path: &Path) -> Result<Source, SourceError> {
+        let beside = |name: &str| path.is_dir() && path.join(name).exists();
+        if path.extension().is_some_and(|e| e == "json") {
+            return Source::from_config(path);
+        }
+        let weightless = beside("config.json") && !beside(SINGLE) && !beside(INDEX);
+        if weightless { Source::from_config(&path.join("config.json")) } else { Source::open(path) }
+    }
+
+    /// The formats are those that the config states (`torch_dtype`, `quantization_config`).
+    fn from_config(path: &Path) -> Result<Source, SourceError> {
+        let text = String::from_utf8(read(path)?).map_err(|e| bad(path, e.to_string()))?;
+        let spec = hf::spec(&text, None).map_err(|source| SourceError::Spec { path: path.into(), source })?;
+        let config: serde_json::Value = serde_json::from_str(&text).map_err(|e| bad(path, e.to_string()))?;
+        let stated = [&config, &config["text_config"]].into_iter().find_map(|of| {
+            let dtype = if of["torch_dtype"].is_null() { &of["dtype"] } else { &of["torch_dtype"] };
+            dtype.as_str()
+        });
+        let plain = match stated {
+            Some("float32") => Format::F32,
+            Some("float16") => Format::F16,
+            _ => Format::Bf16,
+        };
+        let formats = [Some(plain), spec.quantisation.as_ref().map(|q| q.method.container())];
+        let identity = identity(text.as_bytes(), Vec::new());
+        Ok(Source { path: path.into(), spec, formats: formats.into_iter().flatten().collect(), identity, bytes: 0 })
     }
 
     fn from_directory(path: PathBuf) -> Result<Source, SourceError> {
@@ -91,9 +122,9 @@ fn read(path: &Path) -> Result<Vec<u8>, SourceError> {
 
 /// The weight files of a directory: those that the index names, or the one that needs none.
 fn weight_files(path: &Path) -> Result<BTreeSet<String>, SourceError> {
-    let index = path.join("model.safetensors.index.json");
+    let index = path.join(INDEX);
     if !index.exists() {
-        return Ok(BTreeSet::from(["model.safetensors".to_string()]));
+        return Ok(BTreeSet::from([SINGLE.to_string()]));
     }
     let parsed: serde_json::Value = serde_json::from_slice(&read(&index)?).map_err(|e| bad(&index, e.to_string()))?;
     let map = parsed["weight_map"].as_object().ok_or_else(|| bad(&index, "there is no weight_map".into()))?;

@@ -9,6 +9,7 @@
 //! * [`mesh`]: the ranks and their groups; all rank arithmetic lives here.
 //! * [`quant`]: weight formats and their bytes.
 //! * [`size`]: bytes of weights, cache and workspace a rank.
+//! * [`parameters`]: how many weights a model has, in all and for one token.
 //! * [`plan`]: what a coordinator decided for an epoch (data only).
 //! * [`step`]: what one forward pass of a group is asked and answers (data only).
 //! * [`fault`]: the kinds of failure that recovery matches on.
@@ -24,6 +25,7 @@ pub mod gguf;
 pub mod hf;
 pub mod identity;
 pub mod mesh;
+pub mod parameters;
 pub mod plan;
 pub mod quant;
 pub mod quantisation;

@@ -2,7 +2,7 @@
 //! before a single one is seen. Each tensor then says for itself how it is stored, and must agree.
 
 use crate::catalog::{Role, TensorId, tensor_name};
-use crate::quant::{Code, ScaleFormat, Scales, Scheme, Shift};
+use crate::quant::{Code, Format, ScaleFormat, Scales, Scheme, Shift};
 use crate::spec::ModelSpec;
 
 /// One `quantization_config`.
@@ -80,6 +80,16 @@ impl Method {
             Method::Int8 { .. } => "int-quantized",
             Method::Awq { .. } => "awq",
             Method::Gptq { .. } => "gptq",
+        }
+    }
+
+    /// What its codes are stored as.
+    pub const fn container(&self) -> Format {
+        match self {
+            Method::Fp8(_) => Format::F8E4m3,
+            Method::Mxfp4 => Format::U8,
+            Method::Int8 { .. } => Format::I8,
+            Method::Packed { .. } | Method::Awq { .. } | Method::Gptq { .. } => Format::I32,
         }
     }
 

@@ -135,6 +135,25 @@ fn rank_report(
     }
 }
 
+/// A line about the model itself: parameters, and what of it is left out.
+pub fn model(spec: &ModelSpec) -> String {
+    let parameters = model::parameters::count(spec);
+    let billions = |n: u64| format!("{:.2} B", n as f64 / 1e9);
+    let active = match parameters.active == parameters.total {
+        true => String::new(),
+        false => format!(", {} active for a token", billions(parameters.active)),
+    };
+    let part =
+        spec.part_of.as_ref().map(|whole| format!("; the language part of {whole}: pictures and sound are not read"));
+    format!(
+        "{}: {} layers, {} parameters{active}{}\n",
+        spec.architecture,
+        spec.layers.len(),
+        billions(parameters.total),
+        part.unwrap_or_default()
+    )
+}
+
 /// The report as an aligned table under two lines of summary.
 pub fn table(spec: &ModelSpec, formats: &[Format], plan: &Plan) -> String {
     let report = report(spec, formats, plan);

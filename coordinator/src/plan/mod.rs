@@ -14,8 +14,10 @@ pub mod explain;
 mod fit;
 mod mesh;
 mod place;
+mod smallest;
 
 pub use devices::{format_bytes, parse_bytes, parse_devices};
+pub use smallest::smallest;
 
 use model::mesh::Mesh;
 use model::plan::{Epoch, KernelFamily, Plan, WorkerId};

@@ -66,12 +66,13 @@ fn latent(keys: &Keys<'_>, common: &Common) -> Result<Latent, SpecError> {
     }
     let nope_dim = keys.size("qk_nope_head_dim", HEAD_DIM_MAX)?;
     let rope_dim = keys.size("qk_rope_head_dim", HEAD_DIM_MAX)?;
-    // Derived sizes that newer files repeat.
-    for (key, derived) in [("head_dim", rope_dim), ("qk_head_dim", nope_dim + rope_dim)] {
+    // Derived sizes that newer files repeat; `head_dim` is the rotated part to some and the whole to others.
+    let whole = nope_dim + rope_dim;
+    for (key, derived) in [("head_dim", [rope_dim, whole]), ("qk_head_dim", [whole, whole])] {
         if let Some(stated) = keys.optional_size(key, 2 * HEAD_DIM_MAX)?
-            && stated != derived
+            && !derived.contains(&stated)
         {
-            return Err(SpecError::bad(key, stated, format!("the parts of a head make {derived}")));
+            return Err(SpecError::bad(key, stated, format!("the parts of a head make {whole}")));
         }
     }
     let layout = if keys.flag("rope_interleave", true)? { Layout::Interleaved } else { Layout::Half };

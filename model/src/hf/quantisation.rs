@@ -73,7 +73,9 @@ pub(super) fn read(keys: &Keys<'_>) -> Result<Option<Quantisation>, SpecError> {
 }
 
 fn fp8(keys: &Keys<'_>) -> Result<Quantisation, SpecError> {
-    keys.only("fmt", "e4m3", "the other eight-bit float is not read")?;
+    if let Some(other) = keys.text("fmt")?.filter(|fmt| !matches!(*fmt, "e4m3" | "float8_e4m3fn")) {
+        return Err(SpecError::bad("quantization_config.fmt", other, "the other eight-bit float is not read"));
+    }
     let block = match keys.value("weight_block_size") {
         None => Extent { rows: None, cols: None },
         Some(value) => {
