@@ -1,5 +1,6 @@
 //! The model as the coordinator sees it: its description and the formats of its weights, never the weights themselves.
 
+use model::gguf::split::Split;
 use model::gguf::{self, Gguf, TensorInfo};
 use model::identity::identity;
 use model::quant::Format;
@@ -92,16 +93,18 @@ impl Source {
     }
 
     fn from_gguf(path: PathBuf) -> Result<Source, SourceError> {
-        let (header, file, bytes) = gguf_header(&path)?;
-        let has = |name: &str| file.tensors.iter().any(|t| t.name == name);
-        let factors = rope_factors(&path, &file)?;
+        let parts = gguf_parts(&path)?;
+        let all = || parts.iter().flat_map(|part| &part.gguf.tensors);
+        let names: BTreeSet<&str> = all().map(|t| t.name.as_str()).collect();
+        let has = |name: &str| names.contains(name);
+        let factors = parts.iter().map(|part| rope_factors(&part.path, &part.gguf)).find_map(Result::transpose);
+        let (factors, Part { header, gguf: file, .. }) = (factors.transpose()?, &parts[0]);
         let spec = gguf::spec(&file.metadata, &has, factors.as_deref())
             .map_err(|source| SourceError::Spec { path: path.clone(), source })?;
         // Vectors (norms, biases) do not decide what matrices are kept in.
-        let formats: BTreeSet<Format> =
-            file.tensors.iter().filter(|t| t.dims.len() > 1).filter_map(TensorInfo::format).collect();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let identity = identity(&header, vec![(name, bytes)]);
+        let formats: BTreeSet<Format> = all().filter(|t| t.dims.len() > 1).filter_map(TensorInfo::format).collect();
+        let bytes = parts.iter().map(|part| part.bytes).sum();
+        let identity = identity(header, parts.iter().map(|part| (file_name(&part.path), part.bytes)).collect());
         Ok(Source { path, spec, formats: formats.into_iter().collect(), identity, bytes })
     }
 
@@ -153,8 +156,45 @@ fn safetensors_formats(path: &Path) -> Result<BTreeSet<Format>, SourceError> {
     Ok(header.values().filter(is_matrix).filter_map(format).collect())
 }
 
-/// The header's bytes, what they say, and the file's length.
-fn gguf_header(path: &Path) -> Result<(Vec<u8>, Gguf, u64), SourceError> {
+/// One file of a model.
+struct Part {
+    path: PathBuf,
+    /// The header's bytes, and what they say.
+    header: Vec<u8>,
+    gguf: Gguf,
+    bytes: u64,
+}
+
+/// All files of the model that one of them belongs to, the one with the metadata first.
+fn gguf_parts(path: &Path) -> Result<Vec<Part>, SourceError> {
+    let spec_error = |path: &Path| {
+        let path = path.to_path_buf();
+        move |source| SourceError::Spec { path, source }
+    };
+    let opened = gguf_header(path)?;
+    let Some(split) = Split::of(&file_name(path), &opened.gguf.metadata).map_err(spec_error(path))? else {
+        return Ok(vec![opened]);
+    };
+    let mut parts = Vec::with_capacity(split.parts.min(1024));
+    for index in 0..split.parts {
+        let path = path.with_file_name(split.name(index));
+        if !path.is_file() {
+            return Err(bad(&path, format!("part {} of {} is missing", index + 1, split.parts)));
+        }
+        let part = gguf_header(&path)?;
+        split.check(index, &part.gguf.metadata).map_err(spec_error(&path))?;
+        parts.push(part);
+    }
+    let tensors = parts.iter().map(|part| part.gguf.tensors.len()).sum();
+    split.check_tensors(&parts[0].gguf.metadata, tensors).map_err(spec_error(path))?;
+    Ok(parts)
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+fn gguf_header(path: &Path) -> Result<Part, SourceError> {
     let file = std::fs::File::open(path).map_err(|e| bad(path, e.to_string()))?;
     let bytes = file.metadata().map_err(|e| bad(path, e.to_string()))?.len();
     let mut wanted = 16 << 20;
@@ -166,7 +206,7 @@ fn gguf_header(path: &Path) -> Result<(Vec<u8>, Gguf, u64), SourceError> {
         match gguf::file::parse(&head) {
             Ok(gguf) => {
                 head.truncate(gguf.data_offset as usize);
-                return Ok((head, gguf, bytes));
+                return Ok(Part { path: path.into(), header: head, gguf, bytes });
             }
             Err(SpecError::Truncated { wanted: least, .. })
                 if head.len() as u64 == wanted && wanted < HEADER_BYTES_MAX =>

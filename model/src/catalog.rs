@@ -63,6 +63,10 @@ pub enum Role {
     KvDownNorm,
     /// `[heads * (nope + value), kv_rank]`.
     KvUp,
+    /// Its halves, where they are kept apart: `[heads * kv_rank, nope]`, each head's turned around.
+    Absorb,
+    /// `[heads * value, kv_rank]`.
+    Expand,
     // dense branch
     Gate,
     Up,

@@ -3,7 +3,10 @@
 //! Keys of the architecture (`llama.*`) are read, harmless, or an error, as in a `config.json`; the `general`,
 //! `tokenizer`, `quantize` and `split` ones describe the file and its text.
 
+mod deepseek2;
 pub mod file;
+mod gpt_oss;
+pub mod split;
 
 pub use file::{Gguf, TensorInfo, Value};
 
@@ -18,7 +21,7 @@ use crate::spec::{
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 
-const KNOWN: [&str; 4] = ["llama", "qwen2", "qwen3", "qwen3moe"];
+const KNOWN: [&str; 6] = ["deepseek2", "gpt-oss", "llama", "qwen2", "qwen3", "qwen3moe"];
 
 /// Keys of an architecture that change nothing about what is computed.
 const HARMLESS: [&str; 4] = [
@@ -55,11 +58,12 @@ pub fn spec(
         return Err(SpecError::bad(ROPE_FACTORS, "in the file", "its values must be handed over with the metadata"));
     }
     let file = File { architecture, has_tensor, rope_factors, hidden, positions_max, norm };
-    let mixer = Mixer::Grouped(attention(&keys, &file)?);
-    let branch = branch(&keys, &file)?;
     let vocab = vocabulary(&keys)?;
-    let layer =
-        Layer { residual: Residual::Stream, mixer_norm: norm, mixer, branch_norm: norm, branches: vec![branch] };
+    let layers = match architecture {
+        "deepseek2" => deepseek2::layers(&keys, &file, layers)?,
+        "gpt-oss" => gpt_oss::layers(&keys, &file, layers)?,
+        _ => vec![file.layer(Mixer::Grouped(attention(&keys, &file)?), branch(&keys, &file)?); layers],
+    };
     let spec = ModelSpec {
         architecture: architecture.to_string(),
         naming: Naming::Gguf,
@@ -70,7 +74,7 @@ pub fn spec(
         embedding_rows: vocab,
         hidden,
         embedding_norm: None,
-        layers: vec![layer; layers],
+        layers,
         passed_by: Vec::new(),
         final_norm: norm,
         head: Head { tied: !has_tensor(&gguf_name(None, Role::Head)) },
@@ -91,6 +95,17 @@ struct File<'a> {
     hidden: usize,
     positions_max: usize,
     norm: Norm,
+}
+
+impl File<'_> {
+    fn layer(&self, mixer: Mixer, branch: Branch) -> Layer {
+        let (mixer_norm, branch_norm) = (self.norm, self.norm);
+        Layer { residual: Residual::Stream, mixer_norm, mixer, branch_norm, branches: vec![branch] }
+    }
+
+    fn holds(&self, layer: usize, role: Role) -> bool {
+        (self.has_tensor)(&gguf_name(Some(layer), role))
+    }
 }
 
 fn attention(keys: &Keys<'_>, file: &File<'_>) -> Result<Grouped, SpecError> {
@@ -120,6 +135,13 @@ fn attention(keys: &Keys<'_>, file: &File<'_>) -> Result<Grouped, SpecError> {
     })
 }
 
+/// Channels of a key and of a value head, where the file says.
+fn attention_lengths(keys: &Keys<'_>) -> Result<(Option<usize>, Option<usize>), SpecError> {
+    // Of latent attention in newer files: the whole latent, wider than any head.
+    let length = |key| keys.optional_size(key, HIDDEN_MAX);
+    Ok((length("attention.key_length")?, length("attention.value_length")?))
+}
+
 fn rope(keys: &Keys<'_>, file: &File<'_>, head_dim: usize) -> Result<Rope, SpecError> {
     let dims = keys.optional_size("rope.dimension_count", HEAD_DIM_MAX)?.unwrap_or(head_dim);
     let theta = keys.float("rope.freq_base")?.unwrap_or(1e4);
@@ -127,6 +149,13 @@ fn rope(keys: &Keys<'_>, file: &File<'_>, head_dim: usize) -> Result<Rope, SpecE
     let factor = keys.float("rope.scaling.factor")?.or(older);
     let original = keys.optional_size("rope.scaling.original_context_length", POSITIONS_MAX)?;
     let amplitude = keys.float("rope.scaling.attn_factor")?;
+    let whole_amplitude = keys.float("rope.scaling.yarn_attn_factor")?;
+    let beta = |key, usual| Ok::<f64, SpecError>(keys.float(key)?.unwrap_or(usual));
+    let (beta_fast, beta_slow) =
+        (beta("rope.scaling.yarn_beta_fast", 32.0)?, beta("rope.scaling.yarn_beta_slow", 1.0)?);
+    if let Some(extra) = keys.float("rope.scaling.yarn_ext_factor")?.filter(|extra| *extra != 1.0) {
+        return Err(SpecError::bad("rope.scaling.yarn_ext_factor", extra, "only 1 is implemented"));
+    }
     let kind = keys.text("rope.scaling.type")?.unwrap_or(if older.is_some() { "linear" } else { "none" });
     let scaling = match (kind, factor, file.rope_factors) {
         ("none", None | Some(1.0), Some(by)) => Scaling::Factors { by: by.to_vec() },
@@ -139,21 +168,24 @@ fn rope(keys: &Keys<'_>, file: &File<'_>, head_dim: usize) -> Result<Rope, SpecE
         ("yarn", Some(factor), _) => Scaling::Yarn {
             factor,
             original: original.unwrap_or(file.positions_max),
-            beta_fast: 32.0,
-            beta_slow: 1.0,
+            beta_fast,
+            beta_slow,
             truncate: true,
             // The runtime that defined the format multiplies its factor with the paper's.
-            amplitude: amplitude.unwrap_or(1.0) * (0.1 * libm::log(factor.max(1.0)) + 1.0),
+            amplitude: whole_amplitude
+                .unwrap_or_else(|| amplitude.unwrap_or(1.0) * (0.1 * libm::log(factor.max(1.0)) + 1.0)),
         },
         ("linear" | "yarn", None, _) => return Err(keys.missing("rope.scaling.factor")),
         _ => return Err(SpecError::bad("rope.scaling.type", kind, "known: none, linear, yarn")),
     };
-    if amplitude.is_some_and(|a| a != 1.0) && !matches!(scaling, Scaling::Yarn { .. }) {
-        return Err(SpecError::bad("rope.scaling.attn_factor", amplitude.unwrap_or(1.0), "only yarn has one"));
+    for (key, stated) in [("rope.scaling.attn_factor", amplitude), ("rope.scaling.yarn_attn_factor", whole_amplitude)] {
+        if let Some(stated) = stated.filter(|a| *a != 1.0 && !matches!(scaling, Scaling::Yarn { .. })) {
+            return Err(SpecError::bad(key, stated, "only yarn has one"));
+        }
     }
-    // Converters permute the rows of Llama's queries and keys (and their biases) for interleaved rotation; those of
-    // the other families they leave alone.
-    let layout = if file.architecture == "llama" { Layout::Interleaved } else { Layout::Half };
+    // Converters permute the rows of Llama's queries and keys (and their biases) for interleaved rotation, which is
+    // DeepSeek's own; the other families they leave alone.
+    let layout = if matches!(file.architecture, "llama" | "deepseek2") { Layout::Interleaved } else { Layout::Half };
     Ok(Rope { dims, theta, layout, scaling })
 }
 

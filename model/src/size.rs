@@ -162,7 +162,13 @@ pub fn stored_bytes(role: Role, layer: Option<&Layer>, (rows, cols): (usize, usi
         let (absorb, expand) = (padded(l.kv_rank) * l.nope_dim, padded(l.value_dim) * l.kv_rank);
         return heads * (absorb + expand) * precision.compute.bytes();
     }
-    padded(rows) * cols * precision.matrices.bytes()
+    let rows = match (role, layer) {
+        // One matrix a head.
+        (Role::Absorb, Some(Layer { mixer: Mixer::Latent(l), .. })) => rows / l.kv_rank * padded(l.kv_rank),
+        (Role::Expand, Some(Layer { mixer: Mixer::Latent(l), .. })) => rows / l.value_dim * padded(l.value_dim),
+        _ => padded(rows),
+    };
+    rows * cols * precision.matrices.bytes()
 }
 
 fn padded(rows: usize) -> usize {

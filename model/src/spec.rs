@@ -183,6 +183,8 @@ pub struct Latent {
     pub rope_dim: usize,
     /// Channels of one value head (`v_head_dim`).
     pub value_dim: usize,
+    /// The up projection is stored as its two halves, ready to absorb (GGUF).
+    pub halves: bool,
     /// Norms of both latents; the reference fixes their epsilon at 1e-6 whatever `rms_norm_eps` says.
     pub latent_norm: Norm,
     pub rope: Rope,

@@ -17,7 +17,7 @@ pub(super) fn source(spec: &ModelSpec, id: &TensorId) -> Source {
                 dialect.transposed && matches!(id.role, Role::ExpertGate | Role::ExpertUp | Role::ExpertDown);
             Source { name, part: Part { stack, fused: fused(spec, &dialect, id), transposed } }
         }
-        Naming::Gguf => Source { name: gguf(id), part: Part { stack: id.expert.map(stack), ..Part::WHOLE } },
+        Naming::Gguf => Source { name: gguf(spec, id), part: Part { stack: id.expert.map(stack), ..Part::WHOLE } },
     }
 }
 
@@ -237,8 +237,12 @@ fn usual(role: Role) -> &'static str {
     }
 }
 
-fn gguf(id: &TensorId) -> String {
-    gguf_name(id.layer, id.role)
+fn gguf(spec: &ModelSpec, id: &TensorId) -> String {
+    match (spec.architecture.as_str(), id.role, id.layer) {
+        // Its converter takes the name literally.
+        ("gpt-oss", Role::BranchNorm, Some(layer)) => format!("blk.{layer}.post_attention_norm.weight"),
+        _ => gguf_name(id.layer, id.role),
+    }
 }
 
 /// What a GGUF file calls the tensor of `role`; a stack of all experts has one name.
@@ -265,6 +269,8 @@ pub fn gguf_name(layer: Option<usize>, role: Role) -> String {
         Role::KvDown => "attn_kv_a_mqa.weight",
         Role::KvDownNorm => "attn_kv_a_norm.weight",
         Role::KvUp => "attn_kv_b.weight",
+        Role::Absorb => "attn_k_b.weight",
+        Role::Expand => "attn_v_b.weight",
         Role::Gate => "ffn_gate.weight",
         Role::Up => "ffn_up.weight",
         Role::Down => "ffn_down.weight",
@@ -313,7 +319,7 @@ const OTHER_SENSES: [&str; 10] = [
 /// Why a checkpoint's tensor may stay unclaimed; `None` is for a name that must stop the load.
 pub fn ignored(spec: &ModelSpec, name: &str) -> Option<&'static str> {
     let Naming::HuggingFace(dialect) = spec.naming else {
-        return (name == ROPE_FACTORS).then_some("rotary frequency factors, read with the file's metadata");
+        return ignored_gguf(spec, name);
     };
     if name.ends_with(".rotary_emb.inv_freq") {
         return Some("rotary frequencies, computed from the config");
@@ -336,4 +342,21 @@ pub fn ignored(spec: &ModelSpec, name: &str) -> Option<&'static str> {
     let predicts = matches!(spec.architecture.as_str(), "deepseek_v3" | "kimi_k2" | "glm4_moe");
     (predicts && layer >= spec.layers.len() + spec.passed_by.len())
         .then_some("a head that predicts tokens further on, which is not used")
+}
+
+fn ignored_gguf(spec: &ModelSpec, name: &str) -> Option<&'static str> {
+    if name == ROPE_FACTORS {
+        return Some("rotary frequency factors, read with the file's metadata");
+    }
+    let (number, rest) = name.strip_prefix("blk.")?.split_once('.')?;
+    let layer = spec.layers.get(number.parse::<usize>().ok()?);
+    match layer {
+        None => {
+            (spec.architecture == "deepseek2").then_some("a head that predicts tokens further on, which is not used")
+        }
+        Some(layer) => {
+            let halves = matches!(&layer.mixer, Mixer::Latent(l) if l.halves);
+            (halves && rest == "attn_kv_b.weight").then_some("what is stored as its two halves too")
+        }
+    }
 }

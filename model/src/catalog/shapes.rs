@@ -104,9 +104,16 @@ fn latent(l: &Latent, hidden: usize, out: &mut Vec<Shape>) {
     }
     out.push(Shape { role: Role::KvDown, rows: l.kv_rank + l.rope_dim, cols: hidden, cut: Cut::Replicate });
     out.push(vector(Role::KvDownNorm, l.kv_rank));
-    let up = l.nope_dim + l.value_dim;
-    out.push(Shape { role: Role::KvUp, rows: l.heads * up, cols: l.kv_rank, cut: Cut::Columns { unit: up } });
     let value = l.heads * l.value_dim;
+    let by_head = |unit| Cut::Columns { unit };
+    if l.halves {
+        let (rows, unit) = (l.heads * l.kv_rank, l.kv_rank);
+        out.push(Shape { role: Role::Absorb, rows, cols: l.nope_dim, cut: by_head(unit) });
+        out.push(Shape { role: Role::Expand, rows: value, cols: l.kv_rank, cut: by_head(l.value_dim) });
+    } else {
+        let up = l.nope_dim + l.value_dim;
+        out.push(Shape { role: Role::KvUp, rows: l.heads * up, cols: l.kv_rank, cut: by_head(up) });
+    }
     out.push(Shape { role: Role::Output, rows: hidden, cols: value, cut: Cut::Rows { unit: l.value_dim } });
 }
 

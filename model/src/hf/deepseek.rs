@@ -84,6 +84,7 @@ fn latent(keys: &Keys<'_>, common: &Common) -> Result<Latent, SpecError> {
         nope_dim,
         rope_dim,
         value_dim: keys.size("v_head_dim", HEAD_DIM_MAX)?,
+        halves: false,
         latent_norm: Norm::rms(1e-6),
         rope: rope::read(keys, common, rope_dim, 1e4, layout)?,
         scale: (stretch * stretch / ((nope_dim + rope_dim) as f64).sqrt()) as f32,

@@ -4,7 +4,7 @@
 use super::pass::Pass;
 use super::tables::{Chosen, Tables};
 use super::weights::LayerLoader;
-use crate::backend::{Backend, Kind, LatentShape, NormWeights};
+use crate::backend::{Backend, Kind, LatentShape, MatrixView, NormWeights};
 use model::catalog::Role;
 use model::fault::Fault;
 use model::spec::{CacheKind, Latent};
@@ -50,7 +50,7 @@ impl<B: Backend> Attention<B> {
                 up: from.matrix(&[Role::QueryUp])?,
             },
         };
-        let (absorb, expand) = split(&shape, from)?;
+        let (absorb, expand) = if spec.halves { halves(&shape, from)? } else { split(&shape, from)? };
         Ok(Attention {
             shape,
             query,
@@ -116,6 +116,21 @@ impl<B: Backend> Attention<B> {
         }
         Ok(q)
     }
+}
+
+/// The halves of the up projection as they are stored.
+#[allow(clippy::type_complexity)] // two lists of matrices
+fn halves<B: Backend>(
+    shape: &LatentShape,
+    from: &LayerLoader<'_, B>,
+) -> Result<(Vec<B::Matrix>, Vec<B::Matrix>), Fault> {
+    let heads = |role, each: usize| -> Result<Vec<B::Matrix>, Fault> {
+        let all = from.window(role)?;
+        assert_eq!(all.rows, shape.heads * each, "the catalogue declares this rank's heads");
+        let head = |head| MatrixView { row: all.row + head * each, rows: each, ..all };
+        (0..shape.heads).map(|h| from.backend.matrix(&[head(h)], 1)).collect()
+    };
+    Ok((heads(Role::Absorb, shape.kv_rank)?, heads(Role::Expand, shape.value_dim)?))
 }
 
 /// The heads of the up projection `[nope + value, kv_rank]`, each taken apart into its absorbing half, transposed, and

@@ -121,6 +121,11 @@ impl<B: Backend> LayerLoader<'_, B> {
         self.backend.matrix(&parts?, segments)
     }
 
+    /// This rank's window of a tensor.
+    pub fn window(&self, role: Role) -> Result<MatrixView<'_>, Fault> {
+        self.loader.window(self.id(role, None))
+    }
+
     /// This rank's values, one tensor after another.
     pub fn values(&self, roles: &[Role]) -> Result<Vec<f32>, Fault> {
         let mut values = Vec::new();

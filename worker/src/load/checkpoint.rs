@@ -7,6 +7,7 @@ use memmap2::Mmap;
 use model::catalog::ROPE_FACTORS;
 use model::fault::Fault;
 use model::gguf::Value;
+use model::gguf::split::Split;
 use model::identity::identity;
 use model::quant::Format;
 use model::spec::ModelSpec;
@@ -76,12 +77,30 @@ impl Checkpoint {
     fn gguf(path: &Path) -> Result<Checkpoint, Fault> {
         let file = File::map(path)?;
         let header = gguf::header(&file.map).map_err(|f| file.blame(f))?;
-        let tensors = header.entries.into_iter().map(|entry| (entry.name.clone(), Place { file: 0, entry }));
-        Ok(Checkpoint {
-            tensors: tensors.collect(),
-            files: vec![file],
-            description: Description::Gguf { metadata: header.metadata, header: header.data },
-        })
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let split = Split::of(&name, &header.metadata).map_err(|e| file.blame(bad(e.to_string())))?;
+        let Some(split) = split else {
+            let mut tensors = Tensors::default();
+            tensors.add(file, header.entries)?;
+            return Ok(tensors.described(Description::Gguf { metadata: header.metadata, header: header.data }));
+        };
+        let mut tensors = Tensors::default();
+        let mut first = None;
+        for index in 0..split.parts {
+            let path = path.with_file_name(split.name(index));
+            if !path.is_file() {
+                let (parts, shown) = (split.parts, path.display());
+                return Err(bad(format!("{shown}: part {} of {parts} is missing", index + 1)));
+            }
+            let file = File::map(&path)?;
+            let header = gguf::header(&file.map).map_err(|f| file.blame(f))?;
+            split.check(index, &header.metadata).map_err(|e| file.blame(bad(e.to_string())))?;
+            tensors.add(file, header.entries)?;
+            first.get_or_insert((header.metadata, header.data));
+        }
+        let (metadata, header) = first.expect("a split has two parts or more");
+        split.check_tensors(&metadata, tensors.places.len()).map_err(|e| bad(format!("{}: {e}", path.display())))?;
+        Ok(tensors.described(Description::Gguf { metadata, header }))
     }
 
     fn directory(path: &Path) -> Result<Checkpoint, Fault> {
@@ -89,25 +108,23 @@ impl Checkpoint {
         let generation = path.join("generation_config.json");
         let generation = if generation.is_file() { Some(read(&generation)?) } else { None };
         let (names, promised) = shards(path)?;
-        let mut files = Vec::with_capacity(names.len());
-        let mut tensors: BTreeMap<String, Place> = BTreeMap::new();
+        let mut tensors = Tensors::default();
         for name in names {
             let file = File::map(&path.join(name))?;
-            for entry in safetensors::entries(&file.map).map_err(|f| file.blame(f))? {
-                let index = files.len();
-                if let Some(first) = tensors.get(&entry.name) {
-                    let first: &File = files.get(first.file).unwrap_or(&file);
-                    let (tensor, one, two) = (&entry.name, first.path.display(), file.path.display());
-                    return Err(bad(format!("tensor {tensor} stands in {one} and in {two}")));
-                }
-                tensors.insert(entry.name.clone(), Place { file: index, entry });
+            let entries = safetensors::entries(&file.map).map_err(|f| file.blame(f))?;
+            tensors.add(file, entries)?;
+        }
+        let found = tensors.described(Description::Config { config, generation });
+        for (name, file) in &promised {
+            if !found.has(name) {
+                return Err(bad(format!("{INDEX} promises tensor {name} in {file}, no file holds it")));
             }
-            files.push(file);
+            let holder = found.file_of(name);
+            if holder != *file {
+                return Err(bad(format!("{INDEX} promises tensor {name} in {file}, it stands in {holder}")));
+            }
         }
-        if let Some(missing) = promised.iter().find(|&name| !tensors.contains_key(name)) {
-            return Err(bad(format!("{INDEX} promises tensor {missing}, no file holds it")));
-        }
-        Ok(Checkpoint { files, tensors, description: Description::Config { config, generation } })
+        Ok(found)
     }
 
     /// The model it holds.
@@ -135,10 +152,21 @@ impl Checkpoint {
                 shape: &place.entry.shape,
                 bytes: &self.files[place.file].map[place.entry.range.clone()],
             }),
-            Encoding::Unknown(stored) => Err(bad(format!(
-                "tensor {name} is stored as {stored}; readable: f32, bf16, f16, and GGUF's Q8_0, Q4_0, Q4_1, Q6_K"
-            ))),
+            Encoding::Unknown(stored) => {
+                Err(self.blame(name, &format!("it is stored as {stored}, which is no format that is read")))
+            }
         }
+    }
+
+    /// A fault that names a tensor, the file that holds it, and a reason.
+    pub fn blame(&self, name: &str, why: &str) -> Fault {
+        bad(format!("tensor {name} in {}: {why}", self.file_of(name)))
+    }
+
+    /// The name of the file that holds a tensor.
+    pub fn file_of(&self, name: &str) -> String {
+        let file = self.tensors.get(name).map(|place| self.files[place.file].name());
+        file.unwrap_or_else(|| "no file".into())
     }
 
     /// Whether there is a tensor of that name.
@@ -155,10 +183,7 @@ impl Checkpoint {
 
     /// What the coordinator compares with its own: see [`model::identity`].
     pub fn identity(&self) -> Vec<u8> {
-        let files = self.files.iter().map(|file| {
-            let name = file.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            (name, file.map.len() as u64)
-        });
+        let files = self.files.iter().map(|file| (file.name(), file.map.len() as u64));
         let description = match &self.description {
             Description::Config { config, .. } => config.as_bytes(),
             Description::Gguf { header, .. } => &self.files[0].map[..*header],
@@ -177,7 +202,38 @@ impl Checkpoint {
     }
 }
 
+/// The tensors of several files, each name once.
+#[derive(Default)]
+struct Tensors {
+    files: Vec<File>,
+    places: BTreeMap<String, Place>,
+}
+
+impl Tensors {
+    fn add(&mut self, file: File, entries: Vec<Entry>) -> Result<(), Fault> {
+        let index = self.files.len();
+        for entry in entries {
+            if let Some(first) = self.places.get(&entry.name) {
+                let first = self.files.get(first.file).unwrap_or(&file);
+                let (tensor, one, two) = (&entry.name, first.path.display(), file.path.display());
+                return Err(bad(format!("tensor {tensor} stands in {one} and in {two}")));
+            }
+            self.places.insert(entry.name.clone(), Place { file: index, entry });
+        }
+        self.files.push(file);
+        Ok(())
+    }
+
+    fn described(self, description: Description) -> Checkpoint {
+        Checkpoint { files: self.files, tensors: self.places, description }
+    }
+}
+
 impl File {
+    fn name(&self) -> String {
+        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
     fn map(path: &Path) -> Result<File, Fault> {
         let unreadable = |e: std::io::Error| bad(format!("{}: {e}", path.display()));
         let file = fs::File::open(path).map_err(unreadable)?;
@@ -200,8 +256,8 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// The safetensors files of a directory, and the tensors that its index promises.
-fn shards(directory: &Path) -> Result<(BTreeSet<String>, BTreeSet<String>), Fault> {
+/// The safetensors files of a directory, and where its index promises which tensors.
+fn shards(directory: &Path) -> Result<(BTreeSet<String>, BTreeMap<String, String>), Fault> {
     let index = directory.join(INDEX);
     if index.is_file() {
         let parsed: Index =
@@ -211,16 +267,23 @@ fn shards(directory: &Path) -> Result<(BTreeSet<String>, BTreeSet<String>), Faul
         if let Some(name) = files.iter().find(|name| Path::new(name).file_name() != Some(name.as_ref())) {
             return Err(bad(format!("{}: {name:?} is not the name of a file beside it", index.display())));
         }
-        return Ok((files, parsed.weight_map.into_keys().collect()));
+        return Ok((files, parsed.weight_map));
     }
     if directory.join(SINGLE).is_file() {
-        return Ok((BTreeSet::from([SINGLE.to_owned()]), BTreeSet::new()));
+        return Ok((BTreeSet::from([SINGLE.to_owned()]), BTreeMap::new()));
     }
     let shown = directory.display();
     Err(bad(format!("{shown}: neither {SINGLE} nor {INDEX} is there; pickled checkpoints (.bin, .pt) are never read")))
 }
 
+/// The longest index of a published model takes some 10 MiB.
+const TEXT_BYTES_MAX: u64 = 256 << 20;
+
 fn read(path: &Path) -> Result<String, Fault> {
+    let length = fs::metadata(path).map_or(0, |m| m.len());
+    if length > TEXT_BYTES_MAX {
+        return Err(bad(format!("{}: {length} bytes, at most {TEXT_BYTES_MAX} make sense", path.display())));
+    }
     fs::read_to_string(path).map_err(|e| bad(format!("{}: {e}", path.display())))
 }
 
@@ -291,12 +354,16 @@ mod tests {
             (r#"{"a":"/one.safetensors"}"#, "is not the name of a file"),
             (r#"{"a":"three.safetensors"}"#, "three.safetensors"),
             (r#"{"z":"one.safetensors"}"#, "promises tensor z"),
+            (r#"{"a":"one.safetensors","b":"one.safetensors"}"#, "promises tensor b in one.safetensors, no file"),
             (r#"{"a":"one.safetensors","b":"two.safetensors"}"#, "stands in"),
             ("3", "index.json"),
         ] {
             dir.index(map);
             assert!(dir.fault().contains(said), "{map}: {}", dir.fault());
         }
+        dir.write("two.safetensors", "b", &[1.0]);
+        dir.index(r#"{"a":"two.safetensors","b":"one.safetensors"}"#);
+        assert!(dir.fault().contains("tensor a in two.safetensors, it stands in one.safetensors"), "{}", dir.fault());
         fs::write(dir.0.join("one.safetensors"), "").unwrap();
         dir.index(r#"{"a":"one.safetensors"}"#);
         assert!(dir.fault().contains("empty"));

@@ -32,18 +32,25 @@ pub fn find<'a>(checkpoint: &'a Checkpoint, spec: &ModelSpec, decl: &TensorDecl)
     }
     let stored = checkpoint.tensor(name)?;
     if !stored.format.is_plain() && stored.format.block() == 1 {
-        let text = format!(
-            "tensor {name} holds {:?} numbers, and the model's quantization_config does not say what they stand for",
+        let why = format!(
+            "it holds {:?} numbers, and the model's quantization_config does not say what they stand for",
             stored.format
         );
-        return Err(bad(text));
+        return Err(checkpoint.blame(name, &why));
     }
     let wanted = matrix_shape(decl);
     // A vector is stored with one dimension, a stack of them with two.
     let flat = with_stack(decl, &[wanted.iter().rev().take(2).product()]);
     let vector = decl.rows == 1 || decl.cols == 1;
-    if stored.shape != with_stack(decl, &wanted) && !(vector && stored.shape == flat) {
-        return Err(misshaped(name, stored.shape, &with_stack(decl, &wanted)));
+    // The heads of a matrix may have a dimension of their own.
+    let heads =
+        decl.source.part == Part::WHOLE && matches!(*stored.shape, [a, b, c] if [a.saturating_mul(b), c] == wanted);
+    if stored.shape != with_stack(decl, &wanted) && !(vector && stored.shape == flat) && !heads {
+        return Err(misshaped(checkpoint, name, stored.shape, &with_stack(decl, &wanted)));
+    }
+    if decl.source.part.transposed && stored.format.block() > 1 {
+        let why = format!("it lies the other way round, which blocks of {:?} can't", stored.format);
+        return Err(checkpoint.blame(name, &why));
     }
     Ok(Found { format: stored.format, bytes: entry(decl, stored.bytes), beside: None, claimed: vec![name.clone()] })
 }
@@ -73,8 +80,8 @@ fn entry<'a>(decl: &TensorDecl, bytes: &'a [u8]) -> &'a [u8] {
     }
 }
 
-fn misshaped(name: &str, shape: &[usize], wanted: &[usize]) -> Fault {
-    bad(format!("tensor {name} has shape {shape:?}, the model's config implies {wanted:?}"))
+fn misshaped(checkpoint: &Checkpoint, name: &str, shape: &[usize], wanted: &[usize]) -> Fault {
+    checkpoint.blame(name, &format!("it has shape {shape:?}, the model's config implies {wanted:?}"))
 }
 
 /// What a method may call the codes of the matrix `name`.
@@ -100,7 +107,8 @@ struct Matrix<'a, 'd> {
 impl<'a> Matrix<'a, '_> {
     fn find(self) -> Result<Found<'a>, Fault> {
         if self.decl.source.part.transposed {
-            return Err(bad(format!("tensor {}: quantised matrices are never stored the other way round", self.codes)));
+            let why = "quantised matrices are never stored the other way round";
+            return Err(self.checkpoint.blame(&self.codes, why));
         }
         let mut found = match self.method {
             Method::Fp8(extent) => self.fp8(extent),
@@ -134,15 +142,16 @@ impl<'a> Matrix<'a, '_> {
         let method = self.method.name();
         if !self.checkpoint.has(name) {
             let codes = &self.codes;
-            return Err(bad(format!("{method}: {codes} needs {name} beside it, which is missing")));
+            return Err(self.checkpoint.blame(codes, &format!("{method} needs {name} beside it, which is missing")));
         }
         let stored = self.checkpoint.tensor(name)?;
         if !formats.contains(&stored.format) {
-            return Err(bad(format!("{method}: tensor {name} is stored as {:?}, not as {formats:?}", stored.format)));
+            let why = format!("it is stored as {:?}, {method} has it as {formats:?}", stored.format);
+            return Err(self.checkpoint.blame(name, &why));
         }
         let shapes: Vec<Vec<usize>> = shapes.iter().map(|shape| with_stack(self.decl, shape)).collect();
         if !shapes.iter().any(|shape| stored.shape == shape) {
-            return Err(misshaped(name, stored.shape, &shapes[0]));
+            return Err(misshaped(self.checkpoint, name, stored.shape, &shapes[0]));
         }
         Ok(Stored { bytes: entry(self.decl, stored.bytes), ..stored })
     }
@@ -309,7 +318,8 @@ impl<'a> Matrix<'a, '_> {
         let bytes = self.part(name, &[Format::I32], &[&[cols]])?.bytes;
         if let Some(input) = (0..cols).find(|k| word(bytes, *k) as usize >= groups) {
             let found = word(bytes, input) as i32;
-            return Err(bad(format!("tensor {name} puts input {input} into group {found}, there are {groups}")));
+            let why = format!("it puts input {input} into group {found}, there are {groups}");
+            return Err(self.checkpoint.blame(name, &why));
         }
         let runs = (0..cols).all(|k| word(bytes, k) as usize == k / group.unwrap_or(cols));
         Ok((!runs).then_some(bytes))
@@ -323,7 +333,8 @@ impl<'a> Matrix<'a, '_> {
             |at: usize| stored.bytes[at * each..(at + 1) * each].iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
         let (stated, wanted) = ([number(0), number(1)], [self.rows() as u64, self.cols() as u64]);
         if stated != wanted {
-            return Err(bad(format!("tensor {name} says {stated:?}, the model's config implies {wanted:?}")));
+            let why = format!("it says {stated:?}, the model's config implies {wanted:?}");
+            return Err(self.checkpoint.blame(name, &why));
         }
         Ok(())
     }
@@ -332,7 +343,8 @@ impl<'a> Matrix<'a, '_> {
         if n.is_multiple_of(by) {
             return Ok(());
         }
-        Err(bad(format!("tensor {}: {n} {of} are not a multiple of the {by} that are packed together", self.codes)))
+        let why = format!("{n} {of} are not a multiple of the {by} that are packed together");
+        Err(self.checkpoint.blame(&self.codes, &why))
     }
 }
 

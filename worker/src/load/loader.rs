@@ -130,11 +130,10 @@ fn check(checkpoint: &Checkpoint, spec: &ModelSpec, declared: &[TensorDecl]) -> 
     }
     let unclaimed: Vec<&str> =
         checkpoint.names().filter(|name| !claimed.contains(*name) && catalog::ignored(spec, name).is_none()).collect();
-    if unclaimed.is_empty() {
-        return Ok(());
-    }
+    let Some(first) = unclaimed.first() else { return Ok(()) };
     let (number, some) = (unclaimed.len(), unclaimed[..unclaimed.len().min(5)].join(", "));
-    Err(bad(format!("nothing in the model uses {number} tensors of the checkpoint: {some}")))
+    let file = checkpoint.file_of(first);
+    Err(bad(format!("nothing in the model uses {number} tensors of the checkpoint: {some} (the first in {file})")))
 }
 
 /// The window of a declared tensor that `rank` holds.
