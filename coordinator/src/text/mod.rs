@@ -18,6 +18,8 @@ pub mod sentencepiece;
 pub mod stop;
 pub mod tekken;
 pub mod template;
+#[cfg(test)]
+mod template_cases;
 pub mod tiktoken;
 pub mod tokenizer;
 pub mod vocabulary;
