@@ -166,13 +166,39 @@ mod tests {
         assert_eq!(in_pieces(&mut Detokenizer::new(tokenizer, false), &ids), "a<|end|>");
     }
 
+    /// One tokenizer of every kind.
+    fn every_kind() -> Vec<Arc<Tokenizer>> {
+        let pieces = crate::text::sentencepiece::tests::tokenizers().map(|(_, tokenizer)| tokenizer);
+        let tekken = crate::text::tekken::tests::tokenizer(serde_json::Value::Null);
+        [byte_level(), sentence_piece(), crate::text::tiktoken::tests::tokenizer(), tekken]
+            .into_iter()
+            .chain(pieces)
+            .collect()
+    }
+
+    #[test]
+    fn emoji_in_bytes_come_out_whole_whatever_the_kind() {
+        let text = "a👩‍👩‍👧‍👦b🙂 世界 é\u{301}";
+        for tokenizer in every_kind() {
+            let ids = tokenizer.encode(text, false).unwrap();
+            if ids.iter().any(|id| tokenizer.is_special(*id)) {
+                continue; // the one without bytes knows no such characters
+            }
+            assert_eq!(in_pieces(&mut Detokenizer::new(tokenizer.clone(), true), &ids), text);
+        }
+    }
+
+    static KINDS: std::sync::LazyLock<Vec<Arc<Tokenizer>>> = std::sync::LazyLock::new(every_kind);
+
     proptest! {
         #[test]
         fn pieces_add_up_to_the_whole_whatever_the_ids(ids in prop::collection::vec(0u32..700, 0..64)) {
-            for tokenizer in [byte_level(), sentence_piece()] {
+            for tokenizer in KINDS.iter() {
                 let bytes: Vec<u8> = ids.iter().flat_map(|id| tokenizer.token_bytes(*id).to_vec()).collect();
                 let whole = String::from_utf8_lossy(&bytes);
-                prop_assert_eq!(in_pieces(&mut Detokenizer::continuing(tokenizer, false), &ids), whole);
+                prop_assert_eq!(in_pieces(&mut Detokenizer::continuing(tokenizer.clone(), false), &ids), whole);
+                let whole = tokenizer.decode(&ids, true);
+                prop_assert_eq!(in_pieces(&mut Detokenizer::new(tokenizer.clone(), true), &ids), whole);
             }
         }
 

@@ -7,9 +7,11 @@
 use std::collections::BTreeMap;
 
 use model::gguf::Value as Metadata;
-use serde_json::{Value, json};
+use serde_json::Value;
 
+use super::assemble::{self, Added, ByteLevel, Sentence, SpaceBefore};
 use super::error::TextError;
+use super::pieces::byte_level_bytes;
 use super::tokenizer::{Tokenizer, TokenizerConfig};
 use super::words;
 
@@ -172,17 +174,16 @@ impl<'a> Vocabulary<'a> {
             add_eos: Some(self.flag("add_eos_token").unwrap_or(false)),
             names,
             begin_rendered: true,
+            margin: None,
         }
     }
 
-    /// Tokens that are found in a text before anything else, in the form of `tokenizer.json`.
-    fn added(&self) -> Vec<Value> {
-        let added = (0..self.tokens.len()).filter(|id| matches!(self.types[*id], UNKNOWN | CONTROL | USER_DEFINED));
+    /// Tokens that are found in a text before anything else.
+    fn added(&self) -> Vec<Added> {
+        let added = (0u32..).zip(&self.tokens).zip(&self.types);
         added
-            .map(|id| {
-                json!({"id": id, "content": self.tokens[id], "special": self.types[id] != USER_DEFINED,
-                       "single_word": false, "lstrip": false, "rstrip": false, "normalized": false})
-            })
+            .filter(|(_, kind)| matches!(**kind, UNKNOWN | CONTROL | USER_DEFINED))
+            .map(|((id, text), kind)| Added { id, text: text.clone(), special: *kind != USER_DEFINED })
             .collect()
     }
 
@@ -190,38 +191,34 @@ impl<'a> Vocabulary<'a> {
         let ids = self.ids()?;
         let pre = self.get("pre").and_then(Metadata::as_text).unwrap_or("default");
         let words = words::named(pre).ok_or_else(|| bad("pre", pre, "no such way to cut words is known"))?;
-        let mut merges = Vec::new();
-        for merge in self.list("merges")?.ok_or_else(|| missing("merges"))? {
-            let merge = merge.as_text().ok_or_else(|| bad("merges", format!("{merge:?}"), "merges are strings"))?;
-            // The space between the parts is not the first character: a part may begin with one.
-            let first = merge.chars().next().map_or(0, char::len_utf8);
-            let Some(space) = merge[first..].find(' ').map(|at| at + first) else { continue };
-            let (left, right) = (&merge[..space], &merge[space + 1..]);
-            // A merge of or into something that is no token could never happen.
-            let union = format!("{left}{right}");
-            if [left, right, &union].iter().all(|token| ids.contains_key(*token)) {
-                merges.push([left, right]);
-            }
-        }
-        let mut cuts: Vec<Value> = words
-            .patterns
-            .iter()
-            .map(|pattern| {
-                json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false})
+        let merges = match self.list("merges")? {
+            Some(merges) => listed_merges(merges, &ids)?,
+            // Families made with ranks are sometimes written without merges: an id is its token's rank.
+            None if words.ranked => self.merges_by_rank()?,
+            None => return Err(missing("merges")),
+        };
+        let json = ByteLevel {
+            vocabulary: ids.iter().map(|(text, id)| (text.to_string(), *id)).collect(),
+            merges,
+            patterns: words.patterns,
+            whole_words: words.whole_words,
+            space_before: self.flag("add_space_prefix").unwrap_or(false),
+            added: self.added(),
+        };
+        let names = [("bos_token", None), ("eos_token", None), ("unk_token", None)];
+        Ok((json.json(), self.config(words.adds_begin, names)))
+    }
+
+    fn merges_by_rank(&self) -> Result<Vec<[String; 2]>, TextError> {
+        let letters = byte_level_bytes();
+        let plain = (0u32..).zip(&self.tokens).zip(&self.types);
+        let plain = plain.filter(|(_, kind)| !matches!(**kind, UNKNOWN | CONTROL | USER_DEFINED));
+        let tokens: Vec<(Vec<u8>, u32)> = plain
+            .filter_map(|((id, text), _)| {
+                Some((text.chars().map(|letter| letters.get(&letter).copied()).collect::<Option<_>>()?, id))
             })
             .collect();
-        cuts.push(json!({"type": "ByteLevel", "add_prefix_space": self.flag("add_space_prefix").unwrap_or(false),
-            "trim_offsets": true, "use_regex": false}));
-        let json = json!({
-            "version": "1.0", "truncation": null, "padding": null, "added_tokens": self.added(), "normalizer": null,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts},
-            "post_processor": null,
-            "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
-            "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-                "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
-                "ignore_merges": words.whole_words, "vocab": ids, "merges": merges}
-        });
-        Ok((json, self.config(words.adds_begin, [("bos_token", None), ("eos_token", None), ("unk_token", None)])))
+        assemble::merges_by_rank(&tokens)
     }
 
     fn sentence_piece(&self) -> Result<(Value, TokenizerConfig), TextError> {
@@ -230,50 +227,40 @@ impl<'a> Vocabulary<'a> {
         if scores.len() < self.tokens.len() {
             return Err(bad("scores", scores.len(), &format!("fewer than the {} tokens", self.tokens.len())));
         }
-        let merges = self.merges_by_score(&ids, scores);
-        let prefix = self.flag("add_space_prefix").unwrap_or(true);
-        let mut normalizers = vec![json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})];
-        let mut decoders = vec![
-            json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
-            json!({"type": "ByteFallback"}),
-            json!({"type": "Fuse"}),
-        ];
-        if prefix {
-            normalizers.insert(0, json!({"type": "Prepend", "prepend": "▁"}));
-            decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
-        }
-        let config = self.config(true, [("bos_token", Some(1)), ("eos_token", Some(2)), ("unk_token", Some(0))]);
-        let json = json!({
-            "version": "1.0", "truncation": null, "padding": null, "added_tokens": self.added(),
-            "normalizer": {"type": "Sequence", "normalizers": normalizers},
-            "pre_tokenizer": null, "post_processor": null,
-            "decoder": {"type": "Sequence", "decoders": decoders},
-            "model": {"type": "BPE", "dropout": null, "unk_token": config.names.get("unk_token"),
-                "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": true,
-                "byte_fallback": ids.contains_key("<0x00>"), "ignore_merges": false, "vocab": ids, "merges": merges}
-        });
-        Ok((json, config))
-    }
-
-    /// Every way to make a token of two tokens, best score of the made token first. Equal scores keep the order of ids, and
-    /// of one token the splits with the shorter left part come first.
-    fn merges_by_score<'b>(&'b self, ids: &BTreeMap<&str, u32>, scores: &[Metadata]) -> Vec<[&'b str; 2]> {
-        let mut made: Vec<(f64, &str)> = (self.tokens.iter().zip(&self.types).zip(scores))
+        let made: Vec<(f64, &str)> = (self.tokens.iter().zip(&self.types).zip(scores))
             .filter(|((_, kind), _)| !matches!(**kind, UNKNOWN | CONTROL))
             .map(|((token, _), score)| (score.as_f64().unwrap_or(f64::NEG_INFINITY), token.as_str()))
             .collect();
-        made.sort_by(|one, other| other.0.total_cmp(&one.0));
-        let mut merges = Vec::new();
-        for (_, token) in made {
-            for (at, _) in token.char_indices().skip(1) {
-                let (left, right) = token.split_at(at);
-                if ids.contains_key(left) && ids.contains_key(right) {
-                    merges.push([left, right]);
-                }
-            }
-        }
-        merges
+        let merges = assemble::merges_by_score(&made, &ids);
+        let config = self.config(true, [("bos_token", Some(1)), ("eos_token", Some(2)), ("unk_token", Some(0))]);
+        let json = Sentence {
+            model: assemble::sentence_bpe(&ids, &merges, config.names.get("unk_token").map(String::as_str)),
+            normalizers: Vec::new(),
+            space_before: match self.flag("add_space_prefix") {
+                Some(false) => SpaceBefore::Nothing,
+                _ => SpaceBefore::Parts,
+            },
+            added: self.added(),
+        };
+        Ok((json.json(), config))
     }
+}
+
+/// The merges of a file, in order; those of or into something that is no token could never happen and are left out.
+fn listed_merges(listed: &[Metadata], ids: &BTreeMap<&str, u32>) -> Result<Vec<[String; 2]>, TextError> {
+    let mut merges = Vec::with_capacity(listed.len());
+    for merge in listed {
+        let merge = merge.as_text().ok_or_else(|| bad("merges", format!("{merge:?}"), "merges are strings"))?;
+        // The space between the parts is not the first character: a part may begin with one.
+        let first = merge.chars().next().map_or(0, char::len_utf8);
+        let Some(space) = merge[first..].find(' ').map(|at| at + first) else { continue };
+        let (left, right) = (&merge[..space], &merge[space + 1..]);
+        let union = format!("{left}{right}");
+        if [left, right, &union].iter().all(|token| ids.contains_key(*token)) {
+            merges.push([left.to_string(), right.to_string()]);
+        }
+    }
+    Ok(merges)
 }
 
 #[cfg(test)]

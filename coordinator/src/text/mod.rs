@@ -5,15 +5,25 @@
 //! conversation -- template --> prompt text -- tokenizer --> ids ... ids -- detokenize --> text -- stop --> answer
 //! ```
 
+pub mod assemble;
 pub mod clock;
 pub mod detokenize;
 pub mod error;
 pub mod gguf;
+#[cfg(test)]
+mod golden;
 pub mod json;
 pub mod pieces;
+pub mod sentencepiece;
 pub mod stop;
+pub mod tekken;
 pub mod template;
+#[cfg(test)]
+mod template_cases;
+pub mod tiktoken;
 pub mod tokenizer;
+pub mod vocabulary;
+pub mod wire;
 pub mod words;
 
 use std::collections::BTreeMap;
@@ -60,17 +70,11 @@ impl Text {
 
     fn from_directory(directory: &Path) -> Result<Text, TextError> {
         let config = json_file(&directory.join("tokenizer_config.json"))?.unwrap_or(Value::Null);
-        let path = directory.join("tokenizer.json");
-        let bytes = bytes_file(&path)?.ok_or_else(|| TextError::NoTokenizer {
-            path: directory.to_path_buf(),
-            why: "there is no tokenizer.json".into(),
-        })?;
-        let tokenizer = Tokenizer::from_json(&bytes, &TokenizerConfig::from_json(&config))?;
-
+        let spec = json_file(&directory.join("config.json"))?.unwrap_or(Value::Null);
+        let tokenizer = vocabulary::tokenizer(directory, &config, &spec)?;
         let sources = templates(directory, &config)?;
         let template = if sources.is_empty() { None } else { Some(ChatTemplate::new(&sources, tokenizer.names())?) };
         let generation = json_file(&directory.join("generation_config.json"))?.unwrap_or(Value::Null);
-        let spec = json_file(&directory.join("config.json"))?.unwrap_or(Value::Null);
         let end_tokens = end_tokens(&generation, &spec, &tokenizer);
         Ok(Text { tokenizer: Arc::new(tokenizer), template, end_tokens, defaults: defaults(&generation) })
     }

@@ -163,20 +163,21 @@ fn byte_token(text: &str) -> Option<u8> {
 }
 
 /// GPT-2's alphabet: printable Latin-1 characters stand for themselves, the other bytes for U+0100 and on, in order.
-fn byte_level_bytes() -> BTreeMap<char, u8> {
+pub(super) fn byte_level_bytes() -> BTreeMap<char, u8> {
+    byte_letters().into_iter().zip(0..=255).collect()
+}
+
+/// The letter of each byte.
+pub(super) fn byte_letters() -> [char; 256] {
     let mut next = 0x100u32;
-    let mut map = BTreeMap::new();
-    for byte in 0..=255u8 {
-        let printable = matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
-        let letter = if printable {
-            char::from(byte)
-        } else {
-            next += 1;
-            char::from_u32(next - 1).expect("U+0100 to U+0143 are characters")
-        };
-        map.insert(letter, byte);
-    }
-    map
+    std::array::from_fn(|byte| {
+        let byte = byte as u8;
+        if matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff) {
+            return char::from(byte);
+        }
+        next += 1;
+        char::from_u32(next - 1).expect("U+0100 to U+0143 are characters")
+    })
 }
 
 #[cfg(test)]

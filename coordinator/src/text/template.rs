@@ -65,7 +65,7 @@ pub struct ChatTemplate {
     /// Texts of `bos_token` and the like.
     tokens: BTreeMap<String, String>,
     /// Whether the default template reads lists of content parts; otherwise they are joined to one text.
-    reads_parts: bool,
+    pub(super) reads_parts: bool,
 }
 
 const DEFAULT: &str = "default";
@@ -222,6 +222,8 @@ fn environment() -> Environment<'static> {
     environment.set_recursion_limit(RECURSION_MAX);
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    // The engine counts `none` among what can be iterated, Jinja does not; templates ask before they take a length.
+    environment.add_test("iterable", |value: &JinjaValue| !value.is_none() && value.try_iter().is_ok());
     environment.add_filter("tojson", tojson);
     environment.add_function("raise_exception", raise_exception);
     environment

@@ -1,5 +1,6 @@
 //! Text to token ids and back, over a model's `tokenizer.json` (or what [`super::gguf`] makes of a GGUF file).
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -27,6 +28,28 @@ pub struct TokenizerConfig {
     /// Whether a rendered chat gets the begin token when its template wrote none. Hugging Face trusts the template
     /// alone, GGUF files are written for a runtime that adds it.
     pub begin_rendered: bool,
+    /// What is done to the ends of a text before all else.
+    pub margin: Option<Margin>,
+}
+
+/// What sentence-piece models do to the ends of a whole text. The library sees only the parts between added tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Margin {
+    /// Spaces at both ends are dropped.
+    pub trims: bool,
+    /// Characters are mapped first, so that all white space counts as spaces.
+    pub maps: bool,
+    /// A text that does not begin with a special token gets a space before it.
+    pub space_before: bool,
+}
+
+impl Margin {
+    fn apply(&self, text: &str, special: bool) -> String {
+        let space = |letter: char| letter == ' ' || self.maps && letter.is_whitespace();
+        let text = if self.trims { text.trim_matches(space) } else { text };
+        let before = self.space_before && !special && !text.is_empty();
+        format!("{}{text}", if before { " " } else { "" })
+    }
 }
 
 impl TokenizerConfig {
@@ -41,6 +64,7 @@ impl TokenizerConfig {
             add_eos: config["add_eos_token"].as_bool(),
             names: ROLES.iter().filter_map(|role| Some((role.to_string(), text(role)?))).collect(),
             begin_rendered: false,
+            margin: None,
         }
     }
 }
@@ -105,6 +129,7 @@ pub struct Tokenizer {
     begin: Edge,
     end: Edge,
     begin_rendered: bool,
+    margin: Option<Margin>,
 }
 
 impl Tokenizer {
@@ -134,14 +159,21 @@ impl Tokenizer {
         let begin = Edge::new(config.add_bos, begins, bos);
         let end = Edge::new(config.add_eos, ends, eos);
         let adds_begin = matches!(begin, Edge::Add(_)) || begins && begin == Edge::Keep;
-        Ok(Tokenizer { library, pieces, names, begin, end, begin_rendered: config.begin_rendered && adds_begin })
+        let begin_rendered = config.begin_rendered && adds_begin;
+        Ok(Tokenizer { library, pieces, names, begin, end, begin_rendered, margin: config.margin })
     }
 
     /// The ids of a text. Special tokens written out in it are recognised. With `add_special` the begin and end tokens
     /// are put around it as the checkpoint asks.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TextError> {
-        let encoding =
-            self.library.encode_fast(text, add_special).map_err(|why| TextError::Tokenizer(why.to_string()))?;
+        let text = match &self.margin {
+            Some(margin) => Cow::Owned(margin.apply(text, self.begins_special(text))),
+            None => Cow::Borrowed(text),
+        };
+        let encoding = self
+            .library
+            .encode_fast(text.as_ref(), add_special)
+            .map_err(|why| TextError::Tokenizer(why.to_string()))?;
         let mut ids = encoding.get_ids().to_vec();
         if !add_special {
             return Ok(ids);
@@ -157,6 +189,11 @@ impl Tokenizer {
             Edge::Remove => drop(ids.pop()),
         }
         Ok(ids)
+    }
+
+    fn begins_special(&self, text: &str) -> bool {
+        let added = self.library.get_added_tokens_decoder();
+        added.values().any(|token| token.special && text.starts_with(&token.content))
     }
 
     /// The ids of a chat rendered by its template, which writes its special tokens itself: nothing is put around it,
@@ -246,7 +283,7 @@ pub(super) mod tests {
     fn config(add_bos: Option<bool>, add_eos: Option<bool>) -> TokenizerConfig {
         let names = [("bos_token", "<s>"), ("eos_token", "</s>")];
         let names = names.map(|(role, text)| (role.to_string(), text.to_string())).into();
-        TokenizerConfig { add_bos, add_eos, names, begin_rendered: false }
+        TokenizerConfig { add_bos, add_eos, names, begin_rendered: false, margin: None }
     }
 
     /// Bytes 0..256, a few merges, `<s>` 300, `</s>` 301, `<|end|>` 302; ids 260..300 are holes. Adds `<s>`.
