@@ -154,7 +154,8 @@ impl Source {
     /// Whether all of it is a test or an example.
     fn is_test(&self) -> bool {
         let file = self.path.rsplit('/').next().unwrap();
-        let named = ["tests.rs", "harness.rs", "conformance.rs", "refused.rs"].contains(&file)
+        let named = ["tests.rs", "harness.rs", "conformance.rs", "refused.rs", "golden.rs", "template_cases.rs"]
+            .contains(&file)
             || self.path.starts_with("worker/src/backend/suite/")
             || self.path == "worker/src/collective/suite.rs";
         named || self.path.starts_with("tests/") || self.path.contains("/examples/")

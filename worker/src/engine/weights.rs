@@ -5,7 +5,7 @@ use super::latent;
 use super::mlp::Mlp;
 use super::moe::Mixture;
 use super::tables::Kinds;
-use crate::backend::{Backend, NormWeights};
+use crate::backend::{Backend, MatrixView, NormWeights};
 use crate::load::loader::Loader;
 use model::catalog::{Role, TensorId};
 use model::fault::Fault;
