@@ -93,7 +93,10 @@ fn latent(keys: &Keys<'_>, common: &Common) -> Result<Latent, SpecError> {
 }
 
 fn mixture(keys: &Keys<'_>, defaults: &Defaults) -> Result<Branch, SpecError> {
-    keys.only("scoring_func", "sigmoid", "experts are scored by a sigmoid")?;
+    // dots.llm1 writes the method of choice here, which scores by a sigmoid too.
+    if let Some(other) = keys.text("scoring_func")?.filter(|of| !matches!(*of, "sigmoid" | "noaux_tc")) {
+        return Err(SpecError::bad("scoring_func", other, "experts are scored by a sigmoid"));
+    }
     keys.only("topk_method", "noaux_tc", "experts are chosen by corrected scores within the best groups")?;
     let experts = keys.size("n_routed_experts", EXPERTS_MAX)?;
     if let Some(stated) = keys.optional_size("num_local_experts", EXPERTS_MAX)?

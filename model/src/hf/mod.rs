@@ -5,6 +5,7 @@
 
 mod bloom;
 mod deepseek;
+mod dots;
 mod glm;
 mod gpt_oss;
 mod keys;
@@ -54,9 +55,10 @@ impl From<Vec<Layer>> for Body {
 type Adapter = fn(&Keys<'_>, &Common) -> Result<Body, SpecError>;
 
 /// `model_type`, the class that must stand in `architectures` where that is given, and the adapter.
-const FAMILIES: [(&str, &str, Adapter); 17] = [
+const FAMILIES: [(&str, &str, Adapter); 18] = [
     ("bloom", "BloomForCausalLM", bloom::body),
     ("deepseek_v3", "DeepseekV3ForCausalLM", deepseek::body),
+    ("dots1", "Dots1ForCausalLM", dots::body),
     ("glm4_moe", "Glm4MoeForCausalLM", glm::body),
     ("gpt_oss", "GptOssForCausalLM", gpt_oss::body),
     // Kimi K2 is published as DeepSeek-V3 under a name of its own.
