@@ -1,6 +1,7 @@
 //! One [`Checkpoint`] over the two layouts models are published in: a Hugging Face directory (`config.json` beside one
 //! or many safetensors files) and a single `.gguf` file. The files stay mapped; a tensor is a slice of them.
 
+use super::ahead::Span;
 use super::{Encoding, Entry, bad, gguf, safetensors};
 use crate::backend::MatrixView;
 use memmap2::Mmap;
@@ -14,6 +15,7 @@ use model::spec::ModelSpec;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -29,7 +31,7 @@ pub struct Checkpoint {
 #[derive(Debug)]
 struct File {
     path: PathBuf,
-    map: Mmap,
+    map: Arc<Mmap>,
 }
 
 #[derive(Debug)]
@@ -174,6 +176,16 @@ impl Checkpoint {
         self.tensors.contains_key(name)
     }
 
+    /// Where bytes that it lent lie.
+    pub fn span(&self, bytes: &[u8]) -> Option<Span> {
+        let start = bytes.as_ptr().addr();
+        self.files.iter().find_map(|file| {
+            let from = start.checked_sub(file.map.as_ptr().addr())?;
+            let end = from.checked_add(bytes.len())?;
+            (end <= file.map.len()).then(|| Span { map: file.map.clone(), bytes: from..end })
+        })
+    }
+
     /// A small tensor's values.
     fn values(&self, name: &str) -> Result<Vec<f32>, Fault> {
         let stored = self.tensor(name)?;
@@ -189,6 +201,12 @@ impl Checkpoint {
             Description::Gguf { header, .. } => &self.files[0].map[..*header],
         };
         identity(description, files.collect())
+    }
+
+    /// The folder of its files, and the names of those that hold weights: what a manifest must list.
+    pub fn files(&self) -> (PathBuf, Vec<String>) {
+        let folder = self.files.first().and_then(|file| file.path.parent()).unwrap_or(Path::new("."));
+        (folder.to_owned(), self.files.iter().map(File::name).collect())
     }
 
     /// All names, sorted.
@@ -243,7 +261,7 @@ impl File {
         // SAFETY: the map is read-only and private. A file that someone truncates while it is served ends this process
         // (SIGBUS), as it does in every server that maps weights: recovery treats it as a lost rank.
         let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
-        Ok(File { path: path.to_owned(), map })
+        Ok(File { path: path.to_owned(), map: Arc::new(map) })
     }
 
     fn blame(&self, fault: Fault) -> Fault {

@@ -1,5 +1,7 @@
 //! What one rank reads of a checkpoint: the windows of the declared tensors that its place in the mesh holds.
 
+use super::ahead::Ahead;
+use super::beside::{Beside, Packing};
 use super::checkpoint::Checkpoint;
 use super::find::{find, stored_cols};
 use super::{bad, values};
@@ -28,6 +30,7 @@ pub struct Loader<'a> {
     done: Cell<u64>,
     total: u64,
     progress: Progress<'a>,
+    ahead: Ahead,
 }
 
 impl<'a> Loader<'a> {
@@ -47,9 +50,12 @@ impl<'a> Loader<'a> {
             let (stages, mesh) = (plan.stages.len(), plan.mesh);
             return Err(Fault::new(FaultKind::Internal, format!("the plan has {stages} ranges of layers for {mesh}")));
         }
-        let mut total = 0;
+        let (mut total, mut windows) = (0, Vec::new());
         for decl in declared.iter().filter(|d| catalog::on_stage(spec, &d.id, &plan.stages, stage)) {
-            total += window(checkpoint, spec, decl, &plan.mesh, rank)?.map_or(0, |view| view_bytes(&view));
+            if let Some(view) = window(checkpoint, spec, decl, &plan.mesh, rank)? {
+                total += view_bytes(&view);
+                windows.extend(checkpoint.span(span(&view)).map(|span| (decl.id, span)));
+            }
         }
         progress(0, total);
         let declared = declared.into_iter().map(|d| (d.id, d)).collect();
@@ -62,6 +68,7 @@ impl<'a> Loader<'a> {
             done: Cell::new(0),
             total,
             progress,
+            ahead: Ahead::new(windows),
         })
     }
 
@@ -78,6 +85,7 @@ impl<'a> Loader<'a> {
     /// This rank's window of a tensor, which it must hold.
     pub fn window(&self, id: TensorId) -> Result<MatrixView<'a>, Fault> {
         let decl = self.declaration(id)?;
+        self.ahead.reach(id);
         let view = window(self.checkpoint, &self.spec, decl, &self.mesh, self.rank)?.ok_or_else(|| {
             Fault::new(FaultKind::Internal, format!("rank {} holds nothing of {}", self.rank.0, decl.source.name))
         })?;
@@ -136,6 +144,18 @@ fn check(checkpoint: &Checkpoint, spec: &ModelSpec, declared: &[TensorDecl]) -> 
     Err(bad(format!("nothing in the model uses {number} tensors of the checkpoint: {some} (the first in {file})")))
 }
 
+/// All of a declared tensor.
+pub fn whole<'a>(checkpoint: &'a Checkpoint, spec: &ModelSpec, decl: &TensorDecl) -> Result<MatrixView<'a>, Fault> {
+    let found = find(checkpoint, spec, decl)?;
+    Ok(MatrixView {
+        stored_cols: stored_cols(decl),
+        fused: decl.source.part.fused,
+        transposed: decl.source.part.transposed,
+        beside: found.beside,
+        ..MatrixView::whole(found.format, found.bytes, decl.rows, decl.cols)
+    })
+}
+
 /// The window of a declared tensor that `rank` holds.
 fn window<'a>(
     checkpoint: &'a Checkpoint,
@@ -145,19 +165,22 @@ fn window<'a>(
     rank: RankId,
 ) -> Result<Option<MatrixView<'a>>, Fault> {
     let Some(slice) = cut::slice(decl.cut, decl.rows, decl.cols, mesh, rank) else { return Ok(None) };
-    let found = find(checkpoint, spec, decl)?;
-    Ok(Some(MatrixView {
-        format: found.format,
-        bytes: found.bytes,
-        stored_cols: stored_cols(decl),
-        fused: decl.source.part.fused,
-        transposed: decl.source.part.transposed,
-        beside: found.beside,
-        row: slice.rows.start,
-        rows: slice.rows.len(),
-        col: slice.cols.start,
-        cols: slice.cols.len(),
-    }))
+    let (row, rows, col, cols) = (slice.rows.start, slice.rows.len(), slice.cols.start, slice.cols.len());
+    Ok(Some(MatrixView { row, rows, col, cols, ..whole(checkpoint, spec, decl)? }))
+}
+
+/// The bytes of the codes or values that a window's rows lie in.
+fn span<'a>(view: &MatrixView<'a>) -> &'a [u8] {
+    let row = match view.beside {
+        None => view.format.bytes(view.stored_cols),
+        Some(Beside { packing: Packing::Bytes { .. }, inputs, .. }) => inputs,
+        Some(Beside { packing: Packing::Rows { bits }, inputs, .. }) => Beside::row_bytes(bits, inputs),
+        Some(_) => return view.bytes,
+    };
+    if view.transposed || view.fused.is_some() {
+        return view.bytes;
+    }
+    &view.bytes[view.row * row..(view.row + view.rows) * row]
 }
 
 /// Bytes of the values of a window, whole blocks or not; of codes without what lies beside them.

@@ -5,8 +5,11 @@
 //! * [`widen`]: stored values as f32; [`codes`]: quantised ones as codes and the scales of their groups, which lie in
 //!   [`blocks`] (GGUF) or [`beside`] each other in tensors of their own (Hugging Face).
 //! * [`find`]: where a declared matrix lies, and whether it is all there.
+//! * [`ahead`]: windows asked for before they are needed.
+//! * [`manifest`]: files compared with a list of their digests.
 //! * [`loader`]: what a rank reads: the windows of the declared tensors that its place in the mesh holds.
 
+pub mod ahead;
 pub mod beside;
 pub mod blocks;
 pub mod checkpoint;
@@ -14,6 +17,7 @@ pub mod codes;
 pub mod find;
 pub mod gguf;
 pub mod loader;
+pub mod manifest;
 pub mod safetensors;
 pub mod widen;
 

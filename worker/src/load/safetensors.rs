@@ -3,19 +3,51 @@
 use super::{Encoding, Entry, bad, bytes_of, count};
 use model::fault::Fault;
 use model::quant::Format;
-use serde::Deserialize;
+use serde::de::{Error, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use std::collections::BTreeMap;
 
 /// The format's own bound on its header.
 const HEADER_BYTES_MAX: usize = 100_000_000;
 
-#[derive(Deserialize)]
+/// The tensors by name; `__metadata__` says nothing that is needed.
 struct Header {
-    #[serde(rename = "__metadata__", default)]
-    _metadata: Option<BTreeMap<String, String>>,
-    #[serde(flatten)]
     tensors: BTreeMap<String, Described>,
 }
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: Deserializer<'de>>(source: D) -> Result<Header, D::Error> {
+        struct Each;
+        impl<'de> Visitor<'de> for Each {
+            type Value = Header;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object of tensors")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
+                let mut tensors = BTreeMap::new();
+                let mut metadata = false;
+                while let Some(name) = map.next_key::<String>()? {
+                    let twice = if name == METADATA {
+                        map.next_value::<BTreeMap<String, String>>()?;
+                        std::mem::replace(&mut metadata, true)
+                    } else {
+                        tensors.insert(name.clone(), map.next_value::<Described>()?).is_some()
+                    };
+                    // Readers differ in which of two they keep.
+                    if twice {
+                        return Err(A::Error::custom(format!("{name} stands there twice")));
+                    }
+                }
+                Ok(Header { tensors })
+            }
+        }
+        source.deserialize_map(Each)
+    }
+}
+
+const METADATA: &str = "__metadata__";
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -154,9 +186,23 @@ mod tests {
             (one("I64", "[4]", "[0,16]"), 16, "takes 32 bytes"),
             ("{\"a\":3}".to_owned(), 0, "not a safetensors header"),
             ("[".repeat(100_000), 0, "not a safetensors header"),
+            (format!(r#"{{"__metadata__":{}}}"#, r#"{"a":"#.repeat(100_000)), 0, "not a safetensors header"),
+            (
+                r#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},
+                "a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}"#
+                    .to_owned(),
+                16,
+                "a stands there twice",
+            ),
+            (r#"{"__metadata__":{},"__metadata__":{}}"#.to_owned(), 0, "__metadata__ stands there twice"),
         ] {
             let fault = entries(&file(&header, data)).unwrap_err();
             assert!(fault.text.contains(said), "{header}: {}", fault.text);
+        }
+        // A header that claims gigabytes costs nothing: its length is compared with the file's first.
+        for claimed in [u64::MAX, 1 << 40, 100_000_001] {
+            let bytes = [&claimed.to_le_bytes()[..], b"{}"].concat();
+            assert!(entries(&bytes).unwrap_err().text.contains(&format!("claims {claimed} bytes")));
         }
         let overlap = r#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},
             "b":{"dtype":"F32","shape":[4],"data_offsets":[8,24]}}"#;

@@ -211,23 +211,30 @@ fn eight_bit_integers_have_a_scale_an_output() {
 fn what_does_not_fit_is_named_with_its_shapes() {
     let fault = |made: Made| made.read().unwrap_err();
     let said = fault(int4("scales", &[GROUPS, ROWS]));
-    assert!(said.contains("q_proj.weight_scale has shape [2, 16]") && said.contains("[16, 2]"), "{said}");
+    assert!(
+        said.contains("q_proj.weight_scale in model.safetensors: it has shape [2, 16]") && said.contains("[16, 2]"),
+        "{said}"
+    );
 
     let mut made = int4("stated", &[ROWS, GROUPS]);
     made.tensors[2].3 = [COLS as u64, ROWS as u64].into_iter().flat_map(u64::to_le_bytes).collect();
     let said = fault(made);
-    assert!(said.contains("weight_shape says [64, 16]"), "{said}");
+    assert!(said.contains("weight_shape in model.safetensors: it says [64, 16]"), "{said}");
 
     let mut made = int4("missing", &[ROWS, GROUPS]);
     made.tensors.remove(1);
     let said = fault(made);
-    assert!(said.contains("weight_packed needs") && said.contains("weight_scale beside it"), "{said}");
+    assert!(
+        said.contains("weight_packed in model.safetensors: pack-quantized needs")
+            && said.contains("weight_scale beside it"),
+        "{said}"
+    );
 
     let mut made = int4("type", &[ROWS, GROUPS]);
     made.tensors[1].1 = "I32";
     made.tensors[1].3.extend(vec![0; ROWS * GROUPS * 2]);
     let said = fault(made);
-    assert!(said.contains("weight_scale is stored as I32"), "{said}");
+    assert!(said.contains("weight_scale in model.safetensors: it is stored as I32"), "{said}");
 
     let fp8 = r#"{"quant_method":"fp8","weight_block_size":[128,128]}"#;
     let one = Made::new("fp8", fp8).with("weight", "F8_E4M3", &[ROWS, COLS], vec![0x38; ROWS * COLS]);

@@ -44,7 +44,7 @@ impl<T: Pod> Aligned<T> {
         let refuse = || Fault::new(FaultKind::OutOfMemory, what());
         let bytes = len.checked_mul(size_of::<T>()).ok_or_else(refuse)?.max(LINE);
         #[cfg(target_os = "linux")]
-        if bytes >= 2 * HUGE_PAGE {
+        if bytes >= HUGE_PAGE {
             let bytes = bytes.checked_next_multiple_of(PAGE).ok_or_else(refuse)?;
             let start = map(bytes).ok_or_else(refuse)?;
             return Ok(Aligned { start: start.cast(), len, memory: Memory::Mapping { start, bytes } });
