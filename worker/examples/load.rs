@@ -37,7 +37,7 @@ fn main() {
         mesh: Mesh::ONE,
         dtype,
         family: KernelFamily::Vector,
-        stages: vec![0..spec.layers.len()],
+        stages: std::iter::once(0..spec.layers.len()).collect(),
         members: vec![],
         limits: Limits { model_len_max: 64, step_tokens_max: 8, step_sequences_max: 1, blocks: 2 },
     };
