@@ -118,3 +118,52 @@ fn refusals_name_the_key() {
     }
     assert!(matches!(read(&BTreeMap::new(), &[]), Err(SpecError::Missing { .. })));
 }
+
+#[test]
+fn deepseek_files_of_both_ages_describe_one_attention() {
+    let own = |more: &[(&str, u64)]| {
+        let shared = [
+            ("attention.kv_lora_rank", 32),
+            ("attention.q_lora_rank", 48),
+            ("expert_count", 8),
+            ("expert_used_count", 2),
+            ("expert_feed_forward_length", 24),
+            ("expert_shared_count", 1),
+            ("leading_dense_block_count", 1),
+        ];
+        let more: Vec<(&str, Value)> = shared.iter().chain(more).map(|(key, n)| (*key, Value::U64(*n))).collect();
+        file("deepseek2", &more)
+    };
+    let old = own(&[("attention.head_count_kv", 8), ("attention.key_length", 24), ("attention.value_length", 16)]);
+    let new = own(&[
+        ("attention.head_count_kv", 1),
+        ("attention.key_length", 40),
+        ("attention.value_length", 32),
+        ("attention.key_length_mla", 24),
+        ("attention.value_length_mla", 16),
+    ]);
+    let latent = |map: &BTreeMap<String, Value>, tensors: &[&str]| {
+        let spec = read(map, tensors).unwrap();
+        assert!(matches!(spec.layers[0].branches[0], Branch::Dense(_)));
+        let Branch::Moe(m) = &spec.layers[1].branches[0] else { panic!("not a mixture") };
+        assert_eq!((m.shared.as_ref().unwrap().intermediate, m.router.renormalise), (24, false));
+        let Mixer::Latent(l) = spec.layers[0].mixer.clone() else { panic!("not latent") };
+        l
+    };
+    let (old, new) = (latent(&old, &[]), latent(&new, &["blk.0.attn_k_b.weight"]));
+    assert_eq!((old.nope_dim, old.rope_dim, old.value_dim, old.halves), (16, 8, 16, false));
+    assert_eq!(crate::spec::Latent { halves: true, ..old }, new);
+
+    for (more, said) in [
+        ([("expert_gating_func", 4), ("attention.key_length", 24)], "expert_gating_func = 4"),
+        ([("expert_group_count", 4), ("expert_group_used_count", 2)], "scored by softmax"),
+        ([("attention.head_count_kv", 2), ("attention.key_length", 24)], "attention.head_count_kv"),
+        ([("nextn_predict_layers", 3), ("attention.key_length", 24)], "nextn_predict_layers = 3"),
+    ] {
+        let mut all =
+            vec![("attention.key_length", 24), ("attention.value_length", 16), ("attention.head_count_kv", 8)];
+        all.extend(more);
+        let text = read(&own(&all), &[]).unwrap_err().to_string();
+        assert!(text.contains(said), "{said}: {text}");
+    }
+}

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
-/// Bytes that are asked for beyond the window in use: enough for a fast disk's queue, little beside any model.
+/// Bytes that are asked for beyond the windows in use: enough for a fast disk's queue, little beside any model.
 const AHEAD_BYTES: u64 = 256 << 20;
 /// Asked for at a time. Linux follows such advice only as far as a device's longest request goes.
 const CHUNK_BYTES: usize = 256 << 10;
@@ -63,21 +63,22 @@ fn ordered(mut windows: Vec<(TensorId, Span)>) -> Vec<(TensorId, Span)> {
     windows
 }
 
-/// Stays ahead of the last place that was told, by [`AHEAD_BYTES`].
+/// Stays [`AHEAD_BYTES`] ahead of the end of the last place that was told.
 fn run(spans: &[Span], places: &Receiver<usize>) {
-    let (mut next, mut asked, mut used, mut current) = (0, 0u64, 0u64, 0);
-    while let Ok(mut place) = places.recv() {
-        place = places.try_iter().last().unwrap_or(place).max(place);
-        while current < place {
-            used += spans[current].bytes.len() as u64;
-            current += 1;
+    let bytes = |place: usize| spans[place].bytes.len() as u64;
+    // Places before `next` were asked for or are past, those before `end` are in use or past; bytes of each.
+    let (mut next, mut asked, mut end, mut used) = (0, 0, 0, 0);
+    while let Ok(place) = places.recv() {
+        let place = places.try_iter().last().unwrap_or(place);
+        while end <= place {
+            used += bytes(end);
+            end += 1;
         }
         while next < spans.len() && asked <= used + AHEAD_BYTES {
-            // What was passed by needs no asking.
-            if next >= current {
+            if next >= place {
                 will_need(&spans[next]);
             }
-            asked += spans[next].bytes.len() as u64;
+            asked += bytes(next);
             next += 1;
         }
     }
