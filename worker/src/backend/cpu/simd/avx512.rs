@@ -28,6 +28,17 @@ pub unsafe fn run_tiles<K: Kernel>(kernel: K) -> K::Output {
     kernel.run::<Avx512<true, true>>()
 }
 
+/// Halves of a vector by turns.
+const INTERLEAVED: [u16; 32] = {
+    let mut places = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        places[i] = (i / 2 + i % 2 * LANES) as u16;
+        i += 1;
+    }
+    places
+};
+
 #[inline(always)]
 fn mask(n: usize) -> u16 {
     debug_assert!(n < LANES);
@@ -184,6 +195,12 @@ unsafe impl<const DOT: bool, const TILES: bool> Lanes for Avx512<DOT, TILES> {
     #[inline(always)]
     unsafe fn pair(even: __m512, odd: __m512) -> __m512i {
         unsafe {
+            if DOT {
+                // Sixteen even ones, then sixteen odd ones. It takes subnormals for zero, as arithmetic here does.
+                let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(odd, even));
+                let places = std::mem::transmute::<[u16; 32], __m512i>(INTERLEAVED);
+                return _mm512_permutexvar_epi16(places, both);
+            }
             let round = |v: __m512| {
                 let bits = _mm512_castps_si512(v);
                 let last = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));

@@ -69,7 +69,7 @@ pub unsafe trait Lanes: Copy + 'static {
     unsafe fn from_half(v: Self::I) -> Self::F;
     /// Bytes `seeeemmm` as f16 with the same exponent: `s0eeeemmm0000000`.
     unsafe fn spread_fp8(v: Self::I) -> Self::I;
-    /// bf16 pairs of numbers that are no NaN, rounded to nearest even.
+    /// bf16 pairs of numbers that are neither NaN nor subnormal, rounded to nearest even.
     unsafe fn pair(even: Self::F, odd: Self::F) -> Self::I;
     /// Adds both products of bf16 pairs, the odd one first.
     #[inline(always)]
