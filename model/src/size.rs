@@ -45,7 +45,8 @@ pub struct Precision {
 
 impl Precision {
     /// Matrices stored as bf16 stay so, whatever is computed in; every other format is widened (or rounded) to the
-    /// compute dtype at load. With mixed formats the wider of the two is assumed for all.
+    /// compute dtype at load. With mixed formats the wider of the two is assumed for all. A backend may keep quantised
+    /// matrices in their codes, which takes less: they are planned as if they were widened, so never too small.
     pub fn new(stored: &[Format], compute: Dtype) -> Precision {
         let narrow = !stored.is_empty() && stored.iter().all(|f| *f == Format::Bf16);
         Precision { matrices: if narrow { Dtype::Bf16 } else { compute }, compute }

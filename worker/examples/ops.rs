@@ -97,6 +97,7 @@ fn main() {
         );
         let mut host = Host { backend, roofs, element: dtype.bytes() as f64 };
         host.matmuls();
+        host.formats();
         host.experts();
         host.grouped();
         host.latent();
@@ -133,6 +134,31 @@ impl Host {
                 let values = (outputs * inputs) as f64;
                 let name = format!("matmul {n} x {inputs} -> {outputs}");
                 self.roofs.report(&name, seconds, values * 2.0, values * 2.0 * n as f64);
+            }
+        }
+    }
+
+    /// Formats kept in codes beside bf16: weights a second for one row, operations for many.
+    fn formats(&mut self) {
+        let (outputs, inputs) = (4096, 4096);
+        let kinds = [Format::Bf16, Format::Q8_0, Format::Q4_0, Format::Q4_1, Format::Q4K, Format::Q6K, Format::Iq4Nl];
+        for format in kinds.into_iter().chain([Format::Mxfp4]) {
+            // Every byte is 0x2c: a small scale in each place that has one.
+            let bytes = vec![0x2c; format.bytes(outputs * inputs)];
+            let view = MatrixView::whole(format, &bytes, outputs, inputs);
+            let w: Vec<Matrix> = (0..12).map(|_| self.backend.matrix(&[view], 1).expect("a matrix")).collect();
+            for n in [1, 512] {
+                let x = self.backend.buffer(n, inputs, Kind::Input).expect("a buffer");
+                let mut y = self.backend.buffer(n, outputs, Kind::Full).expect("a buffer");
+                let used = if n > 16 { 1 } else { w.len() };
+                let seconds = median(|| {
+                    for w in &w[..used] {
+                        self.backend.matmul(&x, w, None, n, &mut y).expect("a product");
+                    }
+                }) / used as f64;
+                let values = (outputs * inputs) as f64;
+                let name = format!("{format:?} {n}: {:.2} G weights/s", values / seconds / 1e9);
+                self.roofs.report(&name, seconds, w[0].bytes() as f64, values * 2.0 * n as f64);
             }
         }
     }

@@ -36,6 +36,8 @@ pub mod simd;
 mod weights;
 
 #[cfg(test)]
+mod coded_tests;
+#[cfg(test)]
 mod tests;
 
 pub use buffer::{Buffer, Data};

@@ -1,13 +1,15 @@
 //! Packed matrices, from windows of a checkpoint or from rearranged rows.
 
 use super::buffer::ensure;
+use super::simd::coded::Codes;
 use super::simd::pack::{Packed, Rows, Widened};
 use super::simd::pool::Pool;
 use crate::backend::MatrixView;
+use crate::load::codes::{self, Group};
 use crate::load::widen;
 use model::fault::Fault;
 use model::plan::KernelFamily;
-use model::quant::{Dtype, Format};
+use model::quant::{Dtype, Format, Scheme};
 
 /// A packed weight matrix `[out, in]`.
 pub struct Matrix(pub(super) Packed);
@@ -62,6 +64,43 @@ impl Rows for Stack<'_> {
     }
 }
 
+/// Stacked windows of one scheme, each read from the same place of its stored rows. Parts of different schemes are
+/// widened.
+struct CodedStack<'a> {
+    stack: Stack<'a>,
+    scheme: Scheme,
+    first: usize,
+}
+
+impl<'a> CodedStack<'a> {
+    fn new(parts: &'a [MatrixView<'a>]) -> Option<CodedStack<'a>> {
+        let first = parts.first()?;
+        let scheme = codes::scheme(first)?;
+        let alike = parts.iter().all(|part| codes::scheme(part) == Some(scheme) && part.col == first.col);
+        alike.then_some(CodedStack { stack: Stack { parts }, scheme, first: first.col })
+    }
+}
+
+impl Codes for CodedStack<'_> {
+    fn scheme(&self) -> Scheme {
+        self.scheme
+    }
+
+    fn first(&self) -> usize {
+        self.first
+    }
+
+    fn codes(&self, row: usize, out: &mut [u8]) {
+        let (part, row) = self.stack.find(row);
+        codes::codes(part, row, out);
+    }
+
+    fn groups(&self, row: usize, out: &mut [Group]) {
+        let (part, row) = self.stack.find(row);
+        codes::groups(part, row, out);
+    }
+}
+
 /// Segments of AMX's bf16 order end with whole tiles.
 fn unit(family: KernelFamily, wide: bool) -> usize {
     if family == KernelFamily::Amx && !wide { 16 } else { 1 }
@@ -81,6 +120,11 @@ pub(super) fn pack(
     }
     let rows = parts.iter().map(|p| p.rows).sum();
     let wide = dtype == Dtype::F32 && parts.iter().any(|p| p.format != Format::Bf16);
+    if let Some(stack) = CodedStack::new(parts)
+        && let Some(packed) = Packed::coded(pool, &stack, (rows, cols), segments, wide, unit(family, wide))?
+    {
+        return Ok(Matrix(packed));
+    }
     Packed::new(pool, &Stack { parts }, (rows, cols), segments, wide, unit(family, wide)).map(Matrix)
 }
 

@@ -8,8 +8,8 @@ use std::arch::x86_64::*;
 pub struct Avx2;
 
 /// # Safety
-/// The CPU has AVX2 and FMA.
-#[target_feature(enable = "avx2,fma")]
+/// The CPU has AVX2, FMA and F16C.
+#[target_feature(enable = "avx2,fma,f16c")]
 pub unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run::<Avx2>()
 }
@@ -149,6 +149,77 @@ unsafe impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn splat_bits(x: u32) -> Self::I {
         unsafe { (_mm256_set1_epi32(x as i32), _mm256_set1_epi32(x as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn store_bits(p: *mut u32, v: Self::I) {
+        unsafe {
+            _mm256_storeu_si256(p.cast(), v.0);
+            _mm256_storeu_si256(p.add(8).cast(), v.1);
+        }
+    }
+    #[inline(always)]
+    unsafe fn bytes(p: *const u8) -> Self::I {
+        unsafe {
+            (_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())), _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(8).cast())))
+        }
+    }
+    #[inline(always)]
+    unsafe fn shorts(p: *const u16) -> Self::I {
+        unsafe {
+            let (low, high) = (_mm_loadu_si128(p.cast()), _mm_loadu_si128(p.add(8).cast()));
+            (_mm256_cvtepu16_epi32(low), _mm256_cvtepu16_epi32(high))
+        }
+    }
+    #[inline(always)]
+    unsafe fn right<const N: u32>(v: Self::I) -> Self::I {
+        unsafe {
+            let count = _mm_cvtsi32_si128(N as i32);
+            (_mm256_srl_epi32(v.0, count), _mm256_srl_epi32(v.1, count))
+        }
+    }
+    #[inline(always)]
+    unsafe fn number(v: Self::I) -> Self::F {
+        unsafe { (_mm256_cvtepi32_ps(v.0), _mm256_cvtepi32_ps(v.1)) }
+    }
+    #[inline(always)]
+    unsafe fn power(v: Self::I) -> Self::F {
+        unsafe {
+            (_mm256_castsi256_ps(_mm256_slli_epi32::<23>(v.0)), _mm256_castsi256_ps(_mm256_slli_epi32::<23>(v.1)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: Self::F, v: Self::I) -> Self::F {
+        unsafe {
+            let one = |v: __m256i| {
+                let (low, high) = (_mm256_permutevar8x32_ps(table.0, v), _mm256_permutevar8x32_ps(table.1, v));
+                _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(v)))
+            };
+            (one(v.0), one(v.1))
+        }
+    }
+    #[inline(always)]
+    unsafe fn from_half(v: Self::I) -> Self::F {
+        unsafe {
+            let packed = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(v.0, v.1));
+            (_mm256_cvtph_ps(_mm256_castsi256_si128(packed)), _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(packed)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn spread_fp8(v: Self::I) -> Self::I {
+        unsafe {
+            let one = |v: __m256i| {
+                let sign = _mm256_slli_epi32::<8>(_mm256_and_si256(v, _mm256_set1_epi32(0x80)));
+                _mm256_or_si256(sign, _mm256_slli_epi32::<7>(_mm256_and_si256(v, _mm256_set1_epi32(0x7f))))
+            };
+            (one(v.0), one(v.1))
+        }
+    }
+    #[inline(always)]
+    unsafe fn pair(even: Self::F, odd: Self::F) -> Self::I {
+        unsafe {
+            let upper = |v: __m256| _mm256_slli_epi32::<16>(rounded(v));
+            (_mm256_or_si256(rounded(even.0), upper(odd.0)), _mm256_or_si256(rounded(even.1), upper(odd.1)))
+        }
     }
     #[inline(always)]
     unsafe fn low(v: Self::I) -> Self::F {

@@ -28,6 +28,17 @@ pub unsafe fn run_tiles<K: Kernel>(kernel: K) -> K::Output {
     kernel.run::<Avx512<true, true>>()
 }
 
+/// Halves of a vector by turns.
+const INTERLEAVED: [u16; 32] = {
+    let mut places = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        places[i] = (i / 2 + i % 2 * LANES) as u16;
+        i += 1;
+    }
+    places
+};
+
 #[inline(always)]
 fn mask(n: usize) -> u16 {
     debug_assert!(n < LANES);
@@ -141,6 +152,63 @@ unsafe impl<const DOT: bool, const TILES: bool> Lanes for Avx512<DOT, TILES> {
     #[inline(always)]
     unsafe fn splat_bits(x: u32) -> __m512i {
         unsafe { _mm512_set1_epi32(x as i32) }
+    }
+    #[inline(always)]
+    unsafe fn store_bits(p: *mut u32, v: __m512i) {
+        unsafe { _mm512_storeu_si512(p.cast(), v) }
+    }
+    #[inline(always)]
+    unsafe fn bytes(p: *const u8) -> __m512i {
+        unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn shorts(p: *const u16) -> __m512i {
+        unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn right<const N: u32>(v: __m512i) -> __m512i {
+        unsafe { _mm512_srli_epi32::<N>(v) }
+    }
+    #[inline(always)]
+    unsafe fn number(v: __m512i) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(v) }
+    }
+    #[inline(always)]
+    unsafe fn power(v: __m512i) -> __m512 {
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<23>(v)) }
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: __m512, v: __m512i) -> __m512 {
+        unsafe { _mm512_permutexvar_ps(v, table) }
+    }
+    #[inline(always)]
+    unsafe fn from_half(v: __m512i) -> __m512 {
+        unsafe { _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)) }
+    }
+    #[inline(always)]
+    unsafe fn spread_fp8(v: __m512i) -> __m512i {
+        unsafe {
+            let sign = _mm512_slli_epi32::<8>(_mm512_and_si512(v, _mm512_set1_epi32(0x80)));
+            _mm512_or_si512(sign, _mm512_slli_epi32::<7>(_mm512_and_si512(v, _mm512_set1_epi32(0x7f))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn pair(even: __m512, odd: __m512) -> __m512i {
+        unsafe {
+            if DOT {
+                // Sixteen even ones, then sixteen odd ones. It takes subnormals for zero, as arithmetic here does.
+                let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(odd, even));
+                let places = std::mem::transmute::<[u16; 32], __m512i>(INTERLEAVED);
+                return _mm512_permutexvar_epi16(places, both);
+            }
+            let round = |v: __m512| {
+                let bits = _mm512_castps_si512(v);
+                let last = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+                _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last)
+            };
+            let upper = _mm512_and_si512(round(odd), _mm512_set1_epi32(0xffff_0000u32 as i32));
+            _mm512_or_si512(_mm512_srli_epi32::<16>(round(even)), upper)
+        }
     }
     #[inline(always)]
     unsafe fn low(v: __m512i) -> __m512 {

@@ -53,6 +53,24 @@ pub unsafe trait Lanes: Copy + 'static {
     unsafe fn low(v: Self::I) -> Self::F;
     /// The odd element of each bf16 pair, widened.
     unsafe fn high(v: Self::I) -> Self::F;
+    unsafe fn store_bits(p: *mut u32, v: Self::I);
+    /// Sixteen bytes as words.
+    unsafe fn bytes(p: *const u8) -> Self::I;
+    /// Sixteen 16-bit numbers as words.
+    unsafe fn shorts(p: *const u16) -> Self::I;
+    unsafe fn right<const N: u32>(v: Self::I) -> Self::I;
+    /// Words below 2^24 as numbers.
+    unsafe fn number(v: Self::I) -> Self::F;
+    /// 2^(n - 127); 0 where n is 0.
+    unsafe fn power(v: Self::I) -> Self::F;
+    /// The entry that a word's lower four bits name.
+    unsafe fn lookup(table: Self::F, v: Self::I) -> Self::F;
+    /// Words whose lower half is an f16 (the upper one is zero), subnormal ones too.
+    unsafe fn from_half(v: Self::I) -> Self::F;
+    /// Bytes `seeeemmm` as f16 with the same exponent: `s0eeeemmm0000000`.
+    unsafe fn spread_fp8(v: Self::I) -> Self::I;
+    /// bf16 pairs of numbers that are neither NaN nor subnormal, rounded to nearest even.
+    unsafe fn pair(even: Self::F, odd: Self::F) -> Self::I;
     /// Adds both products of bf16 pairs, the odd one first.
     #[inline(always)]
     unsafe fn dot(acc: Self::F, w: Self::I, x: Self::I) -> Self::F {

@@ -9,6 +9,7 @@
 //! ```
 
 use super::aligned::Aligned;
+use super::coded::{Coded, Codes};
 use super::lanes::LANES;
 use super::math::round_half;
 use super::pool::Pool;
@@ -28,6 +29,9 @@ pub struct Packed {
     pub pairs: usize,
     /// Words: pairs of bf16, or bits of f32.
     pub words: Aligned<u32>,
+    /// What takes the place of words: they are made of it a chunk at a time.
+    pub coded: Option<Coded>,
+    /// Words are f32.
     pub wide: bool,
 }
 
@@ -49,10 +53,7 @@ impl Packed {
         wide: bool,
         unit: usize,
     ) -> Result<Packed, Fault> {
-        if segments == 0 || !segments.is_power_of_two() || segments > 8 || !cols.is_multiple_of(segments) {
-            let text = format!("{cols} inputs can't be summed in {segments} segments");
-            return Err(Fault::new(FaultKind::Internal, text));
-        }
+        check(cols, segments)?;
         let pairs = (cols / segments).div_ceil(2).next_multiple_of(unit);
         let words_each = segments * pairs * if wide { 2 } else { 1 };
         let mut words = Aligned::<u32>::zeroed(rows.next_multiple_of(LANES) * words_each)?;
@@ -64,7 +65,25 @@ impl Packed {
             let part = unsafe { shared.part(panel * PANEL * words_each, width * words_each) };
             shape.fill(source, panel, part);
         });
-        Ok(Packed { rows, cols, segments, pairs, words, wide })
+        Ok(Packed { rows, cols, segments, pairs, words, coded: None, wide })
+    }
+
+    /// The same matrix kept in its codes; `None` where they can't be kept or would save nothing ([`Coded::new`]).
+    pub fn coded(
+        pool: &Pool,
+        source: &dyn Codes,
+        (rows, cols): (usize, usize),
+        segments: usize,
+        wide: bool,
+        unit: usize,
+    ) -> Result<Option<Packed>, Fault> {
+        check(cols, segments)?;
+        let pairs = (cols / segments).div_ceil(2).next_multiple_of(unit);
+        let Some(coded) = Coded::new(pool, source, (rows, cols), segments, if wide { 4 } else { 2 })? else {
+            return Ok(None);
+        };
+        let words = Aligned::zeroed(0)?;
+        Ok(Some(Packed { rows, cols, segments, pairs, words, coded: Some(coded), wide }))
     }
 
     pub fn panels(&self) -> usize {
@@ -87,13 +106,16 @@ impl Packed {
     }
 
     pub fn bytes(&self) -> usize {
-        self.words.len() * 4
+        self.words.len() * 4 + self.coded.as_ref().map_or(0, Coded::bytes)
     }
 
     /// One row, widened: an embedding.
     pub fn row(&self, row: usize, out: &mut [f32]) {
         let panel = row / PANEL;
         let (width, lane) = (self.width(panel), row % PANEL);
+        if let Some(coded) = &self.coded {
+            return coded.row((panel, width), lane, self.wide, out);
+        }
         let length = self.cols / self.segments;
         let start = self.panel_start(panel) + lane;
         for segment in 0..self.segments {
@@ -112,6 +134,14 @@ impl Packed {
     fn shape(&self) -> Shape {
         Shape { rows: self.rows, cols: self.cols, segments: self.segments, pairs: self.pairs, wide: self.wide }
     }
+}
+
+fn check(cols: usize, segments: usize) -> Result<(), Fault> {
+    if segments == 0 || !segments.is_power_of_two() || segments > 8 || !cols.is_multiple_of(segments) {
+        let text = format!("{cols} inputs can't be summed in {segments} segments");
+        return Err(Fault::new(FaultKind::Internal, text));
+    }
+    Ok(())
 }
 
 struct Shape {

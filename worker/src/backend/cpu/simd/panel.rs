@@ -8,6 +8,7 @@
 //! Storing and reloading an f32 accumulator changes no bit, so the blocking is free to serve the caches.
 
 use super::Level;
+use super::coded::{TILE_PAIRS, TILE_WORDS};
 use super::lanes::{Element, Kernel, LANES, Lanes};
 use super::pack::{PANEL, Packed};
 use super::pool::Pool;
@@ -156,6 +157,10 @@ impl<L: Lanes> Product<L> for FullByFull {
     }
 }
 
+/// Words that codes are widened to; their last chunk is padded to a whole block of AMX's at most.
+#[repr(C, align(64))]
+struct Tile([u32; TILE_WORDS]);
+
 /// Rows of activations against one panel.
 pub struct Task<'a, T> {
     pub w: &'a Packed,
@@ -192,6 +197,9 @@ impl<T: Input> Kernel for Task<'_, T> {
         let sums = sums.as_mut_ptr().cast::<f32>();
         let length = w.cols / w.segments;
         let words = if w.wide { 2 } else { 1 };
+        let most = if w.coded.is_some() { chunk(rows).min(TILE_PAIRS) } else { chunk(rows) };
+        let mut tile = MaybeUninit::<Tile>::uninit();
+        let tile = tile.as_mut_ptr().cast::<u32>();
         let mut depth = 0;
         for segment in 0..w.segments {
             // SAFETY: at most PENDING sums are pending, each of `rows * PANEL`; offsets stay inside the panel and
@@ -201,11 +209,19 @@ impl<T: Input> Kernel for Task<'_, T> {
                 std::ptr::write_bytes(acc, 0, rows * PANEL);
                 let mut pair = 0;
                 while pair < length.div_ceil(2) {
-                    let pairs = (length / 2).saturating_sub(pair).min(chunk(rows));
+                    let pairs = (length / 2).saturating_sub(pair).min(most);
                     let lone = length % 2 == 1 && pair + pairs == length / 2;
                     let at = segment * length + pair * 2;
-                    let start = w.panel_start(self.panel) + (segment * w.pairs + pair) * words * width;
-                    let part = Part { w: w.words.as_ptr().add(start), width, x: self.x, at, pairs, lone, acc };
+                    let from = if let Some(coded) = &w.coded {
+                        // The padding is the end of the segment's last block, so less than one of `TILE_PAIRS`.
+                        let pad = if pair + pairs == length / 2 { w.pairs - length / 2 } else { 0 };
+                        coded.widen::<L>((self.panel, width), (at, pairs, pad), w.wide, tile);
+                        tile.cast_const()
+                    } else {
+                        let start = w.panel_start(self.panel) + (segment * w.pairs + pair) * words * width;
+                        w.words.as_ptr().add(start)
+                    };
+                    let part = Part { w: from, width, x: self.x, at, pairs, lone, acc };
                     T::accumulate::<L>(&self, &part);
                     pair += pairs + usize::from(lone);
                 }

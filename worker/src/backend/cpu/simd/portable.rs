@@ -113,4 +113,49 @@ unsafe impl Lanes for Portable {
     unsafe fn high(v: Self::I) -> Self::F {
         each(|i| f32::from_bits(v[i] & 0xffff_0000))
     }
+    #[inline(always)]
+    unsafe fn store_bits(p: *mut u32, v: Self::I) {
+        unsafe { p.cast::<[u32; LANES]>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    unsafe fn bytes(p: *const u8) -> Self::I {
+        unsafe { p.cast::<[u8; LANES]>().read_unaligned() }.map(u32::from)
+    }
+    #[inline(always)]
+    unsafe fn shorts(p: *const u16) -> Self::I {
+        unsafe { p.cast::<[u16; LANES]>().read_unaligned() }.map(u32::from)
+    }
+    #[inline(always)]
+    unsafe fn right<const N: u32>(v: Self::I) -> Self::I {
+        v.map(|v| v >> N)
+    }
+    #[inline(always)]
+    unsafe fn number(v: Self::I) -> Self::F {
+        v.map(|v| v as f32)
+    }
+    #[inline(always)]
+    unsafe fn power(v: Self::I) -> Self::F {
+        v.map(|v| f32::from_bits(v << 23))
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: Self::F, v: Self::I) -> Self::F {
+        v.map(|v| table[(v & 15) as usize])
+    }
+    #[inline(always)]
+    unsafe fn from_half(v: Self::I) -> Self::F {
+        v.map(|v| half::f16::from_bits(v as u16).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn spread_fp8(v: Self::I) -> Self::I {
+        v.map(|v| (v & 0x80) << 8 | (v & 0x7f) << 7)
+    }
+    #[inline(always)]
+    unsafe fn pair(even: Self::F, odd: Self::F) -> Self::I {
+        let bits = |x: f32| u32::from(super::math::round_half(x).to_bits());
+        let mut out = [0; LANES];
+        for i in 0..LANES {
+            out[i] = bits(even[i]) | bits(odd[i]) << 16;
+        }
+        out
+    }
 }
