@@ -50,6 +50,9 @@ pub struct Options {
     /// The name that clients ask for
     #[arg(long)]
     pub served_model_name: Option<String>,
+    /// A Jinja file that renders chats in place of the model's own template
+    #[arg(long, value_name = "FILE")]
+    pub chat_template: Option<PathBuf>,
     /// Key that clients must send; better in the environment variable CONCLAVE_API_KEY
     #[arg(long)]
     pub api_key: Option<String>,
@@ -116,6 +119,7 @@ impl Options {
         Config {
             model,
             served_model_name: self.served_model_name.clone(),
+            chat_template: self.chat_template.clone(),
             listen: self.listen.to_string(),
             token,
             api_keys: api_keys.into_iter().collect(),
