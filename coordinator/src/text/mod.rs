@@ -23,8 +23,8 @@ pub mod template;
 mod template_cases;
 pub mod tiktoken;
 pub mod tokenizer;
+pub mod varint;
 pub mod vocabulary;
-pub mod wire;
 pub mod words;
 
 use std::collections::BTreeMap;
