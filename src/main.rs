@@ -8,6 +8,7 @@ use std::process::ExitCode;
 mod bench;
 mod client;
 mod coordinator_command;
+mod hub;
 mod plan;
 mod progress;
 mod quickstart;

@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use coordinator::config::parse_dtype;
+use coordinator::hub::Need;
 use coordinator::plan::{Policy, explain, format_bytes, parse_bytes, parse_devices, plan, smallest};
 use coordinator::source::Source;
 use model::plan::BLOCK_TOKENS;
@@ -10,7 +11,8 @@ use std::path::PathBuf;
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// A directory in Hugging Face's layout, its config.json alone, or a .gguf file
+    /// A directory in Hugging Face's layout, its config.json alone, a .gguf file, or a model of the hub (org/name): of it
+    /// only the description is fetched
     model: PathBuf,
     /// Devices and their memory, e.g. 16x141GiB, or hosts of them: 2x8x141GiB. Without, the smallest groups of usual
     /// devices that hold the model
@@ -45,7 +47,7 @@ type Setting<T> = Option<T>;
 const USUAL: [&str; 3] = ["80GiB", "141GiB", "192GiB"];
 
 pub fn run(args: Args) -> Result<()> {
-    let source = Source::describe(&args.model)?;
+    let source = Source::describe(&crate::hub::model(&args.model, Need::Describe)?.path)?;
     let (spec, formats) = (&source.spec, &source.formats);
     let policy = Policy {
         tensor: args.tensor_parallel_size,

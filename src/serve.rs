@@ -4,6 +4,7 @@ use crate::workers::{Share, Workers};
 use crate::{progress, signals};
 use anyhow::{Context, Result};
 use coordinator::config::{Config, parse_dtype};
+use coordinator::hub::Need;
 use coordinator::plan::{Device, Offer, parse_bytes};
 use model::plan::WorkerId;
 use model::quant::Dtype;
@@ -13,7 +14,8 @@ use tokio::net::TcpListener;
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// A directory in Hugging Face's layout, or a .gguf file
+    /// A directory in Hugging Face's layout, a .gguf file, or a model of the hub: org/name, org/name@revision,
+    /// org/name:FILE.gguf
     model: PathBuf,
     #[command(flatten)]
     pub options: Options,
@@ -50,6 +52,9 @@ pub struct Options {
     /// The name that clients ask for
     #[arg(long)]
     pub served_model_name: Option<String>,
+    /// A Jinja file that renders chats in place of the model's own template
+    #[arg(long, value_name = "FILE")]
+    pub chat_template: Option<PathBuf>,
     /// Key that clients must send; better in the environment variable CONCLAVE_API_KEY
     #[arg(long)]
     pub api_key: Option<String>,
@@ -116,6 +121,7 @@ impl Options {
         Config {
             model,
             served_model_name: self.served_model_name.clone(),
+            chat_template: self.chat_template.clone(),
             listen: self.listen.to_string(),
             token,
             api_keys: api_keys.into_iter().collect(),
@@ -138,8 +144,11 @@ impl Options {
 }
 
 pub fn run(args: Args) -> Result<()> {
+    let mut options = args.options;
+    let model = crate::hub::model(&args.model, Need::Serve)?;
+    options.served_model_name = options.served_model_name.or(model.name);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(serve(args.model, args.options, |_| async { Ok(()) }))
+    runtime.block_on(serve(model.path, options, |_| async { Ok(()) }))
 }
 
 /// Serves until told to stop; `ready` runs once when the API answers, with its address.

@@ -13,6 +13,9 @@ pub struct Config {
     /// The name that clients ask for; by default the directory's.
     #[serde(default)]
     pub served_model_name: Option<String>,
+    /// A Jinja file that renders chats in place of the model's own template.
+    #[serde(default)]
+    pub chat_template: Option<PathBuf>,
     /// OpenAI API, `ip:port`.
     #[serde(default = "api_listen")]
     pub listen: String,

@@ -101,7 +101,7 @@ pub fn rehearse(config: &Config, members: &[Offer]) -> Result<(), StartError> {
 /// Starts a coordinator on two bound listeners. Fails at once on a model that can't be read or cut as asked.
 pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String) -> Result<Coordinator, StartError> {
     let source = Arc::new(Source::open(&config.model)?);
-    let text = Text::load(&source.path)?;
+    let text = Text::load(&source.path, config.chat_template.as_deref())?;
     let maker = PlanMaker { source: source.clone(), policy: policy(&config) };
     let (view_writer, view) = watch::channel(ClusterView::default());
     let (submissions, queue) = mpsc::channel(SUBMISSIONS_MAX);

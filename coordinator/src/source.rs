@@ -39,8 +39,16 @@ const HEADER_BYTES_MAX: u64 = 256 << 20;
 impl Source {
     /// From a directory in Hugging Face's layout, or a `.gguf` file.
     pub fn open(path: &Path) -> Result<Source, SourceError> {
-        let path = std::fs::canonicalize(path)
-            .map_err(|e| SourceError::Read { path: path.into(), why: format!("no such model: {e}") })?;
+        let absent = |e| SourceError::Read { path: path.into(), why: format!("no such model: {e}") };
+        let real = std::fs::canonicalize(path).map_err(absent)?;
+        // A file keeps its own name: in the hub's cache it is a link to one that is named by its hash.
+        let path = match (real.is_dir(), path.parent(), path.file_name()) {
+            (false, Some(folder), Some(name)) => {
+                let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+                std::fs::canonicalize(folder).map_err(absent)?.join(name)
+            }
+            _ => real,
+        };
         if path.is_dir() { Source::from_directory(path) } else { Source::from_gguf(path) }
     }
 

@@ -8,6 +8,7 @@ use model::step::Score;
 
 use super::request::Wording;
 use crate::schedule::job::{DoneReason, Output, Refusal};
+use crate::text::harmony::{Part, Reader};
 use crate::text::{Detokenizer, StopStrings, Tokenizer};
 
 /// What one prompt of a request is, for its answers.
@@ -18,6 +19,8 @@ pub struct Prompt {
     pub echo: Option<String>,
     /// Wait for the prompt's scores before echoing it.
     pub scored: bool,
+    /// Tells the channels of the answer apart, where the model writes in channels.
+    pub reader: Option<Reader>,
 }
 
 /// The next part of one choice.
@@ -28,11 +31,23 @@ pub struct Piece {
     pub prompt: usize,
     /// May be empty while a character or a stop string is incomplete.
     pub text: String,
+    /// What the model says to itself.
+    pub reasoning: String,
+    /// A part of a call.
+    pub call: Option<CallPart>,
     pub tokens: Vec<Told>,
     /// The tokens are the prompt's, repeated.
     pub echo: bool,
     /// Set in the last piece of a choice.
     pub finish: Option<Finish>,
+}
+
+/// The next part of a call: its name first, then its arguments as they are written.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct CallPart {
+    pub index: u32,
+    pub name: Option<String>,
+    pub arguments: String,
 }
 
 /// A token as it is reported.
@@ -49,6 +64,9 @@ pub struct Told {
 pub struct Choice {
     pub prompt: usize,
     pub text: String,
+    pub reasoning: String,
+    /// Names and arguments.
+    pub calls: Vec<(String, String)>,
     /// The prompt's, where echoed, then the answer's.
     pub tokens: Vec<Told>,
     /// How many of `tokens` are the prompt's.
@@ -60,6 +78,15 @@ impl Choice {
     pub fn add(&mut self, piece: Piece) {
         self.prompt = piece.prompt;
         self.text.push_str(&piece.text);
+        self.reasoning.push_str(&piece.reasoning);
+        if let Some(part) = piece.call {
+            if let Some(name) = part.name {
+                self.calls.push((name, String::new()));
+            }
+            if let Some((_, arguments)) = self.calls.get_mut(part.index as usize) {
+                arguments.push_str(&part.arguments);
+            }
+        }
         self.echoed += if piece.echo { piece.tokens.len() } else { 0 };
         self.tokens.extend(piece.tokens);
         self.finish = piece.finish.or(self.finish.take());
@@ -81,6 +108,8 @@ pub enum Finish {
     /// A stop string.
     Stop(String),
     Length,
+    /// A call that waits for its result.
+    Call,
 }
 
 impl Finish {
@@ -89,6 +118,7 @@ impl Finish {
         match self {
             Finish::End | Finish::StopToken(_) | Finish::Stop(_) => "stop",
             Finish::Length => "length",
+            Finish::Call => "tool_calls",
         }
     }
 }
@@ -118,6 +148,7 @@ pub struct Answers {
 struct Voice {
     detokenizer: Detokenizer,
     stops: StopStrings,
+    reader: Option<Reader>,
     tokens: u32,
     /// Where the answer begins in the choice's text, in characters: behind an echo.
     offset: usize,
@@ -133,6 +164,18 @@ impl Voice {
         let released = self.stops.push(text);
         (released.text, released.stop)
     }
+
+    /// Puts text where it belongs in a piece; gives back what is the answer's.
+    fn route(part: Part, text: String, piece: &mut Piece) -> String {
+        match part {
+            Part::Content => return text,
+            Part::Nothing => {}
+            Part::Reasoning => piece.reasoning = text,
+            Part::Call { name: None, .. } if text.is_empty() => {}
+            Part::Call { index, name } => piece.call = Some(CallPart { index, name, arguments: text }),
+        }
+        String::new()
+    }
 }
 
 impl Answers {
@@ -147,6 +190,7 @@ impl Answers {
         let voice = |prompt: &Prompt| Voice {
             detokenizer: Detokenizer::continuing(Arc::clone(&tokenizer), wording.skip_special),
             stops: wording.stops.clone(),
+            reader: prompt.reader.clone(),
             tokens: 0,
             offset: 0,
             end: None,
@@ -217,7 +261,7 @@ impl Answers {
             if !std::mem::replace(&mut voice.echoed, true) {
                 voice.offset = offset;
                 let (text, tokens) = (text.clone(), told.clone());
-                self.ready.push_back(Piece { index, prompt, text, tokens, echo: true, finish: None });
+                self.ready.push_back(Piece { index, prompt, text, tokens, echo: true, ..Piece::default() });
             }
         }
     }
@@ -230,19 +274,27 @@ impl Answers {
         self.usage.completion_tokens += 1;
         voice.tokens += 1;
         let offset = voice.offset + voice.detokenizer.characters();
+        let mut piece = Piece { index, prompt, ..Piece::default() };
         let (text, stop) = if self.end_tokens.contains(&token) {
             voice.end = Some(token);
+            if let Some(reader) = &mut voice.reader {
+                reader.push(token, "");
+            }
             // The end token's own text is shown only on demand, and never looked at for stop strings.
             let own = if self.wording.include_stop { voice.detokenizer.push(token).text } else { String::new() };
             (voice.stops.flush() + &own, None)
         } else {
-            let text = voice.detokenizer.push(token).text;
+            let mut text = voice.detokenizer.push(token).text;
+            if let Some(reader) = &mut voice.reader {
+                let part = reader.push(token, &text);
+                text = Voice::route(part, text, &mut piece);
+            }
             if voice.tokens <= self.wording.tokens_min { (text, None) } else { voice.release(&text) }
         };
         voice.finished = stop.is_some();
         let finish = stop.map(|which| Finish::Stop(self.wording.stop[which].clone()));
         let told = Told { token, score, offset };
-        self.ready.push_back(Piece { index, prompt, text, tokens: vec![told], echo: false, finish });
+        self.ready.push_back(Piece { text, tokens: vec![told], finish, ..piece });
     }
 
     fn done(&mut self, prompt: usize, index: usize, reason: DoneReason) {
@@ -251,19 +303,68 @@ impl Answers {
             return;
         }
         // What was held back as half a character or half a stop string comes out now.
-        let rest = voice.detokenizer.flush();
+        let mut piece = Piece { index, prompt, ..Piece::default() };
+        let mut rest = voice.detokenizer.flush();
+        if let Some(reader) = &voice.reader {
+            rest = Voice::route(reader.here(), rest, &mut piece);
+        }
+        let called = voice.reader.as_ref().is_some_and(Reader::called);
         let (mut text, stop) = voice.release(&rest);
         let finish = match (stop, reason, voice.end) {
             (Some(which), ..) => Finish::Stop(self.wording.stop[which].clone()),
             (None, DoneReason::End, Some(token)) if self.wording.stop_tokens.contains(&token) => {
                 Finish::StopToken(token)
             }
+            (None, DoneReason::End, _) if called => Finish::Call,
             (None, DoneReason::End, _) => Finish::End,
             (None, DoneReason::Length, _) => Finish::Length,
         };
         if !matches!(finish, Finish::Stop(_)) {
             text += &voice.stops.flush();
         }
-        self.ready.push_back(Piece { index, prompt, text, tokens: Vec::new(), echo: false, finish: Some(finish) });
+        self.ready.push_back(Piece { text, finish: Some(finish), ..piece });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::Harmony;
+    use crate::text::harmony::tests::tokenizer;
+
+    #[test]
+    fn channels_and_calls_come_in_pieces_of_their_own() {
+        let tokenizer = tokenizer();
+        let encode = |text: &str| tokenizer.encode(text, false).unwrap();
+        let tokens = encode("<|start|>user<|message|>hi<|end|><|start|>assistant");
+        let reader = Harmony::of(&tokenizer).map(|harmony| harmony.reader(&tokenizer, &tokens));
+        let prompt = Prompt { tokens, echo: None, scored: false, reader };
+        let stop = vec!["STOP".to_string()];
+        let wording = Wording {
+            stops: StopStrings::new(&stop, false).unwrap(),
+            stop,
+            stop_tokens: Vec::new(),
+            include_stop: false,
+            skip_special: true,
+            tokens_min: 0,
+        };
+        let answer = "<|channel|>analysis<|message|>STOP? 世<|end|><|start|>assistant<|channel|>commentary<|message|>I look\
+            <|end|><|start|>assistant to=functions.get<|channel|>commentary json<|message|>{\"a\": \"é\"}<|call|>";
+        let ends = Harmony::of(&tokenizer).unwrap().end_tokens().to_vec();
+        let mut answers = Answers::new(tokenizer.clone(), wording, ends, vec![prompt], 1);
+        for token in encode(answer) {
+            answers.push(0, Output::Token { choice: 0, token, score: None }).unwrap();
+        }
+        answers.push(0, Output::Done { choice: 0, reason: DoneReason::End }).unwrap();
+        let mut choice = Choice::default();
+        let mut parts = 0;
+        while let Some(piece) = answers.take() {
+            parts += usize::from(piece.call.is_some());
+            choice.add(piece);
+        }
+        assert_eq!((choice.text.as_str(), choice.reasoning.as_str()), ("I look", "STOP? 世"));
+        assert_eq!(choice.calls, [("get".to_string(), "{\"a\": \"é\"}".to_string())]);
+        assert_eq!(choice.finish, Some(Finish::Call));
+        assert!(parts > 5, "arguments are streamed: {parts}");
     }
 }

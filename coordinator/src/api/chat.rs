@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use super::State;
-use super::answer::{Piece, Prompt};
+use super::answer::{Choice, Piece, Prompt};
 use super::auth::Tenant;
 use super::error::ApiError;
 use super::fields::{Fields, wrong};
@@ -57,7 +57,8 @@ pub async fn create(
     let mut shape = Shape::new(&state, format!("chatcmpl-{id}"), ask.report, "chat.completion.chunk");
     shape.prompts = if ask.report.token_ids { vec![tokens.clone()] } else { Vec::new() };
     (shape.first, shape.choice) = (first_chunk, chunk_choice);
-    let prompt = Prompt { tokens, echo: None, scored: false };
+    let reader = state.text.harmony.map(|harmony| harmony.reader(&state.text.tokenizer, &tokens));
+    let prompt = Prompt { tokens, echo: None, scored: false, reader };
     let salt = tenant.salt(&ask.cache_salt);
     let running = Running::start(&state, &shape.id, salt, &ask, vec![prompt], vec![room]).await?;
     if ask.report.stream {
@@ -83,7 +84,7 @@ async fn whole(running: Running, shape: &Shape) -> Result<Response, ApiError> {
     let choices = answers.choices.iter().enumerate().map(|(index, choice)| {
         let mut value = json!({
             "index": index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": null},
+            "message": message(&shape.id, index, choice),
             "logprobs": shape.report.logprobs.map(|_| logprobs::chat(&shape.tokenizer, &choice.tokens)),
             "finish_reason": reason(&choice.finish),
             "stop_reason": stop_reason(&choice.finish),
@@ -101,6 +102,51 @@ async fn whole(running: Running, shape: &Shape) -> Result<Response, ApiError> {
     Ok(Json(body).into_response())
 }
 
+/// A whole answer; reasoning and calls are fields of their own where there are any.
+fn message(id: &str, index: usize, choice: &Choice) -> Value {
+    let mut message = json!({"role": "assistant", "content": choice.text, "refusal": null});
+    if !choice.reasoning.is_empty() {
+        message["reasoning_content"] = json!(choice.reasoning);
+    }
+    if !choice.calls.is_empty() {
+        let calls = choice.calls.iter().enumerate().map(|(number, (name, arguments))| {
+            json!({"id": call_id(id, index, number), "type": "function",
+                   "function": {"name": name, "arguments": arguments}})
+        });
+        message["tool_calls"] = calls.collect();
+        if choice.text.is_empty() {
+            message["content"] = Value::Null;
+        }
+    }
+    message
+}
+
+/// Unique over requests and choices: clients send it back with the call's result.
+fn call_id(id: &str, index: usize, number: usize) -> String {
+    format!("call-{}-{index}-{number}", id.trim_start_matches("chatcmpl-"))
+}
+
+fn delta(id: &str, piece: &Piece) -> Value {
+    let mut delta = json!({});
+    let silent = piece.reasoning.is_empty() && piece.call.is_none();
+    if !piece.text.is_empty() || silent && piece.finish.is_none() {
+        delta["content"] = json!(piece.text);
+    }
+    if !piece.reasoning.is_empty() {
+        delta["reasoning_content"] = json!(piece.reasoning);
+    }
+    if let Some(part) = &piece.call {
+        let mut call = json!({"index": part.index, "function": {"arguments": part.arguments}});
+        if let Some(name) = &part.name {
+            call["id"] = json!(call_id(id, piece.index, part.index as usize));
+            call["type"] = json!("function");
+            call["function"]["name"] = json!(name);
+        }
+        delta["tool_calls"] = json!([call]);
+    }
+    delta
+}
+
 /// Every choice begins with its role.
 fn first_chunk(shape: &Shape, index: usize) -> Option<Value> {
     let delta = json!({"role": "assistant", "content": ""});
@@ -113,12 +159,10 @@ fn first_chunk(shape: &Shape, index: usize) -> Option<Value> {
 }
 
 fn chunk_choice(shape: &Shape, piece: &Piece) -> Value {
-    let empty = piece.text.is_empty() && piece.finish.is_some();
-    let delta = if empty { json!({}) } else { json!({"content": piece.text}) };
     let scores = shape.report.logprobs.filter(|_| !piece.tokens.is_empty());
     let mut choice = json!({
         "index": piece.index,
-        "delta": delta,
+        "delta": delta(&shape.id, piece),
         "logprobs": scores.map(|_| logprobs::chat(&shape.tokenizer, &piece.tokens)),
         "finish_reason": reason(&piece.finish),
     });

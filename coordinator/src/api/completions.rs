@@ -147,7 +147,7 @@ async fn prompts(state: &State, given: Vec<Given>, add_special: bool, ask: &Ask)
             (true, Some(text)) => Some(text),
             (true, None) => Some(tokenizer.decode(&tokens, skip_special)),
         };
-        Ok(Prompt { tokens, echo, scored })
+        Ok(Prompt { tokens, echo, scored, reader: None })
     };
     state.text_work(bytes, move || given.into_iter().map(one).collect()).await
 }

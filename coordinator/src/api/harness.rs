@@ -48,6 +48,7 @@ pub fn text() -> Text {
         template: Some(template.unwrap()),
         end_tokens: vec![END],
         defaults: SamplingDefaults::default(),
+        harmony: None,
     }
 }
 

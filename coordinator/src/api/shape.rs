@@ -68,7 +68,8 @@ impl Shape {
     /// Whether a piece says anything that the client asked for.
     pub fn tells(&self, piece: &Piece) -> bool {
         let reports = self.report.token_ids || self.report.logprobs.is_some();
-        !piece.text.is_empty() || piece.finish.is_some() || (reports && !piece.tokens.is_empty())
+        let says = !piece.text.is_empty() || !piece.reasoning.is_empty() || piece.call.is_some();
+        says || piece.finish.is_some() || (reports && !piece.tokens.is_empty())
     }
 }
 

@@ -50,7 +50,7 @@ fn json_of(folder: &Path, file: &str) -> Value {
 }
 
 fn check(folder: &Path) -> usize {
-    let text = Text::load(folder).unwrap();
+    let text = Text::load(folder, None).unwrap();
     let others = of_ranks(folder);
     std::iter::once(text.tokenizer).chain(others).map(|tokenizer| check_with(folder, &tokenizer)).sum()
 }

@@ -12,6 +12,7 @@ pub mod error;
 pub mod gguf;
 #[cfg(test)]
 mod golden;
+pub mod harmony;
 pub mod json;
 pub mod pieces;
 pub mod sentencepiece;
@@ -22,8 +23,8 @@ pub mod template;
 mod template_cases;
 pub mod tiktoken;
 pub mod tokenizer;
+pub mod varint;
 pub mod vocabulary;
-pub mod wire;
 pub mod words;
 
 use std::collections::BTreeMap;
@@ -36,6 +37,7 @@ use serde_json::Value;
 
 pub use detokenize::Detokenizer;
 pub use error::TextError;
+pub use harmony::Harmony;
 pub use stop::StopStrings;
 pub use template::{ChatTemplate, Conversation, RenderError};
 pub use tokenizer::{Tokenizer, TokenizerConfig};
@@ -59,37 +61,66 @@ pub struct Text {
     /// Ids that end an answer, ascending; may be empty.
     pub end_tokens: Vec<u32>,
     pub defaults: SamplingDefaults,
+    /// Set where answers are written in channels.
+    pub harmony: Option<Harmony>,
 }
 
 impl Text {
-    /// From a directory in the layout of Hugging Face, or a `.gguf` file. Blocks: reads files, builds tables (seconds for
-    /// the largest vocabularies).
-    pub fn load(model: &Path) -> Result<Text, TextError> {
-        if model.is_dir() { Text::from_directory(model) } else { Text::from_gguf(model) }
+    /// From a directory in the layout of Hugging Face, or a `.gguf` file. `template` is a Jinja file that is used in place of
+    /// the model's own. Blocks: reads files, builds tables (seconds for the largest vocabularies).
+    pub fn load(model: &Path, template: Option<&Path>) -> Result<Text, TextError> {
+        let own = template.map(own_template).transpose()?;
+        if model.is_dir() { Text::from_directory(model, own) } else { Text::from_gguf(model, own) }
     }
 
-    fn from_directory(directory: &Path) -> Result<Text, TextError> {
+    fn from_directory(directory: &Path, own: Option<Sources>) -> Result<Text, TextError> {
         let config = json_file(&directory.join("tokenizer_config.json"))?.unwrap_or(Value::Null);
         let spec = json_file(&directory.join("config.json"))?.unwrap_or(Value::Null);
         let tokenizer = vocabulary::tokenizer(directory, &config, &spec)?;
-        let sources = templates(directory, &config)?;
-        let template = if sources.is_empty() { None } else { Some(ChatTemplate::new(&sources, tokenizer.names())?) };
+        let sources = own.map_or_else(|| templates(directory, &config), Ok)?;
         let generation = json_file(&directory.join("generation_config.json"))?.unwrap_or(Value::Null);
         let end_tokens = end_tokens(&generation, &spec, &tokenizer);
-        Ok(Text { tokenizer: Arc::new(tokenizer), template, end_tokens, defaults: defaults(&generation) })
+        Text::new(tokenizer, sources, end_tokens, defaults(&generation))
     }
 
-    fn from_gguf(path: &Path) -> Result<Text, TextError> {
+    fn from_gguf(path: &Path, own: Option<Sources>) -> Result<Text, TextError> {
         let metadata = gguf_metadata(path)?;
         let (tokenizer, _) = gguf::tokenizer(&metadata)?;
-        let sources = gguf::templates(&metadata);
-        let template = match sources.contains_key("") || sources.contains_key("default") {
-            true => Some(ChatTemplate::new(&sources, tokenizer.names())?),
-            false => None,
-        };
+        let mut sources = own.unwrap_or_else(|| gguf::templates(&metadata));
+        if !sources.contains_key("") && !sources.contains_key("default") {
+            sources.clear();
+        }
         let end_tokens = gguf::end_tokens(&metadata)?;
-        Ok(Text { tokenizer: Arc::new(tokenizer), template, end_tokens, defaults: SamplingDefaults::default() })
+        Text::new(tokenizer, sources, end_tokens, SamplingDefaults::default())
     }
+
+    fn new(
+        tokenizer: Tokenizer,
+        mut sources: Sources,
+        mut end_tokens: Vec<u32>,
+        defaults: SamplingDefaults,
+    ) -> Result<Text, TextError> {
+        let harmony = Harmony::of(&tokenizer);
+        if let Some(harmony) = &harmony {
+            end_tokens.extend(harmony.end_tokens());
+            end_tokens.sort_unstable();
+            end_tokens.dedup();
+            if sources.is_empty() {
+                sources.insert("default".into(), harmony::TEMPLATE.into());
+            }
+        }
+        let template = if sources.is_empty() { None } else { Some(ChatTemplate::new(&sources, tokenizer.names())?) };
+        Ok(Text { tokenizer: Arc::new(tokenizer), template, end_tokens, defaults, harmony })
+    }
+}
+
+/// Chat templates by name.
+type Sources = BTreeMap<String, String>;
+
+/// The template of a file that was named.
+fn own_template(path: &Path) -> Result<Sources, TextError> {
+    let missing = || TextError::read(path, std::io::ErrorKind::NotFound.into());
+    Ok([("default".to_string(), text_file(path)?.ok_or_else(missing)?)].into())
 }
 
 /// The metadata of a GGUF file, read from its head: the tensors behind it may be a hundred times larger than memory.
@@ -130,7 +161,7 @@ fn text_file(path: &Path) -> Result<Option<String>, TextError> {
 }
 
 /// The chat templates of a directory. A file of its own wins over one inside a configuration.
-fn templates(directory: &Path, config: &Value) -> Result<BTreeMap<String, String>, TextError> {
+fn templates(directory: &Path, config: &Value) -> Result<Sources, TextError> {
     let mut sources = BTreeMap::new();
     named_templates(&config["chat_template"], &mut sources);
     if let Some(value) = json_file(&directory.join("chat_template.json"))? {
@@ -150,7 +181,7 @@ fn templates(directory: &Path, config: &Value) -> Result<BTreeMap<String, String
 }
 
 /// One template, or a list of named ones.
-fn named_templates(value: &Value, sources: &mut BTreeMap<String, String>) {
+fn named_templates(value: &Value, sources: &mut Sources) {
     if let Some(source) = value.as_str() {
         sources.insert("default".into(), source.into());
     }
@@ -234,7 +265,7 @@ mod tests {
                 ("config.json", json!({"eos_token_id": 7}).to_string()),
             ],
         );
-        let text = Text::load(&directory.0).unwrap();
+        let text = Text::load(&directory.0, None).unwrap();
         assert_eq!(text.end_tokens, [301, 302]);
         let expected = SamplingDefaults { temperature: Some(0.5), top_k: Some(20), ..SamplingDefaults::default() };
         assert_eq!(text.defaults, expected);
@@ -256,7 +287,7 @@ mod tests {
     fn a_template_file_wins_and_a_bare_directory_has_none() {
         let config = json!({"chat_template": [{"name": "default", "template": "listed"}, {"name": "tool_use", "template": "t"}]});
         let render = |directory: &Directory, tools: Option<Vec<Value>>| {
-            let text = Text::load(&directory.0).unwrap();
+            let text = Text::load(&directory.0, None).unwrap();
             text.template.unwrap().render(&Conversation { tools, ..Conversation::default() }).unwrap()
         };
         let listed = Directory::new("listed", &[tokenizer_json(), ("tokenizer_config.json", config.to_string())]);
@@ -267,8 +298,14 @@ mod tests {
             ("chat_template.jinja", "of a file".to_string()),
         ];
         assert_eq!(render(&Directory::new("file", &files), None), "of a file");
+        let other = listed.0.join("own.jinja");
+        std::fs::write(&other, "of a flag").unwrap();
+        let text = Text::load(&listed.0, Some(&other)).unwrap();
+        assert_eq!(text.template.unwrap().render(&Conversation::default()).unwrap(), "of a flag");
+        let error = Text::load(&listed.0, Some(&listed.0.join("missing"))).unwrap_err().to_string();
+        assert!(error.contains("missing"), "{error}");
         let bare = Directory::new("bare", &[tokenizer_json(), ("config.json", json!({"eos_token_id": 7}).to_string())]);
-        let text = Text::load(&bare.0).unwrap();
+        let text = Text::load(&bare.0, None).unwrap();
         assert!(text.template.is_none());
         assert_eq!(text.end_tokens, [7]);
     }
@@ -276,9 +313,9 @@ mod tests {
     #[test]
     fn a_directory_without_a_tokenizer_says_so() {
         let directory = Directory::new("empty", &[("config.json", "{}".into())]);
-        let error = Text::load(&directory.0).unwrap_err().to_string();
+        let error = Text::load(&directory.0, None).unwrap_err().to_string();
         assert!(error.contains("tokenizer.json"), "{error}");
         let broken = Directory::new("broken", &[tokenizer_json(), ("generation_config.json", "{".into())]);
-        assert!(matches!(Text::load(&broken.0), Err(TextError::Json { .. })));
+        assert!(matches!(Text::load(&broken.0, None), Err(TextError::Json { .. })));
     }
 }

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::assemble::{self, Added, Sentence, SpaceBefore};
 use super::error::TextError;
 use super::tokenizer::Margin;
-use super::wire::{Field, fields};
+use super::varint::{Field, fields};
 
 /// Kinds of pieces.
 const NORMAL: u64 = 1;

@@ -118,7 +118,11 @@ impl ChatTemplate {
             Some(_) if self.environment.get_template(TOOL_USE).is_ok() => TOOL_USE,
             _ => DEFAULT,
         };
-        let text = self.evaluate(name, context, conversation.now)?;
+        let text = match self.evaluate(name, &context, conversation.now) {
+            // Clients send a silent message's content as null, which some templates do not bear.
+            Err(RenderError::Failed(_)) if fill_silent(&mut context) => self.evaluate(name, &context, conversation.now),
+            outcome => outcome,
+        }?;
         if !conversation.continue_final_message {
             return Ok(text);
         }
@@ -128,7 +132,7 @@ impl ChatTemplate {
         Ok(text[..cut].to_string())
     }
 
-    fn evaluate(&self, name: &str, context: Map<String, Value>, now: i64) -> Result<String, RenderError> {
+    fn evaluate(&self, name: &str, context: &Map<String, Value>, now: i64) -> Result<String, RenderError> {
         let template = self.environment.get_template(name).map_err(failed)?;
         let mut values: Vec<(String, JinjaValue)> =
             context.iter().map(|(key, value)| (key.clone(), JinjaValue::from(Serde(value)))).collect();
@@ -155,8 +159,10 @@ impl ChatTemplate {
         if let Some(Value::Array(calls)) = fields.get_mut("tool_calls") {
             calls.iter_mut().for_each(parse_arguments);
         }
-        // Templates read an answer's reasoning under either name.
-        for (from, to) in [("reasoning", "reasoning_content"), ("reasoning_content", "reasoning")] {
+        // Templates read an answer's reasoning under one of three names.
+        let aliases =
+            [("reasoning", "reasoning_content"), ("reasoning_content", "reasoning"), ("reasoning", "thinking")];
+        for (from, to) in aliases {
             if let (Some(reasoning), None) = (fields.get(from).cloned(), fields.get(to)) {
                 fields.insert(to.into(), reasoning);
             }
@@ -197,6 +203,18 @@ fn parse_arguments(call: &mut Value) {
     } else if let Ok(parsed @ Value::Object(_)) = serde_json::from_str(text) {
         *arguments = parsed;
     }
+}
+
+/// Gives messages without content an empty one; false where there is none.
+fn fill_silent(context: &mut Map<String, Value>) -> bool {
+    let mut filled = false;
+    for message in context.get_mut("messages").and_then(Value::as_array_mut).into_iter().flatten() {
+        if let Some(content @ Value::Null) = message.get_mut("content") {
+            *content = Value::String(String::new());
+            filled = true;
+        }
+    }
+    filled
 }
 
 /// Puts the mark at the end of the last message's text.
@@ -399,6 +417,14 @@ mod tests {
         let message = json!({"role": "assistant", "content": null, "reasoning": "hm ", "tool_calls": [call]});
         let conversation = Conversation { messages: vec![message], ..Conversation::default() };
         assert_eq!(render(source, &conversation).unwrap(), "hm x=1;y=z;");
+    }
+
+    #[test]
+    fn a_silent_message_is_null_where_the_template_bears_it() {
+        let silent = json!({"role": "assistant", "content": null, "tool_calls": []});
+        let conversation = Conversation { messages: vec![silent], ..Conversation::default() };
+        assert_eq!(render("{{ messages[0].content is none }}", &conversation).unwrap(), "True");
+        assert_eq!(render("[{{ messages[0].content.strip() }}]", &conversation).unwrap(), "[]");
     }
 
     #[test]

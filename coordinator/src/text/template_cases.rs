@@ -65,6 +65,18 @@ fn templates_render_as_transformers_renders_them() {
     assert!(equal >= 60, "{equal}");
 }
 
+/// What the family's own template makes of these conversations.
+#[test]
+fn the_built_in_harmony_template_renders_as_the_familys_own() {
+    let file: Value = serde_json::from_str(include_str!("fixtures/harmony.json")).unwrap();
+    let sources = [(String::new(), super::harmony::TEMPLATE.to_string())].into();
+    let template = ChatTemplate::new(&sources, &BTreeMap::new()).unwrap();
+    for case in file["cases"].as_array().unwrap() {
+        let found = template.render(&conversation(&case["conversation"], file["now"].as_i64().unwrap())).unwrap();
+        assert_eq!(found, case["text"].as_str().unwrap());
+    }
+}
+
 /// `CONCLAVE_TEMPLATES` names a file of the same form, with published templates that are not ours to copy.
 #[test]
 fn templates_of_another_file_render_so_too() {

@@ -116,6 +116,19 @@ mod tests {
         }
     }
 
+    /// The engine gives up beyond a million steps back, silently: long runs of one kind must not come near that.
+    #[test]
+    fn long_runs_are_cut_as_short_ones() {
+        for name in ["llama-bpe", "qwen2", "deepseek-v3", "gpt-4o", "tekken", "kimi-k2", "glm4"] {
+            for (run, then) in [(" ", "a"), ("\n", "a"), ("a", " b"), ("é", "1"), ("世", "a"), ("!", "a")] {
+                let cut = |length: usize| cut(name, &format!("{}{then}", run.repeat(length)));
+                let (short, long) = (cut(9), cut(400_000));
+                assert_eq!(short.len(), long.len(), "{name} {run:?}");
+                assert_eq!(short.last(), long.last(), "{name} {run:?}");
+            }
+        }
+    }
+
     #[test]
     fn an_unknown_name_is_not_guessed() {
         assert_eq!(named("martian"), None);
