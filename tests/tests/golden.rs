@@ -9,6 +9,9 @@ use model::mesh::Mesh;
 use model::plan::BLOCK_TOKENS;
 use model::quant::Dtype;
 use model::step::{Begin, BlockId, Chunk, LaneBatch, Sampling, SeqId, StepBatch};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::LazyLock;
 
 fn ring(name: &str) -> Ring {
     Ring::load(&fixture(name), Setting::new(Mesh::ONE, Dtype::F32)).unwrap()
@@ -107,11 +110,51 @@ fn check(name: &str) {
     }
 }
 
-/// The whole folder, so that a fixture that is added is tested; all failures are told, not the first alone.
+/// Whether each fixture equals its reference: the whole folder, so that one that is added is tested.
+static EQUAL: LazyLock<BTreeMap<String, bool>> = LazyLock::new(|| {
+    let equal = |name: &String| std::panic::catch_unwind(|| check(name)).is_ok();
+    fixtures().into_iter().map(|name| (equal(&name), name)).map(|(equal, name)| (name, equal)).collect()
+});
+
+/// All failures are told, not the first alone.
 #[test]
 fn every_fixture_equals_its_reference() {
-    let names = fixtures();
-    assert!(names.len() > 1, "fixtures: {names:?}");
-    let failed: Vec<&String> = names.iter().filter(|name| std::panic::catch_unwind(|| check(name)).is_err()).collect();
-    assert!(failed.is_empty(), "{} of {} fixtures differ: {failed:?}", failed.len(), names.len());
+    assert!(EQUAL.len() > 1, "fixtures: {EQUAL:?}");
+    let failed: Vec<&String> = EQUAL.iter().filter(|(_, equal)| !**equal).map(|(name, _)| name).collect();
+    assert!(failed.is_empty(), "{} of {} fixtures differ: {failed:?}", failed.len(), EQUAL.len());
+}
+
+/// The README's table of models: a row's tick, goldens and configs.
+fn rows(readme: &str) -> Vec<(bool, Vec<String>, Vec<String>)> {
+    let section = readme.split("\n## ").find(|section| section.starts_with("Models\n")).unwrap();
+    let table = section.lines().filter(|line| line.starts_with('|')).skip(2);
+    let names = |cell: &str| cell.split('`').skip(1).step_by(2).map(str::to_owned).collect();
+    let row = |line: &str| {
+        let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+        assert_eq!(cells.len(), 5, "{line}");
+        (cells[0] == "✓", names(cells[3]), names(cells[4]))
+    };
+    table.map(row).collect()
+}
+
+#[test]
+fn every_row_of_the_readme_is_ticked_and_true() {
+    if std::env::var_os("CONCLAVE_GOLDENS").is_some() {
+        println!("skipped: other fixtures than the README's");
+        return;
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let rows = rows(&std::fs::read_to_string(root.join("../README.md")).unwrap());
+    for (ticked, goldens, _) in &rows {
+        let true_of = |name: &String| *EQUAL.get(name).unwrap_or_else(|| panic!("no fixture {name}"));
+        assert!(!goldens.is_empty() && *ticked == goldens.iter().all(true_of), "{ticked} for {goldens:?}");
+        assert!(ticked, "{goldens:?}");
+    }
+    let told = |of: fn(&(bool, Vec<String>, Vec<String>)) -> &Vec<String>| -> BTreeSet<String> {
+        rows.iter().flat_map(of).cloned().collect()
+    };
+    assert_eq!(told(|row| &row.1), EQUAL.keys().cloned().collect(), "every golden stands in a row");
+    let configs = std::fs::read_dir(root.join("configs")).unwrap().map(|entry| entry.unwrap().path());
+    let configs = configs.map(|path| path.file_stem().unwrap().to_string_lossy().into_owned()).collect();
+    assert_eq!(told(|row| &row.2), configs, "every config stands in a row");
 }
