@@ -112,8 +112,11 @@ fn check(name: &str) {
 
 /// Whether each fixture equals its reference: the whole folder, so that one that is added is tested.
 static EQUAL: LazyLock<BTreeMap<String, bool>> = LazyLock::new(|| {
-    let equal = |name: &String| std::panic::catch_unwind(|| check(name)).is_ok();
-    fixtures().into_iter().map(|name| (equal(&name), name)).map(|(equal, name)| (name, equal)).collect()
+    let checked = |name: String| {
+        let equal = std::panic::catch_unwind(|| check(&name)).is_ok();
+        (name, equal)
+    };
+    fixtures().into_iter().map(checked).collect()
 });
 
 /// All failures are told, not the first alone.
@@ -124,15 +127,21 @@ fn every_fixture_equals_its_reference() {
     assert!(failed.is_empty(), "{} of {} fixtures differ: {failed:?}", failed.len(), EQUAL.len());
 }
 
-/// The README's table of models: a row's tick, goldens and configs.
-fn rows(readme: &str) -> Vec<(bool, Vec<String>, Vec<String>)> {
+/// A row of the README's table of models.
+struct Row {
+    ticked: bool,
+    goldens: Vec<String>,
+    configs: Vec<String>,
+}
+
+fn rows(readme: &str) -> Vec<Row> {
     let section = readme.split("\n## ").find(|section| section.starts_with("Models\n")).unwrap();
     let table = section.lines().filter(|line| line.starts_with('|')).skip(2);
     let names = |cell: &str| cell.split('`').skip(1).step_by(2).map(str::to_owned).collect();
     let row = |line: &str| {
         let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
         assert_eq!(cells.len(), 5, "{line}");
-        (cells[0] == "✓", names(cells[3]), names(cells[4]))
+        Row { ticked: cells[0] == "✓", goldens: names(cells[3]), configs: names(cells[4]) }
     };
     table.map(row).collect()
 }
@@ -145,16 +154,13 @@ fn every_row_of_the_readme_is_ticked_and_true() {
     }
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let rows = rows(&std::fs::read_to_string(root.join("../README.md")).unwrap());
-    for (ticked, goldens, _) in &rows {
-        let true_of = |name: &String| *EQUAL.get(name).unwrap_or_else(|| panic!("no fixture {name}"));
-        assert!(!goldens.is_empty() && *ticked == goldens.iter().all(true_of), "{ticked} for {goldens:?}");
-        assert!(ticked, "{goldens:?}");
+    for Row { ticked, goldens, .. } in &rows {
+        let equal = |name: &String| *EQUAL.get(name).unwrap_or_else(|| panic!("no fixture {name}"));
+        assert!(!goldens.is_empty() && goldens.iter().all(equal) && *ticked, "{goldens:?} ticked: {ticked}");
     }
-    let told = |of: fn(&(bool, Vec<String>, Vec<String>)) -> &Vec<String>| -> BTreeSet<String> {
-        rows.iter().flat_map(of).cloned().collect()
-    };
-    assert_eq!(told(|row| &row.1), EQUAL.keys().cloned().collect(), "every golden stands in a row");
+    let told = |of: fn(&Row) -> &Vec<String>| -> BTreeSet<String> { rows.iter().flat_map(of).cloned().collect() };
+    assert_eq!(told(|row| &row.goldens), EQUAL.keys().cloned().collect(), "every golden stands in a row");
     let configs = std::fs::read_dir(root.join("configs")).unwrap().map(|entry| entry.unwrap().path());
     let configs = configs.map(|path| path.file_stem().unwrap().to_string_lossy().into_owned()).collect();
-    assert_eq!(told(|row| &row.2), configs, "every config stands in a row");
+    assert_eq!(told(|row| &row.configs), configs, "every config stands in a row");
 }
