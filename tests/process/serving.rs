@@ -151,6 +151,21 @@ fn a_client_that_leaves_frees_its_blocks() -> Result<()> {
     Ok(())
 }
 
+/// Members that lead no lane finish their steps as those do that answer.
+#[test]
+fn after_a_request_every_member_is_seen_to_rest() -> Result<()> {
+    let served = Served::start(PROGRAM, &demo(), &["--tp", "2", "--workers", "2"])?;
+    let all = |key: &str, of: fn(u64) -> bool| -> bool {
+        let Ok(status) = served.get("/status").and_then(|answer| answer.json()) else { return false };
+        let holds = |member: &Value| member[key].as_u64().is_some_and(of);
+        status["members"].as_array().is_some_and(|members| members.iter().all(holds))
+    };
+    served.ask("/v1/completions", &json!({"prompt": "An owl", "max_tokens": 8}))?;
+    // Told by beats that were sent since the request.
+    until("every member has stepped", || all("progress", |layers| layers > 0))?;
+    until("every member rests", || all("steps_pending", |steps| steps == 0))
+}
+
 fn running(served: &Served) -> Option<u64> {
     served.get("/status").ok()?.json().ok()?["load"]["running"].as_u64()
 }

@@ -68,6 +68,10 @@ pub struct MemberView {
     /// Bytes of its devices, and of them in use.
     pub memory_bytes: u64,
     pub used_bytes: u64,
+    /// Layers that its ranks have run.
+    pub progress: u64,
+    /// Steps that its ranks were given and have not finished, each rank's counted.
+    pub steps_pending: u32,
     /// As the worker says: joining, idle, loading, ready, stepping.
     pub phase: String,
 }

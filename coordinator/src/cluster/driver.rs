@@ -278,9 +278,12 @@ impl<S: Store, P: Planner> Shell<S, P> {
                     .collect(),
                 memory_bytes: w.offer.devices.iter().map(|d| d.memory_bytes).sum(),
                 used_bytes: w.beat.resident_bytes,
+                progress: w.beat.progress,
+                steps_pending: w.beat.steps_pending,
                 phase: match (w.loading, w.ready) {
                     (Some((done, total)), _) if total > 0 => format!("loading {}%", done * 100 / total),
                     (Some(_), _) => "loading".into(),
+                    (None, Some(_)) if w.beat.steps_pending > 0 => "stepping".into(),
                     (None, Some(_)) => "ready".into(),
                     (None, None) => "idle".into(),
                 },

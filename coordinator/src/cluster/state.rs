@@ -182,7 +182,9 @@ impl<P: Planner> Cluster<P> {
     fn beat(&mut self, now: Duration, worker: &WorkerId, beat: Beat) {
         if let Some(w) = self.workers.get_mut(worker) {
             w.heard = now;
-            if beat.progress != w.beat.progress {
+            // A step that has just begun has had no time to show progress.
+            let begun = beat.steps_pending > 0 && w.beat.steps_pending == 0;
+            if beat.progress != w.beat.progress || begun {
                 w.moved = now;
             }
             w.beat = beat;

@@ -97,7 +97,6 @@ struct Session<'a> {
     model: PathBuf,
     /// Where answers of the open step stream go.
     answers: Option<mpsc::Sender<wire::StepAnswer>>,
-    steps_pending: u32,
 }
 
 impl<'a> Session<'a> {
@@ -120,7 +119,6 @@ impl<'a> Session<'a> {
             ranks: None,
             model: PathBuf::new(),
             answers: None,
-            steps_pending: 0,
         }
     }
 
@@ -214,7 +212,6 @@ impl<'a> Session<'a> {
         match report {
             Report::Loaded { epoch, identity } => return Some(Event::RanksLoaded { epoch, identity }),
             Report::Answer { epoch, step, lane, result } => {
-                self.steps_pending = self.steps_pending.saturating_sub(1);
                 let lanes = vec![proto::step::result_to_wire(lane, result)];
                 self.answer(wire::StepAnswer { epoch: epoch.0, step: step.0, lanes, ..Default::default() });
             }
@@ -236,7 +233,6 @@ impl<'a> Session<'a> {
             return Ok(()); // of an older epoch: dropped
         }
         let lanes = Arc::new(order.lanes.into_iter().map(proto::step::lane_from_wire).collect());
-        self.steps_pending += 1;
         ranks.order(Order { step: StepId(order.step), lanes }).map_err(|fault| Event::RankFailed { epoch, fault })
     }
 
@@ -250,7 +246,6 @@ impl<'a> Session<'a> {
                 tracing::info!("loading epoch {} of {}: {}", plan.epoch.0, self.model.display(), plan.mesh);
                 let (model, plane, reports) = (self.model.clone(), self.plane.clone(), self.reports.clone());
                 self.ranks = Some(Ranks::start(plan, me, model, plane, &self.counters, reports));
-                self.steps_pending = 0;
             }
             Action::StopRanks { epoch } => {
                 self.answers = None;
@@ -306,7 +301,7 @@ impl<'a> Session<'a> {
             epoch: epoch.0,
             phase: phase.into(),
             progress: self.counters.progress.load(Ordering::Relaxed),
-            steps_pending: self.steps_pending,
+            steps_pending: self.ranks.as_ref().map_or(0, Ranks::steps_pending),
             resident_bytes: resident_bytes(),
         };
         self.say(message(Body::Beat(beat)));

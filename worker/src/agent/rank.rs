@@ -12,7 +12,7 @@ use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc as channel;
 use std::thread::JoinHandle;
 use tokio::sync::mpsc;
@@ -63,6 +63,7 @@ pub struct Order {
 pub struct Ranks {
     epoch: Epoch,
     orders: Vec<channel::SyncSender<Order>>,
+    pending: Arc<AtomicU32>,
     threads: Vec<JoinHandle<()>>,
     plane: Arc<DataPlane>,
 }
@@ -75,6 +76,8 @@ struct Setting {
     model: PathBuf,
     plane: Arc<DataPlane>,
     progress: Arc<AtomicU64>,
+    /// Steps that ranks have been given and have not finished, each rank's counted.
+    pending: Arc<AtomicU32>,
     bytes_done: Arc<AtomicU64>,
     bytes_total: Arc<AtomicU64>,
     reports: mpsc::Sender<Report>,
@@ -95,12 +98,14 @@ impl Ranks {
             plan.members.iter().filter(|m| m.worker == me).flat_map(|m| m.ranks.iter().copied()).collect();
         counters.bytes_done.store(0, Ordering::Relaxed);
         counters.bytes_total.store(0, Ordering::Relaxed);
+        let pending = Arc::new(AtomicU32::new(0));
         let setting = Setting {
             plan,
             me,
             model,
             plane: plane.clone(),
             progress: counters.progress.clone(),
+            pending: pending.clone(),
             bytes_done: counters.bytes_done.clone(),
             bytes_total: counters.bytes_total.clone(),
             reports,
@@ -110,16 +115,22 @@ impl Ranks {
         let seats = mine.into_iter().zip(receivers).collect();
         // One thread connects for all, since communicators are formed by whole processes; then each rank goes its way.
         let starter = std::thread::Builder::new().name("ranks".into()).spawn(move || start(setting, seats));
-        Ranks { epoch, orders: senders, threads: starter.into_iter().collect(), plane }
+        Ranks { epoch, orders: senders, pending, threads: starter.into_iter().collect(), plane }
     }
 
     pub fn epoch(&self) -> Epoch {
         self.epoch
     }
 
+    /// Steps that some rank has not finished, each rank's counted.
+    pub fn steps_pending(&self) -> u32 {
+        self.pending.load(Ordering::Relaxed)
+    }
+
     /// Queues a step for every rank.
     pub fn order(&self, order: Order) -> Result<(), Fault> {
         for sender in &self.orders {
+            self.pending.fetch_add(1, Ordering::Relaxed);
             sender.try_send(order.clone()).map_err(|e| {
                 let why = match e {
                     channel::TrySendError::Full(_) => format!("{ORDERS_MAX} steps already wait"),
@@ -266,7 +277,9 @@ fn serve_orders(
                 slot.clone_from(part);
             }
         }
-        if let Some(result) = shard.step(&batch)? {
+        let result = shard.step(&batch)?;
+        setting.pending.fetch_sub(1, Ordering::Relaxed);
+        if let Some(result) = result {
             let answer = Report::Answer { epoch: setting.plan.epoch, step: order.step, lane, result };
             if setting.reports.blocking_send(answer).is_err() {
                 break;
