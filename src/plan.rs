@@ -48,7 +48,7 @@ const USUAL: [&str; 3] = ["80GiB", "141GiB", "192GiB"];
 
 pub fn run(args: Args) -> Result<()> {
     let source = Source::describe(&crate::hub::model(&args.model, Need::Describe)?.path)?;
-    let (spec, formats) = (&source.spec, &source.formats);
+    let (spec, storage) = (&source.spec, &source.storage);
     let policy = Policy {
         tensor: args.tensor_parallel_size,
         data: args.data_parallel_size,
@@ -63,28 +63,28 @@ pub fn run(args: Args) -> Result<()> {
         return smallest_groups(&source, &policy, args.json);
     };
     let members = parse_devices(devices).map_err(anyhow::Error::msg)?;
-    let planned = plan(spec, formats, &members, &policy, None)?;
+    let planned = plan(spec, storage, &members, &policy, None)?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&explain::report(spec, formats, &planned.plan))?);
+        println!("{}", serde_json::to_string_pretty(&explain::report(spec, storage, &planned.plan))?);
     } else {
-        print!("{}{}", explain::model(spec), explain::table(spec, formats, &planned.plan));
+        print!("{}{}", explain::model(spec), explain::table(spec, storage, &planned.plan));
     }
     Ok(())
 }
 
 fn smallest_groups(source: &Source, policy: &Policy, json: bool) -> Result<()> {
-    let (spec, formats) = (&source.spec, &source.formats);
+    let (spec, storage) = (&source.spec, &source.storage);
     let mut found = Vec::new();
     for device in USUAL {
         let bytes = parse_bytes(device).map_err(anyhow::Error::msg)?;
-        found.push((device, smallest(spec, formats, bytes, policy)?));
+        found.push((device, smallest(spec, storage, bytes, policy)?));
     }
     if json {
         let groups: Vec<serde_json::Value> = found
             .iter()
             .map(|(device, (number, planned))| {
                 serde_json::json!({
-                    "device": device, "devices": number, "plan": explain::report(spec, formats, &planned.plan),
+                    "device": device, "devices": number, "plan": explain::report(spec, storage, &planned.plan),
                 })
             })
             .collect();
@@ -100,7 +100,7 @@ fn smallest_groups(source: &Source, policy: &Policy, json: bool) -> Result<()> {
     }
     print!("{}", explain::model(spec));
     for (device, (number, planned)) in found {
-        let largest = explain::report(spec, formats, &planned.plan).ranks.iter().map(|r| r.weights_bytes).max();
+        let largest = explain::report(spec, storage, &planned.plan).ranks.iter().map(|r| r.weights_bytes).max();
         println!(
             "smallest group of {device} devices: {number} ({}, up to {} of weights a rank, cache for {} tokens)",
             planned.plan.mesh,

@@ -94,7 +94,7 @@ fn random_bytes<const N: usize>() -> [u8; N] {
 /// Plans on devices that are not there yet, so that a mesh that can't be had is refused before anything is started.
 pub fn rehearse(config: &Config, members: &[Offer]) -> Result<(), StartError> {
     let source = Source::open(&config.model)?;
-    plan::plan(&source.spec, &source.formats, members, &policy(config), None)?;
+    plan::plan(&source.spec, &source.storage, members, &policy(config), None)?;
     Ok(())
 }
 
@@ -177,7 +177,7 @@ pub struct PlanMaker {
 
 impl Planner for PlanMaker {
     fn plan(&self, epoch: Epoch, members: &[Offer], previous: Option<&Plan>) -> Result<Plan, String> {
-        let planned = plan::plan(&self.source.spec, &self.source.formats, members, &self.policy, previous);
+        let planned = plan::plan(&self.source.spec, &self.source.storage, members, &self.policy, previous);
         planned.map(|planned| Plan { epoch, ..planned.plan }).map_err(|e| e.to_string())
     }
 }
@@ -223,7 +223,7 @@ impl Engine {
                 load,
                 model_path: source.path.to_string_lossy().into_owned(),
                 identity: source.identity.clone(),
-                explain: Box::new(move |plan| plan::explain::table(&source.spec, &source.formats, plan)),
+                explain: Box::new(move |plan| plan::explain::table(&source.spec, &source.storage, plan)),
             });
             tokio::select! {
                 served = server => served.map_err(std::io::Error::other)?,

@@ -1,11 +1,12 @@
-//! The model as the coordinator sees it: its description and the formats of its weights, never the weights themselves.
+//! The model as the coordinator sees it: its description and how its weights are stored, never the weights themselves.
 
 use model::gguf::split::Split;
-use model::gguf::{self, Gguf, TensorInfo};
+use model::gguf::{self, Gguf};
 use model::identity::identity;
 use model::quant::Format;
-use model::{ModelSpec, SpecError, hf};
-use std::collections::BTreeSet;
+use model::storage::Storage;
+use model::{ModelSpec, SpecError, catalog, hf};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -15,8 +16,8 @@ pub struct Source {
     /// Absolute, so that worker processes of this host find it.
     pub path: PathBuf,
     pub spec: ModelSpec,
-    /// Formats that its matrices are stored in.
-    pub formats: Vec<Format>,
+    /// What its matrices are stored in.
+    pub storage: Storage,
     /// What workers must read too (see [`model::identity`]).
     pub identity: Vec<u8>,
     /// Bytes of all weight files.
@@ -62,7 +63,7 @@ impl Source {
         if weightless { Source::from_config(&path.join("config.json")) } else { Source::open(path) }
     }
 
-    /// The formats are those that the config states (`torch_dtype`, `quantization_config`).
+    /// Matrices are stored as the config states (`torch_dtype`, `quantization_config`).
     fn from_config(path: &Path) -> Result<Source, SourceError> {
         let text = String::from_utf8(read(path)?).map_err(|e| bad(path, e.to_string()))?;
         let spec = hf::spec(&text, None).map_err(|source| SourceError::Spec { path: path.into(), source })?;
@@ -76,44 +77,45 @@ impl Source {
             Some("float16") => Format::F16,
             _ => Format::Bf16,
         };
-        let formats = [Some(plain), spec.quantisation.as_ref().map(|q| q.method.container())];
+        let storage = Storage::stated(&spec, plain);
         let identity = identity(text.as_bytes(), Vec::new());
-        Ok(Source { path: path.into(), spec, formats: formats.into_iter().flatten().collect(), identity, bytes: 0 })
+        Ok(Source { path: path.into(), spec, storage, identity, bytes: 0 })
     }
 
     fn from_directory(path: PathBuf) -> Result<Source, SourceError> {
         let config = read(&path.join("config.json"))?;
         let generation = std::fs::read_to_string(path.join("generation_config.json")).ok();
         let text = String::from_utf8(config).map_err(|e| bad(&path.join("config.json"), e.to_string()))?;
-        let spec = hf::spec(&text, generation.as_deref())
+        let mut spec = hf::spec(&text, generation.as_deref())
             .map_err(|source| SourceError::Spec { path: path.join("config.json"), source })?;
         let mut files = Vec::new();
-        let mut formats = BTreeSet::new();
+        let mut formats = BTreeMap::new();
         for name in weight_files(&path)? {
             let file = path.join(&name);
             let bytes = std::fs::metadata(&file).map_err(|e| bad(&file, e.to_string()))?.len();
             formats.extend(safetensors_formats(&file)?);
             files.push((name, bytes));
         }
+        catalog::settle(&mut spec, &|name| formats.contains_key(name));
+        let storage = Storage::found(&spec, &|name| formats.get(name).copied());
         let bytes = files.iter().map(|(_, bytes)| bytes).sum();
         let identity = identity(text.as_bytes(), files);
-        Ok(Source { path, spec, formats: formats.into_iter().collect(), identity, bytes })
+        Ok(Source { path, spec, storage, identity, bytes })
     }
 
     fn from_gguf(path: PathBuf) -> Result<Source, SourceError> {
         let parts = gguf_parts(&path)?;
         let all = || parts.iter().flat_map(|part| &part.gguf.tensors);
-        let names: BTreeSet<&str> = all().map(|t| t.name.as_str()).collect();
-        let has = |name: &str| names.contains(name);
+        let formats: BTreeMap<&str, Option<Format>> = all().map(|t| (t.name.as_str(), t.format())).collect();
+        let has = |name: &str| formats.contains_key(name);
         let factors = parts.iter().map(|part| rope_factors(&part.path, &part.gguf)).find_map(Result::transpose);
         let (factors, Part { header, gguf: file, .. }) = (factors.transpose()?, &parts[0]);
         let spec = gguf::spec(&file.metadata, &has, factors.as_deref())
             .map_err(|source| SourceError::Spec { path: path.clone(), source })?;
-        // Vectors (norms, biases) do not decide what matrices are kept in.
-        let formats: BTreeSet<Format> = all().filter(|t| t.dims.len() > 1).filter_map(TensorInfo::format).collect();
+        let storage = Storage::found(&spec, &|name| formats.get(name).copied().flatten());
         let bytes = parts.iter().map(|part| part.bytes).sum();
         let identity = identity(header, parts.iter().map(|part| (file_name(&part.path), part.bytes)).collect());
-        Ok(Source { path, spec, formats: formats.into_iter().collect(), identity, bytes })
+        Ok(Source { path, spec, storage, identity, bytes })
     }
 
     /// What clients call the model where nothing else was said.
@@ -142,9 +144,9 @@ fn weight_files(path: &Path) -> Result<BTreeSet<String>, SourceError> {
     Ok(map.values().filter_map(|name| name.as_str().map(str::to_string)).collect())
 }
 
-/// The formats of the matrices in a safetensors file, from its header alone. What is no known format is left to the
+/// The formats of a safetensors file's tensors by name, from its header alone. What is no known format is left to the
 /// loader, which names the tensor.
-fn safetensors_formats(path: &Path) -> Result<BTreeSet<Format>, SourceError> {
+fn safetensors_formats(path: &Path) -> Result<BTreeMap<String, Format>, SourceError> {
     let mut file = std::fs::File::open(path).map_err(|e| bad(path, e.to_string()))?;
     let mut length = [0; 8];
     file.read_exact(&mut length).map_err(|_| bad(path, "shorter than its 8-byte header length".into()))?;
@@ -159,9 +161,8 @@ fn safetensors_formats(path: &Path) -> Result<BTreeSet<Format>, SourceError> {
     }
     let header: serde_json::Map<String, serde_json::Value> =
         serde_json::from_slice(&header).map_err(|e| bad(path, format!("the header is not JSON: {e}")))?;
-    let is_matrix = |t: &&serde_json::Value| t["shape"].as_array().is_some_and(|s| s.len() > 1);
     let format = |t: &serde_json::Value| t["dtype"].as_str().and_then(Format::from_safetensors);
-    Ok(header.values().filter(is_matrix).filter_map(format).collect())
+    Ok(header.into_iter().filter_map(|(name, t)| Some((name, format(&t)?))).collect())
 }
 
 /// One file of a model.

@@ -8,7 +8,7 @@ mod names;
 mod shapes;
 
 pub use names::{ROPE_FACTORS, dialect, gguf_name, ignored, settle};
-pub use shapes::{Shape, layer_shapes, outer_shapes};
+pub use shapes::{Shape, layer_shapes, outer_shapes, stack};
 
 use crate::cut::{self, Cut, Slice};
 use crate::mesh::{Mesh, RankId};

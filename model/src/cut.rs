@@ -34,6 +34,13 @@ pub enum Cut {
     Expert { id: usize, of: usize, within: ExpertCut },
 }
 
+impl Cut {
+    /// Whether each tensor so cut is one expert's.
+    pub const fn is_expert(&self) -> bool {
+        matches!(self, Cut::Expert { .. })
+    }
+}
+
 /// How an expert's own tensor is divided over [`Mesh::expert_cut`] ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ExpertCut {
@@ -98,6 +105,15 @@ pub fn slice(cut: Cut, rows: usize, cols: usize, mesh: &Mesh, rank: RankId) -> O
             }
         }
     })
+}
+
+/// How many segments the inputs of a matrix of `cols` columns are summed in, and over how many ranks those are divided.
+pub fn summed(cut: Cut, cols: usize, mesh: &Mesh) -> (usize, usize) {
+    match cut {
+        Cut::Rows { unit } => (segments(cols / unit), mesh.tensor),
+        Cut::Expert { within: ExpertCut::Rows, .. } => (segments(cols), mesh.expert_cut()),
+        Cut::Replicate | Cut::Columns { .. } | Cut::KvHeads { .. } | Cut::Vocab | Cut::Expert { .. } => (1, 1),
+    }
 }
 
 /// What is owed after a multiplication.

@@ -8,6 +8,9 @@
 //! * [`identity`]: what tells whether two processes read the same model.
 //! * [`mesh`]: the ranks and their groups; all rank arithmetic lives here.
 //! * [`quant`]: weight formats and their bytes.
+//! * [`quantisation`]: the layouts that Hugging Face checkpoints keep codes in.
+//! * [`keep`]: how a rank keeps a matrix, in codes or widened, and what that takes.
+//! * [`storage`]: what each matrix of a checkpoint is stored in.
 //! * [`size`]: bytes of weights, cache and workspace a rank.
 //! * [`parameters`]: how many weights a model has, in all and for one token.
 //! * [`plan`]: what a coordinator decided for an epoch (data only).
@@ -24,6 +27,7 @@ pub mod fault;
 pub mod gguf;
 pub mod hf;
 pub mod identity;
+pub mod keep;
 pub mod mesh;
 pub mod parameters;
 pub mod plan;
@@ -35,6 +39,7 @@ mod samples;
 pub mod size;
 pub mod spec;
 pub mod step;
+pub mod storage;
 
 pub use error::SpecError;
 pub use mesh::{Mesh, RankId};

@@ -261,6 +261,27 @@ pub enum ScaleFormat {
     E8m0,
 }
 
+impl ScaleFormat {
+    pub const fn bytes(self) -> usize {
+        match self {
+            ScaleFormat::F32 => 4,
+            ScaleFormat::F16 | ScaleFormat::Bf16 => 2,
+            ScaleFormat::E8m0 => 1,
+        }
+    }
+
+    /// Of scales that are a tensor of their own; whole bytes are exponents.
+    pub const fn stored_as(format: Format) -> Option<ScaleFormat> {
+        Some(match format {
+            Format::F32 => ScaleFormat::F32,
+            Format::F16 => ScaleFormat::F16,
+            Format::Bf16 => ScaleFormat::Bf16,
+            Format::U8 => ScaleFormat::E8m0,
+            _ => return None,
+        })
+    }
+}
+
 /// What moves a group's values off zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Shift {

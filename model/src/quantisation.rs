@@ -11,6 +11,8 @@ pub struct Quantisation {
     pub method: Method,
     /// Modules left as they were trained.
     pub kept: Vec<Pattern>,
+    /// Groups are of inputs in an order of their own (act-order), not of neighbours.
+    pub scattered: bool,
 }
 
 /// The layouts that are read. Shapes are those of a matrix `[out, in]`.
@@ -93,6 +95,39 @@ impl Method {
         }
     }
 
+    /// What it calls the codes of the matrix that would be `name` unquantised.
+    pub fn codes_name(&self, name: &str) -> String {
+        let module = name.strip_suffix(".weight").unwrap_or(name);
+        match self {
+            Method::Fp8(_) | Method::Int8 { .. } => name.to_string(),
+            Method::Mxfp4 => format!("{module}_blocks"),
+            Method::Packed { .. } => format!("{module}.weight_packed"),
+            Method::Awq { .. } | Method::Gptq { .. } => format!("{module}.qweight"),
+        }
+    }
+
+    /// What it may call its scales, the usual name first.
+    pub fn scales_names(&self, name: &str) -> Vec<String> {
+        let module = name.strip_suffix(".weight").unwrap_or(name);
+        let ends: &[&str] = match self {
+            Method::Fp8(_) => &[".weight_scale_inv", ".weight_scale"],
+            Method::Mxfp4 => &["_scales"],
+            Method::Packed { .. } | Method::Int8 { .. } => &[".weight_scale"],
+            Method::Awq { .. } | Method::Gptq { .. } => &[".scales"],
+        };
+        ends.iter().map(|end| format!("{module}{end}")).collect()
+    }
+
+    /// The inputs that share a scale; all where `None`.
+    pub const fn group(&self) -> Option<usize> {
+        match *self {
+            Method::Fp8(extent) => extent.cols,
+            Method::Mxfp4 => Some(32),
+            Method::Packed { group, .. } | Method::Int8 { group } => group,
+            Method::Awq { group } | Method::Gptq { group, .. } => group,
+        }
+    }
+
     /// How the values of a matrix of `inputs` follow from codes, where scales are stored as `scale`.
     pub fn scheme(&self, inputs: usize, scale: ScaleFormat) -> Scheme {
         let of = |code, group: Option<usize>, shift| Scheme {
@@ -114,7 +149,7 @@ impl Method {
     }
 
     /// What its scales are usually stored in, where no file has said so yet.
-    const fn usual_scale(&self) -> ScaleFormat {
+    pub const fn usual_scale(&self) -> ScaleFormat {
         match self {
             Method::Fp8(_) => ScaleFormat::F32,
             Method::Mxfp4 => ScaleFormat::E8m0,

@@ -1,16 +1,15 @@
 //! Bytes of weights, cache and workspace a rank. The same declarations that the loader cuts by are counted here.
 
 use crate::catalog::{self, Role, Shape};
-use crate::cut::{self, Cut};
+use crate::cut::{self, Cut, Slice};
+use crate::keep::{self, LANES, Stored, Window};
 use crate::mesh::{Mesh, Place};
-use crate::plan::{BLOCK_TOKENS, Limits};
+use crate::plan::{BLOCK_TOKENS, KernelFamily, Limits};
 use crate::quant::{Dtype, Format};
 use crate::rope::Rope;
 use crate::spec::{Branch, Dense, Layer, Mixer, ModelSpec, Moe, QkNorm, QueryScale, Residual, Weigh};
+use crate::storage::Storage;
 use std::ops::Range;
-
-/// Rows of a packed matrix come in panels of this many, the last one padded.
-pub const PANEL_ROWS: usize = 16;
 
 /// What one rank needs, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -20,7 +19,7 @@ pub struct RankBytes {
     pub cache_per_block: u64,
     /// Activations of one step.
     pub workspace: u64,
-    /// Cosines, sines and query scales by position.
+    /// Cosines, sines and query scales by position, slopes by head.
     pub rope: u64,
 }
 
@@ -36,21 +35,13 @@ impl RankBytes {
     }
 }
 
-/// What matrices are kept in and what is computed in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Precision {
-    pub matrices: Dtype,
-    pub compute: Dtype,
-}
-
-impl Precision {
-    /// Matrices stored as bf16 stay so, whatever is computed in; every other format is widened (or rounded) to the
-    /// compute dtype at load. With mixed formats the wider of the two is assumed for all. A backend may keep quantised
-    /// matrices in their codes, which takes less: they are planned as if they were widened, so never too small.
-    pub fn new(stored: &[Format], compute: Dtype) -> Precision {
-        let narrow = !stored.is_empty() && stored.iter().all(|f| *f == Format::Bf16);
-        Precision { matrices: if narrow { Dtype::Bf16 } else { compute }, compute }
-    }
+/// What decides how a rank keeps its matrices.
+#[derive(Debug, Clone, Copy)]
+pub struct Keeping<'a> {
+    pub storage: &'a Storage,
+    /// What is computed in.
+    pub dtype: Dtype,
+    pub family: KernelFamily,
 }
 
 /// What the rank at `place` needs of `spec` under `mesh`, where its stage holds `layers`.
@@ -59,18 +50,24 @@ pub fn rank(
     mesh: &Mesh,
     place: Place,
     layers: Range<usize>,
-    precision: Precision,
+    keeping: Keeping<'_>,
     limits: &Limits,
 ) -> RankBytes {
     let outer = Outer::of(mesh, place.stage, spec);
-    let mut bytes = RankBytes { weights: outer_weights(spec, mesh, place, outer, precision), ..RankBytes::default() };
-    let mut buffers = Buffers::new(precision.compute, limits);
+    let mut bytes = RankBytes { weights: outer_weights(spec, mesh, place, outer, keeping), ..RankBytes::default() };
+    let mut buffers = Buffers::new(keeping.dtype, limits);
     buffers.stream(spec, mesh, outer);
     let (mut ropes, mut scales): (Vec<&Rope>, Vec<QueryScale>) = (Vec::new(), Vec::new());
-    for (layer, repeats) in runs(&spec.layers[layers]) {
-        bytes.weights += repeats * layer_weights(spec, layer, mesh, place, precision);
-        bytes.cache_per_block += repeats * block_bytes(layer, mesh, place, precision.compute);
+    for run in alike(spec, layers, keeping.storage) {
+        let (layer, repeats) = (&spec.layers[run.start], run.len() as u64);
+        bytes.weights += repeats * layer_weights(spec, run.start, mesh, place, keeping);
+        bytes.cache_per_block += repeats * block_bytes(layer, mesh, place, keeping.dtype);
         buffers.layer(spec, layer, mesh);
+        if let Mixer::Grouped(g) = &layer.mixer
+            && g.alibi
+        {
+            bytes.rope += repeats * (g.heads / mesh.tensor * F32) as u64;
+        }
         if let Some(rope) = layer.mixer.rope()
             && !ropes.contains(&rope)
         {
@@ -104,6 +101,20 @@ pub fn runs(layers: &[Layer]) -> Vec<(&Layer, u64)> {
     out
 }
 
+/// Runs of neighbours among `layers` that take the same bytes.
+pub fn alike(spec: &ModelSpec, layers: Range<usize>, storage: &Storage) -> Vec<Range<usize>> {
+    let mut out: Vec<Range<usize>> = Vec::new();
+    for index in layers {
+        match out.last_mut() {
+            Some(run) if spec.layers[run.start] == spec.layers[index] && storage.alike(run.start, index) => {
+                run.end = index + 1;
+            }
+            _ => out.push(index..index + 1),
+        }
+    }
+    out
+}
+
 /// Which tensors outside layers a stage holds.
 #[derive(Debug, Clone, Copy)]
 struct Outer {
@@ -119,61 +130,89 @@ impl Outer {
     }
 }
 
-fn outer_weights(spec: &ModelSpec, mesh: &Mesh, place: Place, outer: Outer, precision: Precision) -> u64 {
+fn outer_weights(spec: &ModelSpec, mesh: &Mesh, place: Place, outer: Outer, keeping: Keeping<'_>) -> u64 {
     let here = |shape: &&Shape| match shape.role {
         Role::Embedding => outer.embedding,
         Role::EmbeddingNorm | Role::EmbeddingNormBias => outer.first,
         _ => outer.head,
     };
     let shapes = catalog::outer_shapes(spec);
-    shapes.iter().filter(here).map(|shape| shape_bytes(shape, None, mesh, place, precision)).sum()
+    let one = |shape: &Shape| stack_bytes(&[*shape], (spec, None), mesh, place, keeping);
+    shapes.iter().filter(here).map(one).sum()
 }
 
-/// Weights of one layer on the rank at `place`.
-pub fn layer_weights(spec: &ModelSpec, layer: &Layer, mesh: &Mesh, place: Place, precision: Precision) -> u64 {
-    let shapes = catalog::layer_shapes(spec, layer);
-    shapes.iter().map(|shape| shape_bytes(shape, Some(layer), mesh, place, precision)).sum()
+/// Weights of layer `index` on the rank at `place`.
+pub fn layer_weights(spec: &ModelSpec, index: usize, mesh: &Mesh, place: Place, keeping: Keeping<'_>) -> u64 {
+    let shapes = catalog::layer_shapes(spec, &spec.layers[index]);
+    // What is stacked stands side by side.
+    let stacks = shapes.chunk_by(|a, b| catalog::stack(a.role) == catalog::stack(b.role));
+    stacks.map(|stack| stack_bytes(stack, (spec, Some(index)), mesh, place, keeping)).sum()
 }
 
-/// Bytes of one shape on a rank: all the experts that it holds, where it is an expert's.
-fn shape_bytes(shape: &Shape, layer: Option<&Layer>, mesh: &Mesh, place: Place, precision: Precision) -> u64 {
+/// Bytes of one matrix, or vector, on a rank: of all the experts' that it holds, where it is an expert's.
+fn stack_bytes(
+    stack: &[Shape],
+    (spec, layer): (&ModelSpec, Option<usize>),
+    mesh: &Mesh,
+    place: Place,
+    keeping: Keeping<'_>,
+) -> u64 {
     let rank = mesh.rank(place);
-    let (cut, count) = match shape.cut {
-        Cut::Expert { of, within, .. } => {
-            let each = of / mesh.expert;
-            let (share, _) = mesh.expert_share(rank);
-            (Cut::Expert { id: share * each, of, within }, each)
-        }
-        cut => (cut, 1),
-    };
-    let Some(slice) = cut::slice(cut, shape.rows, shape.cols, mesh, rank) else { return 0 };
-    (count * stored_bytes(shape.role, layer, (slice.rows.len(), slice.cols.len()), precision)) as u64
+    let mut count = 1;
+    let slices = stack.iter().filter_map(|shape| {
+        let cut = match shape.cut {
+            Cut::Expert { of, within, .. } => {
+                count = of / mesh.expert;
+                Cut::Expert { id: mesh.expert_share(rank).0 * count, of, within }
+            }
+            cut => cut,
+        };
+        Some((shape.role, cut::slice(cut, shape.rows, shape.cols, mesh, rank)?))
+    });
+    let slices: Vec<(Role, Slice)> = slices.collect();
+    let (all, ranks) = cut::summed(stack[0].cut, stack[0].cols, mesh);
+    count as u64 * kept_bytes(&slices, all / ranks, (spec, layer), keeping) as u64
 }
 
-/// Bytes of `rows x cols` values of a tensor of `layer` as the engine keeps it: vectors in f32, matrices in padded
-/// panels. The latent's expansion is kept as two matrices a head, rearranged and so in the compute dtype.
-pub fn stored_bytes(role: Role, layer: Option<&Layer>, (rows, cols): (usize, usize), precision: Precision) -> usize {
-    if is_vector(role) {
-        return rows * cols * F32;
+/// Bytes of the slices of tensors of one stack as the engine keeps them: vectors in f32, matrices as [`keep`] says. The
+/// latent's expansion is kept as two matrices a head, rearranged and so in the compute dtype.
+pub fn kept_bytes(
+    slices: &[(Role, Slice)],
+    segments: usize,
+    (spec, layer): (&ModelSpec, Option<usize>),
+    keeping: Keeping<'_>,
+) -> usize {
+    let Some((role, slice)) = slices.first() else { return 0 };
+    if is_vector(*role) {
+        return slices.iter().map(|(_, slice)| slice.rows.len() * slice.cols.len() * F32).sum();
     }
-    if role == Role::KvUp
-        && let Some(Layer { mixer: Mixer::Latent(l), .. }) = layer
-    {
-        let heads = rows / (l.nope_dim + l.value_dim);
-        let (absorb, expand) = (padded(l.kv_rank) * l.nope_dim, padded(l.value_dim) * l.kv_rank);
-        return heads * (absorb + expand) * precision.compute.bytes();
-    }
-    let rows = match (role, layer) {
-        // One matrix a head.
-        (Role::Absorb, Some(Layer { mixer: Mixer::Latent(l), .. })) => rows / l.kv_rank * padded(l.kv_rank),
-        (Role::Expand, Some(Layer { mixer: Mixer::Latent(l), .. })) => rows / l.value_dim * padded(l.value_dim),
-        _ => padded(rows),
+    let bytes = |windows: &[Window], segments| keep::bytes(windows, segments, keeping.dtype, keeping.family);
+    let window = |(role, slice): &(Role, Slice)| Window {
+        rows: slice.rows.len(),
+        cols: slice.cols.len(),
+        first: slice.cols.start,
+        stored: keeping.storage.of(layer, *role),
     };
-    rows * cols * precision.matrices.bytes()
+    let latent = layer.and_then(|layer| match &spec.layers[layer].mixer {
+        Mixer::Latent(l) => Some(l),
+        Mixer::Grouped(_) => None,
+    });
+    match (role, latent) {
+        (Role::KvUp, Some(l)) => {
+            let made = |rows, cols| bytes(&[Window { rows, cols, first: 0, stored: Stored::Plain(Format::F32) }], 1);
+            let heads = slice.rows.len() / (l.nope_dim + l.value_dim);
+            heads * (made(l.kv_rank, l.nope_dim) + made(l.value_dim, l.kv_rank))
+        }
+        (Role::Absorb | Role::Expand, Some(l)) => {
+            let each = if *role == Role::Absorb { l.kv_rank } else { l.value_dim };
+            slice.rows.len() / each * bytes(&[Window { rows: each, ..window(&slices[0]) }], 1)
+        }
+        _ => bytes(&slices.iter().map(window).collect::<Vec<_>>(), segments),
+    }
 }
 
 fn padded(rows: usize) -> usize {
-    rows.next_multiple_of(PANEL_ROWS)
+    rows.next_multiple_of(LANES)
 }
 
 /// Norms, biases and corrections, which are kept in f32.
@@ -246,7 +285,7 @@ impl<'a> Buffers<'a> {
 
     /// All sizes of a buffer of up to `rows` rows of `bytes` bytes.
     fn ladder(rows: usize, bytes: usize) -> usize {
-        2 * rows.next_power_of_two().max(PANEL_ROWS) * bytes
+        2 * rows.next_power_of_two().max(LANES) * bytes
     }
 
     /// The residual stream, the sums of a branch and of its shared expert (f32), the normed input, once more in f32 where
@@ -324,11 +363,12 @@ impl<'a> Buffers<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Precision, RankBytes, rank};
+    use super::{Keeping, RankBytes, rank};
     use crate::mesh::{Mesh, Place};
-    use crate::plan::Limits;
+    use crate::plan::{KernelFamily, Limits};
     use crate::quant::{Dtype, Format};
     use crate::samples;
+    use crate::storage::Storage;
 
     const LIMITS: Limits = Limits { model_len_max: 4096, step_tokens_max: 512, step_sequences_max: 64, blocks: 0 };
 
@@ -336,8 +376,9 @@ mod tests {
         let spec = samples::spec(sample);
         let layers = spec.layers.len();
         let stage = layers * place.stage / mesh.pipeline..layers * (place.stage + 1) / mesh.pipeline;
-        let precision = Precision::new(&[Format::Bf16], Dtype::Bf16);
-        rank(&spec, &mesh, place, stage, precision, &LIMITS)
+        let storage = &Storage::stated(&spec, Format::Bf16);
+        let keeping = Keeping { storage, dtype: Dtype::Bf16, family: KernelFamily::Vector };
+        rank(&spec, &mesh, place, stage, keeping, &LIMITS)
     }
 
     const FIRST: Place = Place { stage: 0, lane: 0, slice: 0 };
@@ -360,15 +401,6 @@ mod tests {
     #[test]
     fn rope_tables_count_each_rope_once() {
         assert_eq!(bytes("llama", Mesh::ONE, FIRST).rope, 4096 * 128 * 4);
-    }
-
-    #[test]
-    fn bf16_files_stay_narrow_and_others_are_widened() {
-        let matrices = |stored: &[Format], compute| Precision::new(stored, compute).matrices;
-        assert_eq!(matrices(&[Format::Bf16], Dtype::F32), Dtype::Bf16);
-        assert_eq!(matrices(&[Format::Bf16, Format::F16], Dtype::F32), Dtype::F32);
-        assert_eq!(matrices(&[Format::Q4_0], Dtype::Bf16), Dtype::Bf16);
-        assert_eq!(matrices(&[], Dtype::F32), Dtype::F32);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! ([`requests`]), the reference's numbers ([`golden`]), the simulator ([`sim`]).
 
 pub mod golden;
+pub mod planned;
 pub mod process;
 pub mod requests;
 pub mod ring;

@@ -7,6 +7,7 @@ use model::quant::Dtype;
 use model::spec::ModelSpec;
 use model::step::{LaneResult, StepBatch};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -198,6 +199,30 @@ fn rank_thread(
             return;
         }
     }
+}
+
+/// What each rank of the mesh loads: the layers of its stage, and the bytes of its weights.
+pub fn loaded_bytes(path: &Path, setting: Setting) -> Result<Vec<(Range<usize>, u64)>> {
+    let checkpoint = Checkpoint::open(path)?;
+    let spec = Arc::new(checkpoint.spec()?);
+    let plan = plan(&spec, setting);
+    let mut seats = communicators(&setting.mesh)?;
+    let mut loaded = Vec::with_capacity(setting.mesh.ranks());
+    for rank in setting.mesh.all() {
+        let engine = load_cpu(ShardConfig {
+            spec: spec.clone(),
+            plan: &plan,
+            rank,
+            checkpoint: &checkpoint,
+            communicators: seats.remove(&rank).context("a seat a rank")?,
+            threads: setting.threads,
+            spin: 0,
+            progress: Arc::new(AtomicU64::new(0)),
+            loading: &|_, _| {},
+        })?;
+        loaded.push((plan.stages[setting.mesh.place(rank).stage].clone(), engine.backend().weights_bytes()));
+    }
+    Ok(loaded)
 }
 
 /// Every rank's communicators.

@@ -89,14 +89,14 @@ fn the_smallest_group_holds_each_model() {
         let mut before = usize::MAX;
         for device in ["80GiB", "141GiB", "192GiB"] {
             let bytes = parse_bytes(device).unwrap();
-            let (devices, planned) = smallest(&source.spec, &source.formats, bytes, &policy)
+            let (devices, planned) = smallest(&source.spec, &source.storage, bytes, &policy)
                 .unwrap_or_else(|e| panic!("{name} on {device} devices: {e}"));
             assert!(devices <= before, "{name}: {devices} of {device}, fewer of smaller ones");
             before = devices;
             // No format that is read takes less than half a byte a weight.
             let least = total * 1e9 / 2.0;
             assert!(devices as f64 * bytes as f64 > least, "{name}: {devices} of {device} can't hold it");
-            let report = explain::report(&source.spec, &source.formats, &planned.plan);
+            let report = explain::report(&source.spec, &source.storage, &planned.plan);
             assert!(report.ranks.iter().all(|rank| rank.total_bytes <= bytes), "{name}: a rank does not fit {device}");
             println!("{name}: {devices} of {device}: {}", planned.plan.mesh);
         }

@@ -5,9 +5,9 @@ use model::ModelSpec;
 use model::cut;
 use model::mesh::Place;
 use model::plan::{BLOCK_TOKENS, Plan};
-use model::quant::Format;
-use model::size::{self, Precision};
+use model::size::{self, Keeping};
 use model::spec::{Branch, Mixer};
+use model::storage::Storage;
 use serde::Serialize;
 use std::fmt::Write;
 use std::ops::Range;
@@ -55,15 +55,15 @@ pub struct RankReport {
     pub total_bytes: u64,
 }
 
-/// What `plan` means for `spec`, whose matrices are stored in `formats`.
-pub fn report(spec: &ModelSpec, formats: &[Format], plan: &Plan) -> Report {
+/// What `plan` means for `spec`, whose matrices are stored as `storage` says.
+pub fn report(spec: &ModelSpec, storage: &Storage, plan: &Plan) -> Report {
     let mut ranks = Vec::with_capacity(plan.mesh.ranks());
-    let precision = Precision::new(formats, plan.dtype);
+    let keeping = Keeping { storage, dtype: plan.dtype, family: plan.family };
     for member in &plan.members {
         for rank in &member.ranks {
             let place = plan.mesh.place(*rank);
             let worker = (member.worker.0.clone(), member.host.clone());
-            ranks.push(rank_report(spec, plan, precision, place, worker));
+            ranks.push(rank_report(spec, plan, keeping, place, worker));
         }
     }
     ranks.sort_by_key(|r| r.rank);
@@ -90,14 +90,14 @@ pub fn report(spec: &ModelSpec, formats: &[Format], plan: &Plan) -> Report {
 fn rank_report(
     spec: &ModelSpec,
     plan: &Plan,
-    precision: Precision,
+    keeping: Keeping<'_>,
     place: Place,
     (worker, host): (String, String),
 ) -> RankReport {
     let mesh = &plan.mesh;
     let rank = mesh.rank(place);
     let layers = plan.stages[place.stage].clone();
-    let bytes = size::rank(spec, mesh, place, layers.clone(), precision, &plan.limits);
+    let bytes = size::rank(spec, mesh, place, layers.clone(), keeping, &plan.limits);
     let mixer = &spec.layers[layers.start].mixer;
     let share = mixer.heads() / mesh.tensor;
     let key_value_heads = match mixer {
@@ -155,8 +155,8 @@ pub fn model(spec: &ModelSpec) -> String {
 }
 
 /// The report as an aligned table under two lines of summary.
-pub fn table(spec: &ModelSpec, formats: &[Format], plan: &Plan) -> String {
-    let report = report(spec, formats, plan);
+pub fn table(spec: &ModelSpec, storage: &Storage, plan: &Plan) -> String {
+    let report = report(spec, storage, plan);
     let mut out = String::new();
     let lanes = if plan.mesh.data == 1 { String::new() } else { format!(" in {} lanes", plan.mesh.data) };
     // Writing to a string does not fail.

@@ -4,13 +4,13 @@ use super::{PlanError, Policy};
 use model::ModelSpec;
 use model::mesh::{Mesh, Place, RankId};
 use model::plan::{BLOCK_TOKENS, Limits, Plan};
-use model::size::{self, Precision, RankBytes};
+use model::size::{self, Keeping, RankBytes};
 use std::ops::Range;
 
 /// What is to be fitted.
 pub(super) struct Ask<'a> {
     pub spec: &'a ModelSpec,
-    pub precision: Precision,
+    pub keeping: Keeping<'a>,
     pub policy: &'a Policy,
     /// Refuse a mesh whose cache can't hold the model's longest sequence, rather than shorten it.
     pub whole: bool,
@@ -70,7 +70,7 @@ fn rank_bytes(ask: &Ask<'_>, mesh: &Mesh, stages: &[Range<usize>], limits: &Limi
     for (stage, layers) in stages.iter().enumerate() {
         let of = |slice| {
             let place = Place { stage, lane: 0, slice };
-            size::rank(ask.spec, mesh, place, layers.clone(), ask.precision, limits)
+            size::rank(ask.spec, mesh, place, layers.clone(), ask.keeping, limits)
         };
         let slices: Vec<RankBytes> = (0..mesh.tensor).map(of).collect();
         for _ in 0..mesh.data {
@@ -124,15 +124,15 @@ fn deal(ask: &Ask<'_>, mesh: &Mesh, memory: &[u64]) -> Vec<Range<usize>> {
     }
     let first = Place { stage: 0, lane: 0, slice: 0 };
     let mut weights = Vec::with_capacity(layers);
-    for (layer, repeats) in size::runs(&ask.spec.layers) {
-        let bytes = size::layer_weights(ask.spec, layer, mesh, first, ask.precision);
-        weights.extend(std::iter::repeat_n(bytes, repeats as usize));
+    for run in size::alike(ask.spec, 0..layers, ask.keeping.storage) {
+        let bytes = size::layer_weights(ask.spec, run.start, mesh, first, ask.keeping);
+        weights.extend(std::iter::repeat_n(bytes, run.len()));
     }
     let none = Limits { model_len_max: 0, step_tokens_max: 0, step_sequences_max: 0, blocks: 0 };
     let ranks = mesh.data * mesh.tensor;
     let stages: Vec<Stage> = (0..mesh.pipeline)
         .map(|stage| {
-            let outer = size::rank(ask.spec, mesh, Place { stage, ..first }, 0..0, ask.precision, &none);
+            let outer = size::rank(ask.spec, mesh, Place { stage, ..first }, 0..0, ask.keeping, &none);
             let memory = memory[stage * ranks..(stage + 1) * ranks].iter().min();
             Stage { outer: outer.weights, memory: *memory.expect("a stage has ranks") }
         })

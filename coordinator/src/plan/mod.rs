@@ -21,8 +21,9 @@ pub use smallest::smallest;
 
 use model::mesh::Mesh;
 use model::plan::{Epoch, KernelFamily, Plan, WorkerId};
-use model::quant::{Dtype, Format};
-use model::size::{Precision, RankBytes};
+use model::quant::Dtype;
+use model::size::{Keeping, RankBytes};
+use model::storage::Storage;
 use model::{ModelSpec, RankId, SpecError};
 use place::Seats;
 use std::collections::BTreeSet;
@@ -130,11 +131,11 @@ impl PlanError {
     }
 }
 
-/// Plans `spec`, whose matrices are stored in `formats`, on what `members` offer. `previous` keeps ranks where they
+/// Plans `spec`, whose matrices are stored as `storage` says, on what `members` offer. `previous` keeps ranks where they
 /// were, so that what is loaded stays loaded. The plan's epoch is the one after `previous`.
 pub fn plan(
     spec: &ModelSpec,
-    formats: &[Format],
+    storage: &Storage,
     members: &[Offer],
     policy: &Policy,
     previous: Option<&Plan>,
@@ -145,14 +146,14 @@ pub fn plan(
     if seats.len() == 0 {
         return Err(PlanError::NoDevices);
     }
-    let dtype = policy.dtype.unwrap_or_else(|| auto_dtype(formats));
-    let precision = Precision::new(formats, dtype);
+    let dtype = policy.dtype.unwrap_or_else(|| auto_dtype(storage));
+    let keeping = Keeping { storage, dtype, family };
     let meshes = mesh::candidates(spec, &seats, policy)?;
     let mut nearest: Option<PlanError> = None;
     // A mesh that serves the model's whole length goes before one that must shorten it, unless a flag decides.
     let free = policy.model_len_max.is_none() && policy.cache_bytes.is_none();
     for whole in [true, false].into_iter().filter(|whole| free || !whole) {
-        let ask = fit::Ask { spec, precision, policy, whole };
+        let ask = fit::Ask { spec, keeping, policy, whole };
         for mesh in &meshes {
             let Some(seated) = seats.seat(mesh, previous) else { continue };
             match fit::fit(&ask, mesh, &seated.memory, previous) {
@@ -190,9 +191,8 @@ fn nearer(error: &PlanError, best: &PlanError) -> bool {
 }
 
 /// bf16 unless all is stored in f32.
-fn auto_dtype(formats: &[Format]) -> Dtype {
-    let wide = !formats.is_empty() && formats.iter().all(|f| *f == Format::F32);
-    if wide { Dtype::F32 } else { Dtype::Bf16 }
+fn auto_dtype(storage: &Storage) -> Dtype {
+    if storage.is_f32() { Dtype::F32 } else { Dtype::Bf16 }
 }
 
 fn check_policy(spec: &ModelSpec, policy: &Policy) -> Result<(), PlanError> {

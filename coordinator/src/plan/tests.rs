@@ -2,6 +2,7 @@ use super::{Device, Offer, PlanError, Planned, Policy, check, explain, parse_dev
 use model::mesh::Mesh;
 use model::plan::{Epoch, KernelFamily, Plan, WorkerId};
 use model::quant::{Dtype, Format};
+use model::storage::Storage;
 use model::{ModelSpec, hf};
 use proptest::prelude::*;
 
@@ -43,12 +44,18 @@ fn laptop(workers: usize, memory_bytes: u64) -> Vec<Offer> {
     (0..workers).map(offer).collect()
 }
 
+fn bf16(spec: &ModelSpec) -> Storage {
+    Storage::stated(spec, Format::Bf16)
+}
+
 fn planned(config: &str, offers: &[Offer], policy: &Policy) -> Planned {
-    plan(&spec(config), &[Format::Bf16], offers, policy, None).unwrap_or_else(|e| panic!("{e}"))
+    let spec = spec(config);
+    plan(&spec, &bf16(&spec), offers, policy, None).unwrap_or_else(|e| panic!("{e}"))
 }
 
 fn refused(config: &str, offers: &[Offer], policy: &Policy) -> PlanError {
-    plan(&spec(config), &[Format::Bf16], offers, policy, None).expect_err("there must be no plan")
+    let spec = spec(config);
+    plan(&spec, &bf16(&spec), offers, policy, None).expect_err("there must be no plan")
 }
 
 fn mesh(pipeline: usize, data: usize, tensor: usize, expert: usize) -> Mesh {
@@ -149,17 +156,19 @@ fn a_sequence_is_shortened_to_the_cache_unless_its_length_was_asked_for() {
 
 #[test]
 fn dtype_and_family_follow_checkpoint_and_workers() {
-    let one = |formats: &[Format], offers: &[Offer], previous: Option<&Plan>| {
-        let found = plan(&spec(TINY_MOE), formats, offers, &Policy::default(), previous).unwrap().plan;
+    let spec = spec(TINY_MOE);
+    let one = |format: Format, offers: &[Offer], previous: Option<&Plan>| {
+        let storage = Storage::stated(&spec, format);
+        let found = plan(&spec, &storage, offers, &Policy::default(), previous).unwrap().plan;
         (found.dtype, found.family)
     };
     let mut both = laptop(2, GIB);
     both.iter_mut().for_each(|o| o.families.push(KernelFamily::Amx));
-    assert_eq!(one(&[Format::Bf16], &laptop(2, GIB), None), (Dtype::Bf16, KernelFamily::Vector));
-    assert_eq!(one(&[Format::F32], &both, None), (Dtype::F32, KernelFamily::Amx));
-    assert_eq!(one(&[Format::Q4_0], &both, None).0, Dtype::Bf16);
-    let vector = plan(&spec(TINY_MOE), &[], &laptop(2, GIB), &Policy::default(), None).unwrap().plan;
-    assert_eq!(one(&[Format::F32], &both, Some(&vector)).1, KernelFamily::Vector, "another would change answers");
+    assert_eq!(one(Format::Bf16, &laptop(2, GIB), None), (Dtype::Bf16, KernelFamily::Vector));
+    assert_eq!(one(Format::F32, &both, None), (Dtype::F32, KernelFamily::Amx));
+    assert_eq!(one(Format::Q4_0, &both, None).0, Dtype::Bf16);
+    let vector = plan(&spec, &bf16(&spec), &laptop(2, GIB), &Policy::default(), None).unwrap().plan;
+    assert_eq!(one(Format::F32, &both, Some(&vector)).1, KernelFamily::Vector, "another would change answers");
     let mut mixed = laptop(2, GIB);
     mixed[0].families = vec![KernelFamily::Amx];
     let text = refused(TINY_MOE, &mixed, &Policy::default()).to_string();
@@ -172,7 +181,8 @@ fn survivors_keep_their_ranks_when_a_spare_steps_in() {
     let before = planned(TINY_MOE, &laptop(5, GIB), &policy).plan;
     assert_eq!(before.members.len(), 4, "the fifth is a spare");
     let offers: Vec<Offer> = laptop(5, GIB).into_iter().filter(|o| o.worker.0 != "w1").collect();
-    let after = plan(&spec(TINY_MOE), &[], &offers, &policy, Some(&before)).unwrap().plan;
+    let spec = spec(TINY_MOE);
+    let after = plan(&spec, &bf16(&spec), &offers, &policy, Some(&before)).unwrap().plan;
     assert_eq!(after.epoch, Epoch(before.epoch.0 + 1));
     assert_eq!((after.mesh, &after.stages), (before.mesh, &before.stages));
     for member in &after.members {
@@ -186,9 +196,10 @@ fn survivors_keep_their_ranks_when_a_spare_steps_in() {
 fn a_cluster_shrinks_to_what_is_left_and_grows_again() {
     let policy = Policy::default();
     let before = planned(TINY_MOE, &laptop(4, GIB), &policy).plan;
-    let shrunk = plan(&spec(TINY_MOE), &[], &laptop(3, GIB), &policy, Some(&before)).unwrap().plan;
+    let spec = spec(TINY_MOE);
+    let shrunk = plan(&spec, &bf16(&spec), &laptop(3, GIB), &policy, Some(&before)).unwrap().plan;
     assert_eq!(shrunk.mesh, mesh(1, 3, 1, 1));
-    let grown = plan(&spec(TINY_MOE), &[], &laptop(4, GIB), &policy, Some(&shrunk)).unwrap().plan;
+    let grown = plan(&spec, &bf16(&spec), &laptop(4, GIB), &policy, Some(&shrunk)).unwrap().plan;
     assert_eq!((grown.mesh, grown.epoch), (before.mesh, Epoch(3)));
 }
 
@@ -234,13 +245,13 @@ fn broken_plans_are_told_apart() {
 fn a_table_shows_every_rank_and_its_sizes() {
     let spec = spec(DEEPSEEK);
     let found = planned(DEEPSEEK, &parse_devices("16x141GiB").unwrap(), &Policy::default());
-    let text = explain::table(&spec, &[Format::Bf16], &found.plan);
+    let text = explain::table(&spec, &bf16(&spec), &found.plan);
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines.len(), 2 + 1 + 16, "{text}");
     assert!(lines[0].starts_with("deepseek_v3: pp1 x dp2 x tp8, ep8 on 16 ranks"), "{text}");
     assert!(lines[2].starts_with("rank  worker"), "{text}");
     assert!(lines[3].contains("0-60") && lines[3].contains("0-15 kv 0") && lines[3].contains("0-31 /2"), "{text}");
-    let report = explain::report(&spec, &[Format::Bf16], &found.plan);
+    let report = explain::report(&spec, &bf16(&spec), &found.plan);
     for (rank, bytes) in report.ranks.iter().zip(&found.bytes) {
         assert_eq!(rank.weights_bytes, bytes.weights);
         assert_eq!(rank.total_bytes, bytes.total(found.plan.limits.blocks as u64));
@@ -272,7 +283,8 @@ proptest! {
             families: vec![KernelFamily::Vector],
         }).collect();
         let spec = spec(config);
-        let run = |offers: &[Offer], previous| plan(&spec, &[Format::Bf16], offers, &Policy::default(), previous);
+        let storage = bf16(&spec);
+        let run = |offers: &[Offer], previous| plan(&spec, &storage, offers, &Policy::default(), previous);
         let first = run(&offers, None);
         let mut turned = offers.clone();
         turned.rotate_left(turn % offers.len());

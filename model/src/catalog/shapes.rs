@@ -14,6 +14,17 @@ pub struct Shape {
     pub cut: Cut,
 }
 
+/// The first of the roles that are stacked to one matrix with `role`; a rank multiplies with them at once.
+pub const fn stack(role: Role) -> Role {
+    match role {
+        Role::Key | Role::Value => Role::Query,
+        Role::Up => Role::Gate,
+        Role::SharedUp => Role::SharedGate,
+        Role::ExpertUp => Role::ExpertGate,
+        other => other,
+    }
+}
+
 const BY_ROW: Cut = Cut::Columns { unit: 1 };
 const BY_COLUMN: Cut = Cut::Rows { unit: 1 };
 

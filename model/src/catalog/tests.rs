@@ -1,11 +1,12 @@
-use super::{Entry, Part, Role, TensorDecl, held, ignored, on_stage, tensors};
+use super::{Entry, Part, Role, TensorDecl, held, ignored, on_stage, stack, tensors};
 use crate::cut::{self, Cut, Slice};
 use crate::mesh::{Mesh, RankId};
-use crate::plan::Limits;
-use crate::quant::Dtype;
+use crate::plan::{KernelFamily, Limits};
+use crate::quant::{Dtype, Format};
 use crate::samples;
-use crate::size::{self, Precision};
+use crate::size::{self, Keeping};
 use crate::spec::{ModelSpec, Naming};
+use crate::storage::Storage;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -186,14 +187,21 @@ proptest! {
         prop_assume!(cut::check(&spec, &mesh).is_ok());
         let stages = even_stages(spec.layers.len(), mesh.pipeline);
         let limits = Limits { model_len_max: 64, step_tokens_max: 8, step_sequences_max: 4, blocks: 1 };
-        let precision = Precision { matrices: Dtype::Bf16, compute: Dtype::F32 };
+        let storage = &Storage::stated(&spec, Format::Bf16);
+        let keeping = Keeping { storage, dtype: Dtype::F32, family: KernelFamily::Vector };
         let held: Vec<_> = mesh.all().map(|rank| held(&spec, &mesh, &stages, rank)).collect();
         for (rank, held) in mesh.all().zip(&held) {
             let place = mesh.place(rank);
-            let planned = size::rank(&spec, &mesh, place, stages[place.stage].clone(), precision, &limits).weights;
-            let bytes = held.iter().map(|(decl, slice)| {
-                let layer = decl.id.layer.map(|layer| &spec.layers[layer]);
-                size::stored_bytes(decl.id.role, layer, (slice.rows.len(), slice.cols.len()), precision) as u64
+            let planned = size::rank(&spec, &mesh, place, stages[place.stage].clone(), keeping, &limits).weights;
+            let mut stacks = std::collections::BTreeMap::new();
+            for (decl, slice) in held {
+                let (of, expert) = (decl.id.layer, decl.id.expert);
+                let slices: &mut Vec<_> = &mut stacks.entry((of, expert, stack(decl.id.role))).or_insert((decl, vec![])).1;
+                slices.push((decl.id.role, slice.clone()));
+            }
+            let bytes = stacks.iter().map(|((layer, ..), (decl, slices))| {
+                let (all, ranks) = cut::summed(decl.cut, decl.cols, &mesh);
+                size::kept_bytes(slices, all / ranks, (&spec, *layer), keeping) as u64
             });
             prop_assert_eq!(bytes.sum::<u64>(), planned);
         }

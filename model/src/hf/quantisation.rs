@@ -56,7 +56,9 @@ pub(super) fn read(keys: &Keys<'_>) -> Result<Option<Quantisation>, SpecError> {
     let of = Keys::new(map);
     let found = match of.text("quant_method")? {
         Some("fp8") => fp8(&of)?,
-        Some("mxfp4") => Quantisation { method: Method::Mxfp4, kept: names(&of, "modules_to_not_convert", plain)? },
+        Some("mxfp4") => {
+            Quantisation { method: Method::Mxfp4, kept: names(&of, "modules_to_not_convert", plain)?, scattered: false }
+        }
         Some("compressed-tensors") => compressed(&of)?,
         Some("awq") => awq(&of)?,
         Some("gptq") => gptq(&of)?,
@@ -89,7 +91,7 @@ fn fp8(keys: &Keys<'_>) -> Result<Quantisation, SpecError> {
     };
     let mut kept = names(keys, "modules_to_not_convert", plain)?;
     kept.extend(names(keys, "ignored_layers", plain)?);
-    Ok(Quantisation { method: Method::Fp8(block), kept })
+    Ok(Quantisation { method: Method::Fp8(block), kept, scattered: false })
 }
 
 /// compressed-tensors: one group of targets, whose format is the file's.
@@ -109,12 +111,14 @@ fn compressed(keys: &Keys<'_>) -> Result<Quantisation, SpecError> {
     let format = group.text("format")?.unwrap_or(format);
     let section = group.section("weights")?.ok_or_else(|| keys.bad("config_groups", value, "it has no weights"))?;
     let method = weights(format, &section)?;
+    // "weight" and "static" order the work of quantising alone.
+    let scattered = section.text("actorder")? == Some("group");
     section.finish(&|key| HARMLESS.contains(&key))?;
     if let Some(outputs) = group.value("output_activations") {
         return Err(group.bad("output_activations", outputs, "outputs are never quantised"));
     }
     group.finish(&|key| HARMLESS.contains(&key))?;
-    Ok(Quantisation { method, kept: names(keys, "ignore", compressed_pattern)? })
+    Ok(Quantisation { method, kept: names(keys, "ignore", compressed_pattern)?, scattered })
 }
 
 /// `format` and a group's `weights` to a method.
@@ -181,6 +185,7 @@ fn awq(keys: &Keys<'_>) -> Result<Quantisation, SpecError> {
     Ok(Quantisation {
         method: Method::Awq { group },
         kept: names(keys, "modules_to_not_convert", |s| Pattern::Part(s.into()))?,
+        scattered: false,
     })
 }
 
@@ -190,7 +195,7 @@ fn gptq(keys: &Keys<'_>) -> Result<Quantisation, SpecError> {
         return Err(SpecError::bad("quantization_config.bits", bits, "4 and 8 are read"));
     }
     // Groups of permuted inputs, and symmetry, are what `g_idx` and `qzeros` say.
-    keys.flag("desc_act", false)?;
+    let scattered = keys.flag("desc_act", false)? && !keys.flag("static_groups", false)?;
     keys.flag("sym", true)?;
     keys.only("pack_dtype", "int32", "codes are packed in words of 32 bits")?;
     keys.text("quant_type")?;
@@ -201,7 +206,7 @@ fn gptq(keys: &Keys<'_>) -> Result<Quantisation, SpecError> {
         other => return Err(SpecError::bad("quantization_config.checkpoint_format", other, "known: gptq, gptq_v2")),
     };
     let method = Method::Gptq { bits, group: group(keys, "group_size")?, less_one };
-    Ok(Quantisation { method, kept: names(keys, "modules_to_not_convert", plain)? })
+    Ok(Quantisation { method, kept: names(keys, "modules_to_not_convert", plain)?, scattered })
 }
 
 /// A group's inputs; -1 stands for all.

@@ -118,6 +118,11 @@ impl<B: Backend> Engine<B> {
         })
     }
 
+    /// What it runs on.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
     /// Starts to record, or hands over what was recorded; see [`Trace`].
     pub fn trace(&mut self, on: bool) -> Option<Trace> {
         std::mem::replace(&mut self.trace, on.then(Trace::default))

@@ -7,7 +7,7 @@ use super::moe::Mixture;
 use super::tables::Kinds;
 use crate::backend::{Backend, MatrixView, NormWeights};
 use crate::load::loader::Loader;
-use model::catalog::{Role, TensorId};
+use model::catalog::{self, Role, TensorId};
 use model::fault::Fault;
 use model::mesh::{Mesh, RankId};
 use model::spec::{Branch, CacheKind, Layer, Mixer, ModelSpec, Norm, NormForm, Residual};
@@ -116,6 +116,8 @@ impl<B: Backend> LayerLoader<'_, B> {
     }
 
     fn stacked(&self, roles: &[Role], expert: Option<usize>) -> Result<B::Matrix, Fault> {
+        let alone = |role: &Role| catalog::stack(*role) != catalog::stack(roles[0]);
+        assert!(!roles.iter().any(alone), "the catalogue does not stack {roles:?}, and plans count by it");
         let parts: Result<Vec<_>, Fault> = roles.iter().map(|&r| self.loader.window(self.id(r, expert))).collect();
         let segments = self.loader.segments(self.id(roles[0], expert))?;
         self.backend.matrix(&parts?, segments)

@@ -6,6 +6,7 @@
 use super::blocks::{self, BLOCK_MAX};
 use super::widen::row_bytes;
 use crate::backend::MatrixView;
+use model::keep::Stored;
 use model::quant::{Scales, Scheme, Shift};
 
 /// What the values of one group share.
@@ -38,6 +39,11 @@ pub fn scheme(view: &MatrixView<'_>) -> Option<Scheme> {
         None if view.transposed => None,
         None => view.format.scheme(),
     }
+}
+
+/// What a window is stored in, to those who decide how it is kept.
+pub fn stored(view: &MatrixView<'_>) -> Stored {
+    scheme(view).map_or(Stored::Plain(view.format), Stored::Coded)
 }
 
 /// The groups that a window touches: first and number, counted along the stored row.

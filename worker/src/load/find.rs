@@ -25,7 +25,8 @@ pub fn find<'a>(checkpoint: &'a Checkpoint, spec: &ModelSpec, decl: &TensorDecl)
     let name = &decl.source.name;
     let method = spec.quantisation.as_ref().map(|q| q.method);
     if let Some(method) = method
-        && let Some(codes) = names(&method, name).into_iter().find(|codes| checkpoint.has(codes))
+        && let codes = method.codes_name(name)
+        && checkpoint.has(&codes)
         && (codes != *name || !checkpoint.tensor(name)?.format.is_plain())
     {
         return Matrix { checkpoint, decl, method, codes }.find();
@@ -84,17 +85,6 @@ fn misshaped(checkpoint: &Checkpoint, name: &str, shape: &[usize], wanted: &[usi
     checkpoint.blame(name, &format!("it has shape {shape:?}, the model's config implies {wanted:?}"))
 }
 
-/// What a method may call the codes of the matrix `name`.
-fn names(method: &Method, name: &str) -> Vec<String> {
-    let module = name.strip_suffix(".weight").unwrap_or(name);
-    match method {
-        Method::Fp8(_) | Method::Int8 { .. } => vec![name.to_string()],
-        Method::Mxfp4 => vec![format!("{module}_blocks")],
-        Method::Packed { .. } => vec![format!("{module}.weight_packed")],
-        Method::Awq { .. } | Method::Gptq { .. } => vec![format!("{module}.qweight")],
-    }
-}
-
 /// One quantised matrix.
 struct Matrix<'a, 'd> {
     checkpoint: &'a Checkpoint,
@@ -137,6 +127,10 @@ impl<'a> Matrix<'a, '_> {
         format!("{module}{last}")
     }
 
+    fn scales_name(&self) -> String {
+        self.method.scales_names(&self.decl.source.name).remove(0)
+    }
+
     /// A tensor of this matrix, of one of `formats` and one of `shapes` (without the stack's dimension).
     fn part(&self, name: &str, formats: &[Format], shapes: &[&[usize]]) -> Result<Stored<'a>, Fault> {
         let method = self.method.name();
@@ -174,8 +168,8 @@ impl<'a> Matrix<'a, '_> {
     fn fp8(&self, extent: Extent) -> Result<Found<'a>, Fault> {
         let (rows, cols) = (self.rows(), self.cols());
         let codes = self.part(&self.codes, &[Format::F8E4m3], &[&[rows, cols]])?;
-        let name = ["_scale_inv", "_scale"].map(|end| self.beside(&format!(".weight{end}")));
-        let name = name.iter().find(|name| self.checkpoint.has(name)).unwrap_or(&name[0]).clone();
+        let names = self.method.scales_names(&self.decl.source.name);
+        let name = names.iter().find(|name| self.checkpoint.has(name)).unwrap_or(&names[0]).clone();
         let (run, group) = (extent.rows.unwrap_or(rows), extent.cols.unwrap_or(cols));
         let grid = [rows.div_ceil(run), cols.div_ceil(group)];
         let formats = [Format::F32, Format::Bf16, Format::F16];
@@ -189,7 +183,7 @@ impl<'a> Matrix<'a, '_> {
     }
 
     fn mxfp4(&self) -> Result<Found<'a>, Fault> {
-        let (rows, cols, name) = (self.rows(), self.cols(), self.beside("_scales"));
+        let (rows, cols, name) = (self.rows(), self.cols(), self.scales_name());
         self.divides(cols, 32, "inputs")?;
         let codes = self.part(&self.codes, &[Format::U8], &[&[rows, cols / 32, 16]])?;
         let stored = self.part(&name, &[Format::U8], &[&[rows, cols / 32]])?;
@@ -201,7 +195,7 @@ impl<'a> Matrix<'a, '_> {
         let (rows, cols) = (self.rows(), self.cols());
         let (each, groups) = (32 / bits as usize, cols.div_ceil(group.unwrap_or(cols)));
         let codes = self.part(&self.codes, &[Format::I32], &[&[rows, cols.div_ceil(each)]])?;
-        let mut claimed = vec![self.beside(".weight_scale")];
+        let mut claimed = vec![self.scales_name()];
         let scales = self.per_output(&claimed[0], groups)?;
         let shape = self.beside(".weight_shape");
         if self.checkpoint.has(&shape) {
@@ -232,7 +226,7 @@ impl<'a> Matrix<'a, '_> {
     }
 
     fn int8(&self, group: Option<usize>) -> Result<Found<'a>, Fault> {
-        let (rows, cols, name) = (self.rows(), self.cols(), self.beside(".weight_scale"));
+        let (rows, cols, name) = (self.rows(), self.cols(), self.scales_name());
         let codes = self.part(&self.codes, &[Format::I8], &[&[rows, cols]])?;
         let scales = self.per_output(&name, cols.div_ceil(group.unwrap_or(cols)))?;
         Ok(self.with(&codes, Packing::Bytes { signed: true }, scales, vec![name]))
@@ -307,8 +301,7 @@ impl<'a> Matrix<'a, '_> {
     /// Scales `[groups, outputs]`.
     fn per_group(&self, groups: usize) -> Result<Scales<'a>, Fault> {
         let rows = self.rows();
-        let stored =
-            self.part(&self.beside(".scales"), &[Format::F16, Format::Bf16, Format::F32], &[&[groups, rows]])?;
+        let stored = self.part(&self.scales_name(), &[Format::F16, Format::Bf16, Format::F32], &[&[groups, rows]])?;
         Scales::of(&stored, 1, 1, rows)
     }
 
@@ -357,13 +350,8 @@ struct Scales<'a> {
 impl<'a> Scales<'a> {
     /// `stored` numbers, one for `run` outputs and a group.
     fn of(stored: &Stored<'a>, run: usize, run_stride: usize, group_stride: usize) -> Result<Scales<'a>, Fault> {
-        let format = match stored.format {
-            Format::F32 => ScaleFormat::F32,
-            Format::F16 => ScaleFormat::F16,
-            Format::Bf16 => ScaleFormat::Bf16,
-            Format::U8 => ScaleFormat::E8m0,
-            other => return Err(bad(format!("scales stored as {other:?} are not read"))),
-        };
+        let unread = || bad(format!("scales stored as {:?} are not read", stored.format));
+        let format = ScaleFormat::stored_as(stored.format).ok_or_else(unread)?;
         Ok(Scales { side: Side { bytes: stored.bytes, run, run_stride, group_stride }, format })
     }
 }

@@ -7,7 +7,7 @@ use super::find::{find, stored_cols};
 use super::{bad, values};
 use crate::backend::MatrixView;
 use model::catalog::{self, TensorDecl, TensorId};
-use model::cut::{self, Cut, ExpertCut};
+use model::cut;
 use model::fault::{Fault, FaultKind};
 use model::mesh::{Mesh, RankId};
 use model::plan::Plan;
@@ -103,17 +103,12 @@ impl<'a> Loader<'a> {
     /// How many segments this rank's part of a matrix sums apart: its share of the canonical ones.
     pub fn segments(&self, id: TensorId) -> Result<usize, Fault> {
         let decl = self.declaration(id)?;
-        let (units, ranks) = match decl.cut {
-            Cut::Rows { unit } => (decl.cols / unit, self.mesh.tensor),
-            Cut::Expert { within: ExpertCut::Rows, .. } => (decl.cols, self.mesh.expert_cut()),
-            _ => return Ok(1),
-        };
-        let all = cut::segments(units);
+        let (all, ranks) = cut::summed(decl.cut, decl.cols, &self.mesh);
         if all < ranks {
             let name = &decl.source.name;
             return Err(Fault::new(
                 FaultKind::Incompatible,
-                format!("{name}: {units} units make {all} segments, fewer than {ranks} ranks"),
+                format!("{name}: its inputs make {all} segments, fewer than {ranks} ranks"),
             ));
         }
         Ok(all / ranks)

@@ -53,6 +53,7 @@ use simd::Level;
 use simd::attention::WIDTH_MAX;
 use simd::pool::Pool;
 use simd::{grouped, latent};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// How a rank uses its share of the CPU.
 #[derive(Debug, Clone, PartialEq)]
@@ -111,6 +112,8 @@ pub struct CpuBackend {
     level: Level,
     pool: Pool,
     scratch: Scratch,
+    /// Of all matrices and vectors made.
+    weights_bytes: AtomicU64,
 }
 
 /// Memory kept between calls.
@@ -157,7 +160,7 @@ impl CpuBackend {
             active: Vec::new(),
             index: combine::Index::default(),
         };
-        Ok(CpuBackend { dtype, family, level, pool, scratch })
+        Ok(CpuBackend { dtype, family, level, pool, scratch, weights_bytes: AtomicU64::new(0) })
     }
 
     pub fn dtype(&self) -> Dtype {
@@ -166,6 +169,15 @@ impl CpuBackend {
 
     pub fn level(&self) -> Level {
         self.level
+    }
+
+    /// Bytes of all matrices and vectors that it made: what a planner has to foresee.
+    pub fn weights_bytes(&self) -> u64 {
+        self.weights_bytes.load(Ordering::Relaxed)
+    }
+
+    fn count(&self, bytes: usize) {
+        self.weights_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
     pub fn threads(&self) -> usize {

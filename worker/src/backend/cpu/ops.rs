@@ -179,14 +179,19 @@ impl Backend for CpuBackend {
     type RopeTable = Table;
 
     fn matrix(&self, parts: &[MatrixView<'_>], segments: usize) -> Result<Matrix, Fault> {
-        weights::pack(&self.pool, self.dtype, self.family, parts, segments)
+        let made = weights::pack(&self.pool, self.dtype, self.family, parts, segments)?;
+        self.count(made.bytes());
+        Ok(made)
     }
 
     fn matrix_f32(&self, values: &[f32], rows: usize, cols: usize, segments: usize) -> Result<Matrix, Fault> {
-        weights::pack_f32(&self.pool, self.dtype, self.family, values, (rows, cols), segments)
+        let made = weights::pack_f32(&self.pool, self.dtype, self.family, values, (rows, cols), segments)?;
+        self.count(made.bytes());
+        Ok(made)
     }
 
     fn vector(&self, values: &[f32]) -> Result<Vector, Fault> {
+        self.count(std::mem::size_of_val(values));
         Ok(Vector(values.to_vec()))
     }
 

@@ -8,6 +8,7 @@ use crate::backend::MatrixView;
 use crate::load::codes::{self, Group};
 use crate::load::widen;
 use model::fault::Fault;
+use model::keep::{self, Stored};
 use model::plan::KernelFamily;
 use model::quant::{Dtype, Format, Scheme};
 
@@ -101,11 +102,6 @@ impl Codes for CodedStack<'_> {
     }
 }
 
-/// Segments of AMX's bf16 order end with whole tiles.
-fn unit(family: KernelFamily, wide: bool) -> usize {
-    if family == KernelFamily::Amx && !wide { 16 } else { 1 }
-}
-
 pub(super) fn pack(
     pool: &Pool,
     dtype: Dtype,
@@ -119,13 +115,13 @@ pub(super) fn pack(
         check(part, cols)?;
     }
     let rows = parts.iter().map(|p| p.rows).sum();
-    let wide = dtype == Dtype::F32 && parts.iter().any(|p| p.format != Format::Bf16);
+    let wide = keep::is_wide(dtype, parts.iter().map(codes::stored));
     if let Some(stack) = CodedStack::new(parts)
-        && let Some(packed) = Packed::coded(pool, &stack, (rows, cols), segments, wide, unit(family, wide))?
+        && let Some(packed) = Packed::coded(pool, &stack, (rows, cols), segments, wide, keep::unit(family, wide))?
     {
         return Ok(Matrix(packed));
     }
-    Packed::new(pool, &Stack { parts }, (rows, cols), segments, wide, unit(family, wide)).map(Matrix)
+    Packed::new(pool, &Stack { parts }, (rows, cols), segments, wide, keep::unit(family, wide)).map(Matrix)
 }
 
 pub(super) fn pack_f32(
@@ -137,8 +133,8 @@ pub(super) fn pack_f32(
     segments: usize,
 ) -> Result<Matrix, Fault> {
     ensure(values.len() == rows * cols && cols > 0, || format!("{} values are not {rows} x {cols}", values.len()))?;
-    let wide = dtype == Dtype::F32;
-    Packed::new(pool, &Widened { values, cols }, (rows, cols), segments, wide, unit(family, wide)).map(Matrix)
+    let wide = keep::is_wide(dtype, [Stored::Plain(Format::F32)]);
+    Packed::new(pool, &Widened { values, cols }, (rows, cols), segments, wide, keep::unit(family, wide)).map(Matrix)
 }
 
 fn check(part: &MatrixView<'_>, cols: usize) -> Result<(), Fault> {

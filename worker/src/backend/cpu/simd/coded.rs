@@ -3,10 +3,8 @@
 //!
 //! ```text
 //! codes     a byte a pair of inputs (even in the lower nibble), or a byte an input
-//! scales    a number a run of inputs, in the scheme's format; nested: an f16 a span of runs, and a byte a run
-//! minima    the same; points: a byte a run
+//! scales, minima, points    as [`model::keep`] lays them out
 //! ```
-//! A run is what is left of a group once windows and segments have cut it: all runs are alike, and none crosses a cut.
 
 use super::aligned::Aligned;
 use super::lanes::{LANES, Lanes};
@@ -17,7 +15,8 @@ use super::shared::Shared;
 use crate::load::codes::Group;
 use half::{bf16, f16};
 use model::fault::Fault;
-use model::quant::{Code, ScaleFormat, Scales, Scheme, Shift};
+use model::keep::{self, Coding, is_nibble};
+use model::quant::{Code, ScaleFormat, Scales, Scheme};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Pairs of inputs that are widened at once: 16 KiB of a panel of bf16, a multiple of AMX's blocks.
@@ -74,58 +73,20 @@ pub struct Coded {
     points: Plane,
 }
 
-fn divisor(a: usize, b: usize) -> usize {
-    if b == 0 { a } else { divisor(b, a % b) }
-}
-
-const fn width_of(format: ScaleFormat) -> usize {
-    match format {
-        ScaleFormat::F32 => 4,
-        ScaleFormat::F16 | ScaleFormat::Bf16 => 2,
-        ScaleFormat::E8m0 => 1,
-    }
-}
-
-fn nibbles(code: Code) -> bool {
-    code.bits() <= 4
-}
-
 impl Coded {
-    /// `None` where codes can't be kept: a segment or a run of odd length, numbers that are not finite or do not fit
-    /// their format, or where it would take no fewer bytes than `plain_each` bytes a value.
+    /// `None` where codes are not kept ([`Coding::of`]), or can't be: numbers that are not finite or do not fit their format.
     pub fn new(
         pool: &Pool,
         source: &dyn Codes,
         (rows, cols): (usize, usize),
         segments: usize,
-        plain_each: usize,
+        wide: bool,
     ) -> Result<Option<Coded>, Fault> {
-        let (scheme, first, length) = (source.scheme(), source.first(), cols / segments);
-        let cuts = if segments > 1 { divisor(first, length) } else { first };
-        let run = divisor(scheme.group, cuts);
-        let (scale_format, nested, span) = match scheme.scales {
-            Scales::Single(format) => (format, false, run),
-            Scales::Nested { groups } => (ScaleFormat::F16, true, divisor(scheme.group * groups, cuts)),
-        };
-        if !run.is_multiple_of(2) || !length.is_multiple_of(2) || (nested && scheme.shift == Shift::Point) {
-            return Ok(None);
-        }
-        let (runs, spans, each) = (cols.div_ceil(run), cols.div_ceil(span), width_of(scale_format));
-        let one = |present: bool, count: usize| if present { count } else { 0 };
-        let (minimum, point) = (scheme.shift == Shift::Minimum, scheme.shift == Shift::Point);
-        let counts = [
-            (if nibbles(scheme.code) { cols / 2 } else { cols }, 1),
-            (spans, each),
-            (one(nested, runs), 1),
-            (one(minimum, spans), each),
-            (one(minimum && nested, runs), 1),
-            (one(point, runs), 1),
-        ];
-        if counts.iter().map(|(count, each)| count * each).sum::<usize>() >= cols * plain_each {
-            return Ok(None);
-        }
+        let scheme = source.scheme();
+        let Some(coding) = Coding::of(scheme, source.first(), cols, segments, wide) else { return Ok(None) };
+        let Coding { run, span, .. } = coding;
         let [codes, scales, integers, minima, minimum_integers, points] =
-            counts.map(|(count, each)| Plane::new(rows, count, each));
+            coding.planes().map(|keep::Plane { count, each }| Plane::new(rows, count, each));
         let (codes, scales, integers) = (codes?, scales?, integers?);
         let (minima, minimum_integers, points) = (minima?, minimum_integers?, points?);
         let mut coded = Coded { scheme, run, span, codes, scales, integers, minima, minimum_integers, points };
@@ -220,7 +181,7 @@ impl Coded {
             }
             let point = (self.points.count > 0).then(|| byte(&self.points, index));
             for (i, out) in out.iter_mut().enumerate() {
-                let code = match nibbles(self.scheme.code) {
+                let code = match is_nibble(self.scheme.code) {
                     true => byte(&self.codes, (k + i) / 2) >> (4 * (i % 2)) & 15,
                     false => byte(&self.codes, k + i),
                 };
@@ -257,7 +218,7 @@ impl Coded {
         unsafe {
             match self.scheme.code {
                 Code::E4m3 => self.shifted::<L, Fp8>(place, first, pairs, wide, out),
-                code if nibbles(code) => self.shifted::<L, Nibble<L>>(place, first, pairs, wide, out),
+                code if is_nibble(code) => self.shifted::<L, Nibble<L>>(place, first, pairs, wide, out),
                 _ => self.shifted::<L, Byte<L>>(place, first, pairs, wide, out),
             }
             let each = place.1 * if wide { 2 } else { 1 };
@@ -371,7 +332,7 @@ impl Coded {
 
 /// Writes a row's codes to its lane; false where one is NaN.
 fn spread(code: Code, bytes: &[u8], (width, lane): (usize, usize), out: &mut [u8]) -> bool {
-    if nibbles(code) {
+    if is_nibble(code) {
         for (pair, both) in bytes.chunks_exact(2).enumerate() {
             out[pair * width + lane] = both[0] | both[1] << 4;
         }

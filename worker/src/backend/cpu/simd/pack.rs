@@ -79,7 +79,7 @@ impl Packed {
     ) -> Result<Option<Packed>, Fault> {
         check(cols, segments)?;
         let pairs = (cols / segments).div_ceil(2).next_multiple_of(unit);
-        let Some(coded) = Coded::new(pool, source, (rows, cols), segments, if wide { 4 } else { 2 })? else {
+        let Some(coded) = Coded::new(pool, source, (rows, cols), segments, wide)? else {
             return Ok(None);
         };
         let words = Aligned::zeroed(0)?;
