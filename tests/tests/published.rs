@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used)] // all of this file is a test
 
-use coordinator::plan::{Policy, explain, parse_bytes, smallest};
+use coordinator::plan::{Policy, explain, parse_bytes, parse_devices, plan, smallest};
 use coordinator::source::Source;
 use model::parameters;
 use std::collections::BTreeSet;
@@ -99,6 +99,34 @@ fn the_smallest_group_holds_each_model() {
             let report = explain::report(&source.spec, &source.storage, &planned.plan);
             assert!(report.ranks.iter().all(|rank| rank.total_bytes <= bytes), "{name}: a rank does not fit {device}");
             println!("{name}: {devices} of {device}: {}", planned.plan.mesh);
+        }
+    }
+}
+
+/// Gigabytes of weights in the width that ranks keep, a little more than the published files (a scale is kept for each
+/// output), and the smallest groups of 80, 141 and 192 GiB devices.
+const QUANTISED: [(&str, f64, [usize; 3]); 6] = [
+    ("deepseek_v3_671b", 694.9, [16, 8, 4]),
+    ("gpt_oss_120b", 68.9, [1, 1, 1]),
+    ("gpt_oss_20b", 14.4, [1, 1, 1]),
+    ("kimi_k25_1t", 594.2, [8, 4, 4]),
+    ("kimi_k2_1t", 1061.4, [16, 8, 8]),
+    ("minimax_m2_230b", 239.4, [4, 2, 2]),
+];
+
+#[test]
+fn quantised_models_are_planned_in_their_codes() {
+    for (name, gigabytes, groups) in QUANTISED {
+        let source = source(name);
+        let one = parse_devices("1x4TiB").unwrap();
+        let whole = plan(&source.spec, &source.storage, &one, &Policy::default(), None).unwrap();
+        let found = whole.bytes[0].weights as f64 / 1e9;
+        assert!((found / gigabytes - 1.0).abs() < 0.005, "{name}: {found:.1} GB of weights");
+        for (device, devices) in ["80GiB", "141GiB", "192GiB"].into_iter().zip(groups) {
+            let bytes = parse_bytes(device).unwrap();
+            let policy = Policy { model_len_max: Some(source.spec.positions_max.min(8192)), ..Policy::default() };
+            let (found, planned) = smallest(&source.spec, &source.storage, bytes, &policy).unwrap();
+            assert_eq!(found, devices, "{name} of {device}: {}", planned.plan.mesh);
         }
     }
 }

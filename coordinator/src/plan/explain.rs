@@ -1,5 +1,6 @@
 //! A plan for people: what each rank holds and what it costs, as a table or as data.
 
+use super::copies;
 use super::devices::format_bytes;
 use model::ModelSpec;
 use model::cut;
@@ -30,6 +31,11 @@ pub struct Report {
     pub lane_cache_tokens: usize,
     pub cache_tokens: usize,
     pub total_bytes: u64,
+    /// What the group keeps beyond one copy of each weight, and of each cached position.
+    pub copied_weights_bytes: u64,
+    pub copied_cache_bytes: u64,
+    /// Why it has lanes where slices would do.
+    pub reason: Option<String>,
     pub ranks: Vec<RankReport>,
 }
 
@@ -67,6 +73,7 @@ pub fn report(spec: &ModelSpec, storage: &Storage, plan: &Plan) -> Report {
         }
     }
     ranks.sort_by_key(|r| r.rank);
+    let copies = copies::of_plan(spec, keeping, plan);
     let lane_cache_tokens = plan.limits.blocks * BLOCK_TOKENS;
     Report {
         epoch: plan.epoch.0,
@@ -83,6 +90,9 @@ pub fn report(spec: &ModelSpec, storage: &Storage, plan: &Plan) -> Report {
         lane_cache_tokens,
         cache_tokens: lane_cache_tokens * plan.mesh.data,
         total_bytes: ranks.iter().map(|r| r.total_bytes).sum(),
+        copied_weights_bytes: copies.weights,
+        copied_cache_bytes: copies.cache,
+        reason: copies::reason(spec, keeping, plan),
         ranks,
     }
 }
@@ -154,7 +164,7 @@ pub fn model(spec: &ModelSpec) -> String {
     )
 }
 
-/// The report as an aligned table under two lines of summary.
+/// The report as an aligned table under two lines of summary, and a third where lanes were preferred to slices.
 pub fn table(spec: &ModelSpec, storage: &Storage, plan: &Plan) -> String {
     let report = report(spec, storage, plan);
     let mut out = String::new();
@@ -175,6 +185,9 @@ pub fn table(spec: &ModelSpec, storage: &Storage, plan: &Plan) -> String {
         "cache for {} tokens{lanes}; sequences up to {} tokens, steps of up to {} tokens and {} sequences a lane",
         report.cache_tokens, report.max_model_len, report.max_num_batched_tokens, report.max_num_seqs
     );
+    if let Some(reason) = &report.reason {
+        let _ = writeln!(out, "{reason}");
+    }
     let mut rows = vec![HEADINGS.map(String::from).to_vec()];
     rows.extend(report.ranks.iter().map(|r| row(r, plan.mesh.expert_cut())));
     out + &align(&rows)

@@ -2,7 +2,8 @@
 //!
 //! Tensor ranks exchange sums in every layer, so they stay within a host. What is left becomes data lanes (with experts
 //! spread over them) while each lane's share fits, and pipeline stages only when it does not: stages add latency, but
-//! they need nothing to divide evenly.
+//! they need nothing to divide evenly. Of meshes that differ in lanes and slices alone the first one that fits is only a
+//! proposal: [`super::copies`] decides between them.
 
 use super::place::Seats;
 use super::{PlanError, Policy};
@@ -11,8 +12,23 @@ use model::cut;
 use model::mesh::Mesh;
 use std::cmp::Reverse;
 
+/// A mesh worth trying.
+pub(super) struct Candidate {
+    pub mesh: Mesh,
+    /// A tensor group has members on two hosts.
+    crosses: bool,
+}
+
+impl Candidate {
+    /// Whether only the number of lanes and slices tells them apart.
+    pub fn rivals(&self, other: &Candidate) -> bool {
+        let of = |c: &Candidate| (c.crosses, c.mesh.pipeline, c.mesh.ranks());
+        of(self) == of(other) && self.mesh != other.mesh
+    }
+}
+
 /// All meshes that the flags, the model's shape and the number of devices allow, in the order in which to try them.
-pub(super) fn candidates(spec: &ModelSpec, seats: &Seats<'_>, policy: &Policy) -> Result<Vec<Mesh>, PlanError> {
+pub(super) fn candidates(spec: &ModelSpec, seats: &Seats<'_>, policy: &Policy) -> Result<Vec<Candidate>, PlanError> {
     let devices = seats.len();
     let tensors = policy.tensor.map_or_else(|| cut::tensor_sizes(spec), |tensor| vec![tensor]);
     let mut axes = Vec::new();
@@ -32,9 +48,9 @@ pub(super) fn candidates(spec: &ModelSpec, seats: &Seats<'_>, policy: &Policy) -
     });
     let mut refused = None;
     let mut meshes = Vec::new();
-    for (_, pipeline, data, tensor) in axes {
+    for (crosses, pipeline, data, tensor) in axes {
         match mesh(spec, policy, pipeline, data, tensor) {
-            Ok(mesh) => meshes.push(mesh),
+            Ok(mesh) => meshes.push(Candidate { mesh, crosses }),
             Err(error) => refused = refused.or(Some(error)),
         }
     }
@@ -61,7 +77,7 @@ fn lanes(flag: Option<usize>, most: usize) -> Vec<usize> {
     lanes
 }
 
-/// The mesh with its expert axis: as the flag says, else as many ways as the experts allow, else not at all.
+/// The mesh with its expert axis: as the flag says, else as many ways as ranks and experts allow, else not at all.
 fn mesh(spec: &ModelSpec, policy: &Policy, pipeline: usize, data: usize, tensor: usize) -> Result<Mesh, PlanError> {
     let checked = |expert| {
         let mesh = Mesh::new(pipeline, data, tensor, expert)?;
@@ -71,7 +87,8 @@ fn mesh(spec: &ModelSpec, policy: &Policy, pipeline: usize, data: usize, tensor:
     if let Some(expert) = policy.expert {
         return checked(expert);
     }
-    let most = cut::expert_segments(spec).min(data * tensor);
+    // Over lanes single outputs come home, so only the slices' runs must be whole segments: the check sees to that.
+    let most = if data > 1 { data * tensor } else { cut::expert_segments(spec).min(tensor) };
     let spread = (1..=most).rev().filter(|e| *e > 1 && e.is_multiple_of(data) && (data * tensor).is_multiple_of(*e));
     spread.map(checked).find(Result::is_ok).unwrap_or_else(|| checked(1))
 }

@@ -2,13 +2,15 @@
 //! plan.
 //!
 //! ```text
-//! offers -> meshes, best first ([`mesh`]) -> ranks on devices ([`place`]) -> stages, bytes, blocks ([`fit`]) -> Plan
+//! offers -> meshes, best first ([`mesh`]) -> ranks on devices ([`place`]) -> stages, bytes, blocks ([`fit`])
+//!        -> of those that fit alike the one that keeps least twice ([`copies`]) -> Plan
 //! ```
 //!
 //! [`check`] asserts what every plan keeps; [`explain`] tells people what one means; [`devices`] reads sizes and device
 //! lists as people write them.
 
 pub mod check;
+pub mod copies;
 pub mod devices;
 pub mod explain;
 mod fit;
@@ -19,13 +21,14 @@ mod smallest;
 pub use devices::{format_bytes, parse_bytes, parse_devices};
 pub use smallest::smallest;
 
+use copies::Copies;
 use model::mesh::Mesh;
 use model::plan::{Epoch, KernelFamily, Plan, WorkerId};
 use model::quant::Dtype;
 use model::size::{Keeping, RankBytes};
 use model::storage::Storage;
 use model::{ModelSpec, RankId, SpecError};
-use place::Seats;
+use place::{Seated, Seats};
 use std::collections::BTreeSet;
 
 /// One device that a worker offers.
@@ -154,23 +157,26 @@ pub fn plan(
     let free = policy.model_len_max.is_none() && policy.cache_bytes.is_none();
     for whole in [true, false].into_iter().filter(|whole| free || !whole) {
         let ask = fit::Ask { spec, keeping, policy, whole };
-        for mesh in &meshes {
-            let Some(seated) = seats.seat(mesh, previous) else { continue };
-            match fit::fit(&ask, mesh, &seated.memory, previous) {
-                Ok(fit) => {
-                    let epoch = Epoch(previous.map_or(0, |p| p.epoch.0) + 1);
-                    let (stages, limits) = (fit.stages, fit.limits);
-                    let plan =
-                        Plan { epoch, mesh: *mesh, dtype, family, stages, members: seats.members(&seated), limits };
-                    if let Err(broken) = check::check(spec, &plan) {
-                        unreachable!("the planner broke its own rule: {broken}");
-                    }
-                    return Ok(Planned { plan, bytes: fit.bytes });
+        let try_one = |mesh: &Mesh| {
+            let seated = seats.seat(mesh, previous)?;
+            Some(fit::fit(&ask, mesh, &seated.memory, previous).map(|fit| Chosen { mesh: *mesh, seated, fit }))
+        };
+        for candidate in &meshes {
+            match try_one(&candidate.mesh) {
+                None => {}
+                Some(Ok(first)) => {
+                    let rivals = meshes.iter().filter(|other| candidate.rivals(other));
+                    let fitting = rivals.filter_map(|rival| try_one(&rival.mesh)?.ok());
+                    let cost =
+                        |c: &Chosen| Copies::of(spec, keeping, &c.mesh, &c.fit.bytes, c.fit.limits.blocks).total();
+                    // The first of equals.
+                    let chosen = std::iter::once(first).chain(fitting).min_by_key(cost).expect("one fits");
+                    return Ok(finish(spec, keeping, &seats, chosen, previous));
                 }
-                Err(error) if !whole && nearest.as_ref().is_none_or(|best| nearer(&error, best)) => {
+                Some(Err(error)) if !whole && nearest.as_ref().is_none_or(|best| nearer(&error, best)) => {
                     nearest = Some(error);
                 }
-                Err(_) => {}
+                Some(Err(_)) => {}
             }
         }
     }
@@ -179,6 +185,30 @@ pub fn plan(
         let mesh = Mesh { pipeline: flags[0], data: flags[1], tensor: flags[2], expert: policy.expert.unwrap_or(1) };
         PlanError::TooFew { mesh, needs: mesh.ranks(), has: seats.len() }
     }))
+}
+
+/// A mesh that fits.
+struct Chosen {
+    mesh: Mesh,
+    seated: Seated,
+    fit: fit::Fit,
+}
+
+fn finish(
+    spec: &ModelSpec,
+    keeping: Keeping<'_>,
+    seats: &Seats<'_>,
+    chosen: Chosen,
+    previous: Option<&Plan>,
+) -> Planned {
+    let Chosen { mesh, seated, fit } = chosen;
+    let epoch = Epoch(previous.map_or(0, |p| p.epoch.0) + 1);
+    let (stages, limits, members) = (fit.stages, fit.limits, seats.members(&seated));
+    let plan = Plan { epoch, mesh, dtype: keeping.dtype, family: keeping.family, stages, members, limits };
+    if let Err(broken) = check::check(spec, &plan) {
+        unreachable!("the planner broke its own rule: {broken}");
+    }
+    Planned { plan, bytes: fit.bytes }
 }
 
 /// Whether `error` came closer to a plan than `best`.

@@ -65,14 +65,46 @@ fn mesh(pipeline: usize, data: usize, tensor: usize, expert: usize) -> Mesh {
 const GIB: u64 = 1 << 30;
 
 #[test]
-fn deepseek_spreads_its_experts_over_two_hosts() {
+fn deepseek_spreads_its_experts_over_two_hosts_and_keeps_each_latent_once() {
     let found = planned(DEEPSEEK, &parse_devices("16x141GiB").unwrap(), &Policy::default());
-    assert_eq!(found.plan.mesh, mesh(1, 2, 8, 8));
+    assert_eq!(found.plan.mesh, mesh(1, 16, 1, 16));
     assert!(found.bytes.iter().all(|b| b.total(found.plan.limits.blocks as u64) <= 141 * GIB));
     assert_eq!(found.plan.limits.model_len_max, 163_840);
-    // Each host is a lane.
+    // A device is a lane.
     assert!(found.plan.members.iter().all(|m| m.ranks.len() == 8));
     assert_eq!(found.plan.members[1].ranks[0].0, 8);
+}
+
+/// DeepSeek V3 as it is published.
+const FP8: &str = r#""quantization_config":{"quant_method":"fp8","fmt":"e4m3","activation_scheme":"dynamic",
+"weight_block_size":[128,128]},"#;
+
+#[test]
+fn lanes_are_preferred_where_slices_would_copy_the_cache_and_weights_fit() {
+    let fp8 = DEEPSEEK.replacen('{', &format!("{{{FP8}"), 1);
+    let auto = |config: &str, devices: &str| planned(config, &parse_devices(devices).unwrap(), &Policy::default());
+    for (config, devices, expected) in [
+        (fp8.as_str(), "8x141GiB", mesh(1, 8, 1, 8)),
+        (&fp8, "16x141GiB", mesh(1, 16, 1, 16)),
+        (DEEPSEEK, "16x141GiB", mesh(1, 16, 1, 16)),
+        // Further copies of attention do not fit beside the experts.
+        (&fp8, "8x96GiB", mesh(1, 1, 8, 8)),
+        // Eight key/value heads are cut, not copied.
+        (LLAMA70, "8x80GiB", mesh(1, 1, 8, 1)),
+    ] {
+        let found = auto(config, devices);
+        assert_eq!(found.plan.mesh, expected, "{devices}");
+    }
+    let (spec, found) = (spec(&fp8), auto(&fp8, "8x141GiB").plan);
+    let storage = bf16(&spec);
+    let text = explain::table(&spec, &storage, &found);
+    assert!(text.contains("dp8 x tp1 rather than dp1 x tp8: ") && text.contains("0 B of cache"), "{text}");
+    let report = explain::report(&spec, &storage, &found);
+    assert_eq!(report.copied_cache_bytes, 0);
+    // Seven more copies of all but the routed experts: 17 billion weights, most of a byte, tables of two.
+    assert!((110.0..160.0).contains(&(report.copied_weights_bytes as f64 / 1e9)), "{}", report.copied_weights_bytes);
+    let llama = explain::report(&self::spec(LLAMA70), &bf16(&self::spec(LLAMA70)), &auto(LLAMA70, "8x80GiB").plan);
+    assert_eq!((llama.reason, llama.copied_cache_bytes), (None, 0));
 }
 
 #[test]
@@ -113,7 +145,9 @@ fn flags_are_kept_and_the_rest_is_chosen() {
     let offers = laptop(8, GIB);
     let chosen = |policy| planned(TINY_MOE, &offers, &policy).plan.mesh;
     let auto = Policy::default();
-    assert_eq!(chosen(auto.clone()), mesh(1, 1, 8, 8));
+    // Eight slices would keep each of four key/value heads twice.
+    assert_eq!(chosen(auto.clone()), mesh(1, 2, 4, 8));
+    assert_eq!(chosen(Policy { tensor: Some(8), ..auto.clone() }), mesh(1, 1, 8, 8));
     assert_eq!(chosen(Policy { tensor: Some(2), ..auto.clone() }), mesh(1, 4, 2, 8));
     assert_eq!(chosen(Policy { data: Some(2), expert: Some(1), ..auto.clone() }), mesh(1, 2, 4, 1));
     assert_eq!(chosen(Policy { pipeline: Some(2), ..auto.clone() }), mesh(2, 1, 4, 4));
@@ -244,7 +278,8 @@ fn broken_plans_are_told_apart() {
 #[test]
 fn a_table_shows_every_rank_and_its_sizes() {
     let spec = spec(DEEPSEEK);
-    let found = planned(DEEPSEEK, &parse_devices("16x141GiB").unwrap(), &Policy::default());
+    let policy = Policy { tensor: Some(8), expert: Some(8), ..Policy::default() };
+    let found = planned(DEEPSEEK, &parse_devices("16x141GiB").unwrap(), &policy);
     let text = explain::table(&spec, &bf16(&spec), &found.plan);
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines.len(), 2 + 1 + 16, "{text}");
