@@ -1,7 +1,8 @@
 use super::{Device, Offer, PlanError, Planned, Policy, check, explain, parse_devices, plan};
-use model::mesh::Mesh;
+use model::mesh::{Mesh, Place};
 use model::plan::{Epoch, KernelFamily, Plan, WorkerId};
 use model::quant::{Dtype, Format};
+use model::size::{self, Keeping};
 use model::storage::Storage;
 use model::{ModelSpec, hf};
 use proptest::prelude::*;
@@ -244,6 +245,48 @@ fn stages_follow_the_memory_of_their_devices() {
     assert_eq!(found.plan.mesh, mesh(2, 1, 1, 1));
     let lengths: Vec<usize> = found.plan.stages.iter().map(ExactSizeIterator::len).collect();
     assert!(lengths[1] >= 2 * lengths[0] - 4 && lengths[0] > 20, "{lengths:?}");
+}
+
+/// The least that the fullest of some stages can hold, by trying every cut.
+fn fullest_least(layers: &[u64], stages: usize, first: u64, last: u64) -> u64 {
+    let sum: u64 = layers.iter().sum();
+    if stages == 1 {
+        return first + sum + last;
+    }
+    let cuts = 1..=layers.len() + 1 - stages;
+    let of = |cut: usize| {
+        let own = first + layers[..cut].iter().sum::<u64>();
+        own.max(fullest_least(&layers[cut..], stages - 1, 0, last))
+    };
+    cuts.map(of).min().unwrap()
+}
+
+#[test]
+fn stages_are_balanced_by_bytes_and_not_by_layers() {
+    let fp8 = DEEPSEEK.replacen('{', &format!("{{{FP8}"), 1);
+    let spec = spec(&fp8);
+    let storage = Storage::stated(&spec, Format::Bf16);
+    let offers = parse_devices("4x256GiB").unwrap();
+    for stages in [2, 4] {
+        let policy = Policy { pipeline: Some(stages), tensor: Some(1), data: Some(1), ..Policy::default() };
+        let policy = Policy { model_len_max: Some(4096), ..policy };
+        let offers = if stages == 2 { parse_devices("2x512GiB").unwrap() } else { offers.clone() };
+        let found = plan(&spec, &storage, &offers, &policy, None).unwrap();
+        let mesh = found.plan.mesh;
+        let keeping = Keeping { storage: &storage, dtype: Dtype::Bf16, family: KernelFamily::Vector };
+        let place = Place { stage: 0, lane: 0, slice: 0 };
+        let layers: Vec<u64> = (0..61).map(|l| size::layer_weights(&spec, l, &mesh, place, keeping)).collect();
+        let within = |stage: usize| found.plan.stages[stage].clone().map(|l| layers[l]).sum::<u64>();
+        let weights: Vec<u64> = found.bytes.iter().map(|bytes| bytes.weights).collect();
+        let (first, last) = (weights[0] - within(0), weights[stages - 1] - within(stages - 1));
+        assert!(first > 1 << 30 && last > 1 << 30, "embedding and head: {first}, {last}");
+        let fullest = *weights.iter().max().unwrap();
+        // Shares are counted in 65536ths of a device.
+        let least = fullest_least(&layers, stages, first, last);
+        assert!(fullest - least < 1 << 24, "{fullest} in the fullest stage, {least} would do: {weights:?}");
+        let lengths: Vec<usize> = found.plan.stages.iter().map(ExactSizeIterator::len).collect();
+        assert!(lengths[0] > lengths[1], "three dense layers weigh less than one mixture: {lengths:?}");
+    }
 }
 
 #[test]

@@ -206,6 +206,8 @@ mod tests {
     struct Group {
         answers: VecDeque<(StepId, StepResult)>,
         steps_left: usize,
+        /// How many steps were in flight whenever an answer was waited for.
+        waited_with: Vec<usize>,
     }
 
     impl ShardGroup for Group {
@@ -226,6 +228,7 @@ mod tests {
 
         async fn next(&mut self) -> Result<(StepId, StepResult), Fault> {
             tokio::task::yield_now().await;
+            self.waited_with.push(self.answers.len());
             if self.steps_left == 0 {
                 return Err(Fault::new(FaultKind::RankLost, "rank 0 is gone"));
             }
@@ -235,7 +238,7 @@ mod tests {
     }
 
     fn group(steps_left: usize) -> Group {
-        Group { answers: VecDeque::new(), steps_left }
+        Group { answers: VecDeque::new(), steps_left, waited_with: Vec::new() }
     }
 
     fn job(tokens_max: u32) -> Job {
@@ -288,6 +291,34 @@ mod tests {
         let (outputs, ended) = tokio::join!(client, server);
         assert_eq!((outputs, ended), (expected(20), Ended::Closed));
         assert_eq!((load.borrow().requeues, load.borrow().tokens_generated), (1, 20));
+    }
+
+    #[tokio::test]
+    async fn as_many_steps_as_stages_are_submitted_before_an_answer_is_waited_for() {
+        for stages in [1, 2, 4] {
+            let (sender, receiver) = mpsc::channel(8);
+            let limits = Limits { step_sequences_max: 8, ..LIMITS };
+            let settings = Settings { steps_in_flight_max: stages, ..Settings::new(limits, 1) };
+            let (mut driver, _load) = Driver::new(settings, receiver, Instant::now);
+            let door = Door::new(sender);
+            let client = async {
+                let mut outputs = Vec::new();
+                for _ in 0..8 {
+                    outputs.push(door.submit(job(20)).await.unwrap());
+                }
+                drop(door);
+                for outputs in outputs {
+                    assert_eq!(collect(outputs).await, expected(20));
+                }
+            };
+            let mut group = group(1000);
+            let ((), ended) = tokio::join!(client, async { driver.run(&mut group).await });
+            assert_eq!(ended, Ended::Closed);
+            // All but the first steps, of jobs that came one by one, and the last, of jobs that end.
+            let busy = group.waited_with.iter().filter(|flying| **flying == stages).count();
+            assert!(busy * 10 > group.waited_with.len() * 9, "{stages} stages: {:?}", group.waited_with);
+            assert!(group.waited_with.iter().all(|flying| *flying <= stages));
+        }
     }
 
     #[tokio::test]

@@ -32,6 +32,14 @@ pub struct Pack {
     pub batch: LaneBatch,
     pub flown: Vec<Flown>,
     pub tokens: usize,
+    pub tokens_max: usize,
+}
+
+impl Pack {
+    /// Whether a chunk of a prompt finds room.
+    pub fn has_room(&self, sequences_max: usize) -> bool {
+        self.tokens < self.tokens_max && self.flown.len() < sequences_max
+    }
 }
 
 /// One chunk in flight.

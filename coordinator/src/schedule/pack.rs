@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use model::plan::{BLOCK_TOKENS, Limits};
+use model::plan::BLOCK_TOKENS;
 use model::step::{Begin, BlockId, Sampling, SeqId, StepBatch, StepId};
 
 use super::blocks::Parent;
@@ -13,6 +13,10 @@ use super::sequence::{Fate, Place, Slot};
 /// What one more sequence costs a lane, in tokens to prefill: a prefix hit draws a sequence to its lane, but not past
 /// this many tokens a sequence that the lane has more than the others.
 const SEQUENCE_COST_TOKENS: usize = BLOCK_TOKENS;
+
+/// Prompt tokens that a step takes whole, even where other steps could fly beside it: fewer would not keep a stage busy
+/// for longer than reading its weights takes.
+const SHARED_TOKENS_LEAST: usize = 64;
 
 /// A lane that can take a sequence, and the part of its prompt found there.
 struct Offer {
@@ -31,6 +35,7 @@ impl Scheduler {
         let mut packs: Vec<Pack> = self.lanes.iter().map(|_| Pack::default()).collect();
         for (lane, pack) in packs.iter_mut().enumerate() {
             self.pack_decodes(lane, pack);
+            pack.tokens_max = self.tokens_max(lane, pack.tokens);
             self.pack_prefills(lane, pack);
         }
         self.admit(now, &mut packs);
@@ -81,10 +86,34 @@ impl Scheduler {
         }
     }
 
+    /// Tokens of a lane's part of a step that has `decodes`: all that fit, or, where further steps can fly at once, prompts
+    /// up to this step's share of what waits, so that every pipeline stage works on some of it.
+    fn tokens_max(&self, lane: usize, decodes: usize) -> usize {
+        let most = self.settings.limits.step_tokens_max;
+        let free = self.settings.steps_in_flight_max - self.flights.len();
+        if free == 1 {
+            return most;
+        }
+        let left = |slot: &Slot| {
+            let sequence = self.roster.get(*slot);
+            sequence.tokens.len() - sequence.place.as_ref().map_or(0, |place| place.scheduled)
+        };
+        let begun: usize = self.lanes[lane].prefilling.values().map(left).sum();
+        let (mut waiting, enough) = (0, most * free * self.lanes.len());
+        for slot in self.waiting.values() {
+            waiting += left(slot);
+            if waiting >= enough {
+                return most;
+            }
+        }
+        let share = (begun + waiting.div_ceil(self.lanes.len())).div_ceil(free).max(SHARED_TOKENS_LEAST);
+        most.min(decodes + share)
+    }
+
     /// Chunks of prompts that were begun before, the oldest first.
     fn pack_prefills(&mut self, lane: usize, pack: &mut Pack) {
         while let Some((_, &slot)) = self.lanes[lane].prefilling.first_key_value()
-            && has_room(&self.settings.limits, pack)
+            && pack.has_room(self.settings.limits.step_sequences_max)
         {
             self.prefill(lane, slot, pack);
         }
@@ -106,10 +135,11 @@ impl Scheduler {
         let request = self.requests.get(&sequence.age.job).expect("a waiting sequence has a request");
         let computes_all = request.scored_choice() == Some(sequence.age.choice);
         let blocks = sequence.tokens.len().div_ceil(BLOCK_TOKENS);
+        let sequences_max = self.settings.limits.step_sequences_max;
         let mut best: Option<((usize, usize), Offer)> = None;
         for (number, lane) in self.lanes.iter_mut().enumerate() {
             let full = lane.running.len() >= self.settings.lane_sequences_max();
-            if full || !has_room(&self.settings.limits, &packs[number]) || lane.too_full_for == Some(sequence.age) {
+            if full || !packs[number].has_room(sequences_max) || lane.too_full_for == Some(sequence.age) {
                 continue;
             }
             let (cached, chain) = if self.settings.prefix_cache && !computes_all {
@@ -185,7 +215,7 @@ impl Scheduler {
     fn prefill(&mut self, lane: usize, slot: Slot, pack: &mut Pack) {
         let sequence = self.roster.get_mut(slot);
         let left = sequence.tokens.len() - sequence.place().scheduled;
-        let count = left.min(self.settings.limits.step_tokens_max - pack.tokens);
+        let count = left.min(pack.tokens_max - pack.tokens);
         self.load.tokens_prefilled += count as u64;
         self.lanes[lane].fly(sequence, slot, count, pack);
     }
@@ -200,8 +230,4 @@ impl Scheduler {
         self.waiting.insert(sequence.age, slot);
         self.load.preemptions += 1;
     }
-}
-
-fn has_room(limits: &Limits, pack: &Pack) -> bool {
-    pack.tokens < limits.step_tokens_max && pack.flown.len() < limits.step_sequences_max
 }

@@ -260,6 +260,28 @@ fn nobody_starves_while_new_jobs_keep_coming() {
 }
 
 #[test]
+fn prompts_that_arrive_together_are_shared_by_the_steps_in_flight() {
+    let limits = Limits { step_tokens_max: 512, step_sequences_max: 16, blocks: 64, ..LIMITS };
+    for (stages, prompts, expected) in [
+        (1, [100; 4].as_slice(), &[400usize][..]),
+        (2, &[100; 4], &[200, 200]),
+        (4, &[100; 4], &[100, 100, 100, 100]),
+        (4, &[30, 30, 30], &[64, 26]),
+        // Too much for all of them: full steps.
+        (2, &[250; 5], &[512, 512]),
+    ] {
+        let mut bench = Bench::new(Settings { steps_in_flight_max: stages, ..Settings::new(limits, 1) });
+        for (number, &tokens) in prompts.iter().enumerate() {
+            bench.add(job(number as u32 + 1, tokens, 9));
+        }
+        let flown: Vec<usize> = std::iter::from_fn(|| bench.next())
+            .map(|(_, batch)| batch.lanes[0].chunks.iter().map(|chunk| chunk.tokens.len()).sum())
+            .collect();
+        assert_eq!(flown, expected, "{stages} stages, {prompts:?}");
+    }
+}
+
+#[test]
 fn steps_in_flight_share_the_running_sequences() {
     let mut bench = Bench::new(Settings { steps_in_flight_max: 2, ..settings() });
     for number in 0..4 {
