@@ -1,6 +1,6 @@
 //! `conclave coordinator`: one coordinator of a cluster.
 
-use crate::signals;
+use crate::{checksums, signals};
 use anyhow::{Context, Result};
 use coordinator::config::Config;
 use std::path::PathBuf;
@@ -19,6 +19,9 @@ pub fn run(args: Args) -> Result<()> {
     let mut config: Config = toml::from_str(&text).with_context(|| format!("{file} is wrong"))?;
     if let Ok(token) = std::env::var("CONCLAVE_TOKEN") {
         config.token = token;
+    }
+    if config.verify_checksums {
+        checksums::verify(&config.model)?;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {

@@ -6,6 +6,7 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 mod bench;
+mod checksums;
 mod client;
 mod coordinator_command;
 mod hub;

@@ -35,6 +35,9 @@ pub struct Args {
     /// Cache of each rank, e.g. 2GiB
     #[arg(long, value_parser = parse_bytes)]
     kv_cache_memory: Option<u64>,
+    /// Compare the model's files with their checksums: those of SHA256SUMS beside them, or the hub cache's
+    #[arg(long)]
+    verify_checksums: bool,
     /// Print the plan as JSON
     #[arg(long)]
     json: bool,
@@ -47,7 +50,11 @@ type Setting<T> = Option<T>;
 const USUAL: [&str; 3] = ["80GiB", "141GiB", "192GiB"];
 
 pub fn run(args: Args) -> Result<()> {
-    let source = Source::describe(&crate::hub::model(&args.model, Need::Describe)?.path)?;
+    let path = crate::hub::model(&args.model, Need::Describe)?.path;
+    if args.verify_checksums {
+        crate::checksums::verify(&path)?;
+    }
+    let source = Source::describe(&path)?;
     let (spec, storage) = (&source.spec, &source.storage);
     let policy = Policy {
         tensor: args.tensor_parallel_size,

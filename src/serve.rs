@@ -1,11 +1,11 @@
 //! `conclave serve`: a whole cluster on this host.
 
 use crate::workers::{Share, Workers};
-use crate::{progress, signals};
+use crate::{checksums, progress, signals};
 use anyhow::{Context, Result};
 use coordinator::config::{Config, parse_dtype};
 use coordinator::hub::Need;
-use coordinator::plan::{Device, Offer, parse_bytes};
+use coordinator::plan::{Device, Offer, explain, parse_bytes};
 use model::plan::WorkerId;
 use model::quant::Dtype;
 use std::net::SocketAddr;
@@ -17,6 +17,9 @@ pub struct Args {
     /// A directory in Hugging Face's layout, a .gguf file, or a model of the hub: org/name, org/name@revision,
     /// org/name:FILE.gguf
     model: PathBuf,
+    /// Compare the model's files with their checksums first: those of SHA256SUMS beside them, or the hub cache's
+    #[arg(long)]
+    verify_checksums: bool,
     #[command(flatten)]
     pub options: Options,
 }
@@ -147,6 +150,9 @@ pub fn run(args: Args) -> Result<()> {
     let mut options = args.options;
     let model = crate::hub::model(&args.model, Need::Serve)?;
     options.served_model_name = options.served_model_name.or(model.name);
+    if args.verify_checksums {
+        checksums::verify(&model.path)?;
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(serve(model.path, options, |_| async { Ok(()) }))
 }
@@ -160,7 +166,10 @@ pub async fn serve<F: Future<Output = Result<()>>>(
     let layout = options.layout()?;
     let token = coordinator::run::random_token();
     let config = options.config(model, layout.workers, token.clone());
-    coordinator::run::rehearse(&config, &layout.offers())?;
+    let source = coordinator::run::rehearse(&config, &layout.offers())?;
+    if let Some(part) = explain::part(&source.spec) {
+        println!("only {part}");
+    }
     let api = TcpListener::bind(options.listen).await;
     let api = api.with_context(|| format!("the API can't listen on {}", options.listen))?;
     let node = TcpListener::bind("127.0.0.1:0").await.context("no free port on loopback")?;

@@ -42,6 +42,9 @@ pub struct Config {
     pub pipeline_parallel_size: Option<usize>,
     #[serde(default)]
     pub expert_parallel_size: Option<usize>,
+    /// Compare the model's files with their checksums before serving: those of `SHA256SUMS` beside them, or the hub cache's.
+    #[serde(default)]
+    pub verify_checksums: bool,
     /// `auto` (the checkpoint's: bf16 unless it is f32), `f32` or `bf16`.
     #[serde(default, deserialize_with = "dtype")]
     pub dtype: Option<Dtype>,

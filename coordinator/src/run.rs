@@ -91,11 +91,12 @@ fn random_bytes<const N: usize>() -> [u8; N] {
     bytes
 }
 
-/// Plans on devices that are not there yet, so that a mesh that can't be had is refused before anything is started.
-pub fn rehearse(config: &Config, members: &[Offer]) -> Result<(), StartError> {
+/// Plans on devices that are not there yet, so that a mesh that can't be had is refused before anything is started. The
+/// model that was read for it.
+pub fn rehearse(config: &Config, members: &[Offer]) -> Result<Source, StartError> {
     let source = Source::open(&config.model)?;
     plan::plan(&source.spec, &source.storage, members, &policy(config), None)?;
-    Ok(())
+    Ok(source)
 }
 
 /// Starts a coordinator on two bound listeners. Fails at once on a model that can't be read or cut as asked.

@@ -18,6 +18,8 @@ pub struct Served {
     child: Child,
     /// `ip:port` of the API.
     pub address: String,
+    /// What it said before it served.
+    pub said: Vec<String>,
     lines: mpsc::Receiver<String>,
 }
 
@@ -57,6 +59,7 @@ impl Served {
                 served.address = rest.split_whitespace().next().context("an address")?.to_string();
                 return Ok(served);
             }
+            served.said.push(line);
         }
     }
 
@@ -80,7 +83,7 @@ impl Served {
                 }
             }
         });
-        Ok(Served { child, address: String::new(), lines })
+        Ok(Served { child, address: String::new(), said: Vec::new(), lines })
     }
 
     /// Sends a request and reads the whole answer.

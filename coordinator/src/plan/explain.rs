@@ -153,8 +153,7 @@ pub fn model(spec: &ModelSpec) -> String {
         true => String::new(),
         false => format!(", {} active for a token", billions(parameters.active)),
     };
-    let part =
-        spec.part_of.as_ref().map(|whole| format!("; the language part of {whole}: pictures and sound are not read"));
+    let part = part(spec).map(|part| format!("; {part}"));
     format!(
         "{}: {} layers, {} parameters{active}{}\n",
         spec.architecture,
@@ -162,6 +161,13 @@ pub fn model(spec: &ModelSpec) -> String {
         billions(parameters.total),
         part.unwrap_or_default()
     )
+}
+
+/// What is read of a model that is more than a language model.
+pub fn part(spec: &ModelSpec) -> Option<String> {
+    spec.part_of
+        .as_ref()
+        .map(|whole| format!("the language part of {whole} is loaded: pictures and sound are not read"))
 }
 
 /// The report as an aligned table under two lines of summary, and a third where lanes were preferred to slices.
