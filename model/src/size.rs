@@ -67,7 +67,11 @@ pub fn rank(
     let mut buffers = Buffers::new(precision.compute, limits);
     buffers.stream(spec, mesh, outer);
     let (mut ropes, mut scales): (Vec<&Rope>, Vec<QueryScale>) = (Vec::new(), Vec::new());
-    for (layer, repeats) in runs(&spec.layers[layers]) {
+    let predictors = if outer.head { &spec.predictors[..] } else { &[] };
+    for shape in predictors.iter().flat_map(|_| catalog::predictor_shapes(spec)) {
+        bytes.weights += shape_bytes(&shape, None, mesh, place, precision);
+    }
+    for (layer, repeats) in runs(&spec.layers[layers]).into_iter().chain(predictors.iter().map(|p| (&p.layer, 1))) {
         bytes.weights += repeats * layer_weights(spec, layer, mesh, place, precision);
         bytes.cache_per_block += repeats * block_bytes(layer, mesh, place, precision.compute);
         buffers.layer(spec, layer, mesh);
@@ -115,7 +119,7 @@ struct Outer {
 impl Outer {
     fn of(mesh: &Mesh, stage: usize, spec: &ModelSpec) -> Outer {
         let head = stage + 1 == mesh.pipeline;
-        Outer { first: stage == 0, embedding: stage == 0 || (head && spec.head.tied), head }
+        Outer { first: stage == 0, embedding: stage == 0 || (head && catalog::embeds_last(spec)), head }
     }
 }
 
@@ -205,6 +209,9 @@ pub fn is_vector(role: Role) -> bool {
             | Role::ExpertGateBias
             | Role::ExpertUpBias
             | Role::ExpertDownBias
+            | Role::PredictorEmbeddingNorm
+            | Role::PredictorHiddenNorm
+            | Role::PredictorNorm
     )
 }
 
@@ -258,6 +265,10 @@ impl<'a> Buffers<'a> {
         if outer.head {
             let vocab = spec.vocab.div_ceil(mesh.tensor) + 2 * spec.vocab;
             self.stream += Buffers::ladder(LOGITS_ROWS, spec.hidden * (F32 + self.dtype.bytes()) + vocab * F32);
+            if !spec.predictors.is_empty() {
+                // Both halves of a predictor's projection; its rows lie where the stream's did.
+                self.stream += Buffers::ladder(self.limits.step_tokens_max, 2 * spec.hidden / mesh.tensor * F32);
+            }
         }
     }
 
@@ -333,7 +344,7 @@ mod tests {
     const LIMITS: Limits = Limits { model_len_max: 4096, step_tokens_max: 512, step_sequences_max: 64, blocks: 0 };
 
     fn bytes(sample: &str, mesh: Mesh, place: Place) -> RankBytes {
-        let spec = samples::spec(sample);
+        let spec = samples::spec(sample).predicting(0).unwrap();
         let layers = spec.layers.len();
         let stage = layers * place.stage / mesh.pipeline..layers * (place.stage + 1) / mesh.pipeline;
         let precision = Precision::new(&[Format::Bf16], Dtype::Bf16);

@@ -283,6 +283,7 @@ fn write(to: &Path, keys: &Keys, tensors: &[Tensor]) {
 /// The spec as GGUF names it; `halves` splits the latent's expansion.
 fn renamed(spec: &ModelSpec, architecture: &str, halves: bool) -> ModelSpec {
     let mut spec = ModelSpec { architecture: architecture.into(), naming: Naming::Gguf, ..spec.clone() };
+    spec.predictors.clear();
     for layer in &mut spec.layers {
         if let Mixer::Latent(l) = &mut layer.mixer {
             l.halves = halves;

@@ -57,6 +57,7 @@ pub struct RankReport {
 
 /// What `plan` means for `spec`, whose matrices are stored in `formats`.
 pub fn report(spec: &ModelSpec, formats: &[Format], plan: &Plan) -> Report {
+    let spec = &spec.predicting(plan.predictors).expect("a plan has no more predictors than its model");
     let mut ranks = Vec::with_capacity(plan.mesh.ranks());
     let precision = Precision::new(formats, plan.dtype);
     for member in &plan.members {

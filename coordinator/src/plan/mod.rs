@@ -65,6 +65,8 @@ pub struct Policy {
     pub cache_bytes_modest: Option<u64>,
     pub step_tokens_max: usize,
     pub step_sequences_max: usize,
+    /// Load so many of the model's predictors.
+    pub predictors: usize,
 }
 
 impl Default for Policy {
@@ -80,6 +82,7 @@ impl Default for Policy {
             cache_bytes_modest: None,
             step_tokens_max: 512,
             step_sequences_max: 128,
+            predictors: 0,
         }
     }
 }
@@ -140,6 +143,7 @@ pub fn plan(
     previous: Option<&Plan>,
 ) -> Result<Planned, PlanError> {
     check_policy(spec, policy)?;
+    let spec = &spec.predicting(policy.predictors)?;
     let family = family(members, previous)?;
     let seats = Seats::new(members);
     if seats.len() == 0 {
@@ -159,8 +163,8 @@ pub fn plan(
                 Ok(fit) => {
                     let epoch = Epoch(previous.map_or(0, |p| p.epoch.0) + 1);
                     let (stages, limits) = (fit.stages, fit.limits);
-                    let plan =
-                        Plan { epoch, mesh: *mesh, dtype, family, stages, members: seats.members(&seated), limits };
+                    let (members, predictors) = (seats.members(&seated), policy.predictors);
+                    let plan = Plan { epoch, mesh: *mesh, dtype, family, stages, members, limits, predictors };
                     if let Err(broken) = check::check(spec, &plan) {
                         unreachable!("the planner broke its own rule: {broken}");
                     }
