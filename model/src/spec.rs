@@ -109,7 +109,8 @@ pub struct Layer {
 /// ```text
 /// x = projection [embedding_norm(embedding), hidden_norm(row)] ; the layer ; norm -> the model's own head
 /// ```
-/// Its row stands in its cache where the row that it goes on from stands in the model's.
+/// Its row has the position of the row that it goes on from, in its cache and for its rotation. (The reference rotates one
+/// further throughout, which is the same: only distances count.)
 #[derive(Debug, Clone, PartialEq)]
 pub struct Predictor {
     /// `enorm`.

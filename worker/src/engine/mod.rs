@@ -195,25 +195,26 @@ impl<B: Backend> Engine<B> {
             self.progress.fetch_add(1, Ordering::Relaxed);
         }
         pass.give(hidden, Kind::Input, normed);
-        let mut answer = None;
-        if last {
-            let mut head = Head {
-                vocabulary: &self.vocabulary,
-                sequences: &mut self.sequences,
-                trace: self.trace.as_mut(),
-                vocab: self.spec.vocab,
-                hidden,
-                leader: self.place.slice == 0,
-            };
-            answer = Some(head.run(&mut pass, resolved, &x)?);
-            let mut foresight =
-                Foresight { predictors: &mut self.predictors, vocabulary: &self.vocabulary, tables: &self.tables };
-            x = foresight.run(&mut pass, &mut head, resolved, x)?;
-        } else if rows > 0 {
-            send(&mut pass, self.place.stage + 1, &mut x)?;
+        if !last {
+            if rows > 0 {
+                send(&mut pass, self.place.stage + 1, &mut x)?;
+            }
+            pass.give(hidden, Kind::Full, x);
+            return Ok(None);
         }
-        pass.give(hidden, Kind::Full, x);
-        Ok(answer)
+        let mut head = Head {
+            vocabulary: &self.vocabulary,
+            sequences: &mut self.sequences,
+            trace: self.trace.as_mut(),
+            vocab: self.spec.vocab,
+            hidden,
+            leader: self.place.slice == 0,
+        };
+        let answer = head.run(&mut pass, resolved, &x)?;
+        let mut foresight =
+            Foresight { predictors: &mut self.predictors, vocabulary: &self.vocabulary, tables: &self.tables };
+        foresight.run(&mut pass, &mut head, resolved, x)?;
+        Ok(Some(answer))
     }
 }
 

@@ -97,17 +97,17 @@ pub struct Foresight<'a, B: Backend> {
 
 impl<B: Backend> Foresight<'_, B> {
     /// Runs the predictors that a step asks for, each on the rows of the one before, the first on the residual rows `x`.
-    /// Their logits go to the head's trace. A buffer as `x` was comes back.
+    /// Their logits go to the head's trace, and `x` back to the pool.
     pub fn run(
         &mut self,
         pass: &mut Pass<'_, B>,
         head: &mut Head<'_, B>,
         resolved: &Resolved,
         x: B::Buffer,
-    ) -> Result<B::Buffer, Fault> {
-        let (hidden, rows) = (pass.hidden, pass.rows);
+    ) -> Result<(), Fault> {
+        let hidden = pass.hidden;
         // What the next predictor goes on from, how many rows of it, and their norm.
-        let (mut before, mut count, mut norm) = (x, rows, head.norm());
+        let (mut before, mut count, mut norm) = (x, pass.rows, head.norm());
         for (index, (predictor, ahead)) in self.predictors.iter_mut().zip(&resolved.ahead).enumerate() {
             if count > 0 {
                 replace(&mut over(pass, count, pass.meta), norm, &mut before)?;
@@ -129,11 +129,8 @@ impl<B: Backend> Foresight<'_, B> {
             }
             (before, count, norm) = (x, ahead.rows(), &predictor.norm);
         }
-        if count == rows {
-            return Ok(before);
-        }
         pass.pool.give(hidden, Kind::Full, count, before);
-        pass.take(hidden, Kind::Full)
+        Ok(())
     }
 }
 
