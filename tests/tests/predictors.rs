@@ -157,7 +157,7 @@ fn predictions_go_on_behind_a_cached_prefix() {
     assert_eq!(found[0].predicted.keys().next(), Some(&(0, 2 * BLOCK_TOKENS)));
 }
 
-/// Appends `count` tensors of a predictor's own to those of a fixture of `hidden` channels; `projection` is `eh_proj`.
+/// Appends a predictor's own tensors for rows of `hidden` channels: norms, and `projection`.
 fn own(tensors: &mut Vec<Tensor>, layer: usize, hidden: usize, projection: Vec<Tensor>) {
     let ones: Vec<u8> =
         (0..hidden).flat_map(|i| half::bf16::from_f32(1.0 + (i % 7) as f32 / 16.0).to_le_bytes()).collect();
@@ -171,7 +171,7 @@ fn own(tensors: &mut Vec<Tensor>, layer: usize, hidden: usize, projection: Vec<T
 fn a_quantised_predictor_has_the_values_of_its_codes() {
     const HIDDEN: usize = 160;
     // Codes 0x30 to 0x37 are 0.5 to 0.9375, their top bit the sign.
-    let code = |i: usize| 0x30 | ((i * 7919 >> 3) as u8 & 7) | ((i * 104_729 >> 4) as u8 & 1) << 7;
+    let code = |i: usize| 0x30 | (((i * 7919) >> 3) as u8 & 7) | ((((i * 104_729) >> 4) as u8 & 1) << 7);
     let value = |code: u8| (0.5 + f32::from(code & 7) / 16.0) * if code & 0x80 == 0 { 1.0 } else { -1.0 };
     let scale = |row: usize, col: usize| 0.0625 * f32::from((1 + row / 128 + 2 * (col / 128)) as u8);
     let name = "model.layers.4.eh_proj.weight";
