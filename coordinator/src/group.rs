@@ -6,6 +6,7 @@ use model::plan::{Plan, WorkerId};
 use model::step::{LaneResult, StepBatch, StepId, StepResult};
 use proto::cluster::v1 as wire;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 use tokio::sync::mpsc;
 
 /// One replica of one model, loaded under one epoch. Production speaks gRPC to workers; tests simulate.
@@ -24,7 +25,7 @@ pub const ORDERS_MAX: usize = 64;
 /// A group over the workers' step streams: one message a worker and step, holding only the lanes that its ranks serve;
 /// each lane's leader answers.
 pub struct GrpcGroup {
-    plan: Plan,
+    plan: Arc<Plan>,
     workers: Vec<Worker>,
     answers: mpsc::Receiver<Answer>,
     pending: VecDeque<Pending>,
@@ -52,7 +53,7 @@ pub enum Answer {
 
 impl GrpcGroup {
     /// A group over one open stream for each member of `plan`.
-    pub fn new(plan: Plan, streams: BTreeMap<WorkerId, StepStream>, answers: mpsc::Receiver<Answer>) -> GrpcGroup {
+    pub fn new(plan: Arc<Plan>, streams: BTreeMap<WorkerId, StepStream>, answers: mpsc::Receiver<Answer>) -> GrpcGroup {
         let lanes_of = |id: &WorkerId| {
             let member = plan.members.iter().find(|m| m.worker == *id).expect("streams are opened by members");
             member.ranks.iter().map(|&r| plan.mesh.place(r).lane).collect()

@@ -167,6 +167,7 @@ fn policy(config: &Config) -> Policy {
         cache_bytes_modest: config.kv_cache_modest_bytes,
         step_tokens_max: config.max_num_batched_tokens,
         step_sequences_max: config.max_num_seqs,
+        ..Policy::default()
     }
 }
 

@@ -33,6 +33,10 @@ pub fn check(spec: &ModelSpec) -> Result<(), SpecError> {
     within("vocabulary size", spec.vocab, VOCAB_MAX)?;
     within("hidden size", spec.hidden, HIDDEN_MAX)?;
     within("number of layers", spec.layers.len(), LAYERS_MAX)?;
+    within("number of layers and predictors", spec.all_layers().count(), LAYERS_MAX)?;
+    for predictor in &spec.predictors {
+        [predictor.embedding_norm, predictor.hidden_norm, predictor.norm].iter().try_for_each(norm)?;
+    }
     within("longest sequence", spec.positions_max, POSITIONS_MAX)?;
     norm(&spec.final_norm)?;
     if spec.end_tokens.len() > END_TOKENS_MAX {
@@ -45,7 +49,7 @@ pub fn check(spec: &ModelSpec) -> Result<(), SpecError> {
     }
     let mut experts = 0;
     let mut previous = None;
-    for layer in &spec.layers {
+    for layer in spec.all_layers() {
         // Layers repeat; a layer equal to the one before needs no second look.
         if previous != Some(layer) {
             norm(&layer.mixer_norm)?;

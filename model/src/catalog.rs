@@ -7,8 +7,8 @@
 mod names;
 mod shapes;
 
-pub use names::{ROPE_FACTORS, dialect, gguf_name, ignored, settle};
-pub use shapes::{Shape, layer_shapes, outer_shapes, stack};
+pub use names::{ROPE_FACTORS, dialect, gguf_name, ignored, predictor_copies, settle};
+pub use shapes::{Shape, layer_shapes, outer_shapes, predictor_shapes, stack};
 
 use crate::cut::{self, Cut, Slice};
 use crate::mesh::{Mesh, RankId};
@@ -18,7 +18,7 @@ use std::ops::Range;
 /// A tensor's place in the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TensorId {
-    /// `None` for embedding, head and final norm.
+    /// `None` for embedding, head and final norm. Predictors' follow the last layer's.
     pub layer: Option<usize>,
     pub role: Role,
     /// For the routed experts' tensors.
@@ -87,6 +87,12 @@ pub enum Role {
     ExpertGateBias,
     ExpertUpBias,
     ExpertDownBias,
+    // predictor, beside its layer's
+    PredictorEmbeddingNorm,
+    PredictorHiddenNorm,
+    /// `[hidden, 2 * hidden]`: columns that meet the embedding, then those that meet the hidden row.
+    PredictorProjection,
+    PredictorNorm,
 }
 
 /// One tensor: where it is in a checkpoint, its full shape, its cut.
@@ -146,12 +152,13 @@ impl Fused {
     }
 }
 
-/// Every tensor of `spec`, embedding first, then layer by layer, final norm and head last.
+/// Every tensor of `spec`, embedding first, then layer by layer, then predictors, final norm and head last.
 pub fn tensors(spec: &ModelSpec) -> Vec<TensorDecl> {
     let [embedding, outer @ ..] = &outer_shapes(spec)[..] else { unreachable!("an embedding comes first") };
     let mut out = vec![declare(spec, None, None, embedding)];
-    for (index, layer) in spec.layers.iter().enumerate() {
-        for shape in layer_shapes(spec, layer) {
+    for (index, layer) in spec.all_layers().enumerate() {
+        let predictor = index.checked_sub(spec.layers.len()).map(|_| predictor_shapes(spec)).unwrap_or_default();
+        for shape in predictor.into_iter().chain(layer_shapes(spec, layer)) {
             match shape.cut {
                 Cut::Expert { of, .. } => {
                     out.extend((0..of).map(|expert| declare(spec, Some(index), Some(expert), &shape)));
@@ -179,15 +186,21 @@ fn declare(spec: &ModelSpec, layer: Option<usize>, expert: Option<usize>, shape:
 }
 
 /// Whether pipeline stage `stage` of `stages` holds a tensor: layers by their range, the embedding and its norm
-/// first (the table last too, where the head is tied to it), final norm and head last.
+/// first (the table last too, where the head is tied to it or something predicts), predictors, final norm and head last.
 pub fn on_stage(spec: &ModelSpec, id: &TensorId, stages: &[Range<usize>], stage: usize) -> bool {
     let last = stage + 1 == stages.len();
     match (id.layer, id.role) {
+        (Some(layer), _) if layer >= spec.layers.len() => last,
         (Some(layer), _) => stages[stage].contains(&layer),
-        (None, Role::Embedding) => stage == 0 || (last && spec.head.tied),
+        (None, Role::Embedding) => stage == 0 || (last && embeds_last(spec)),
         (None, Role::EmbeddingNorm | Role::EmbeddingNormBias) => stage == 0,
         (None, _) => last,
     }
+}
+
+/// Whether the last stage needs the embedding table.
+pub fn embeds_last(spec: &ModelSpec) -> bool {
+    spec.head.tied || !spec.predictors.is_empty()
 }
 
 /// What `rank` holds: each of its tensors with the slice of it, in the order of [`tensors`]. Empty slices (vocabulary

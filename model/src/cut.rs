@@ -218,7 +218,12 @@ fn tensor_obstacle(spec: &ModelSpec, tensor: usize) -> Option<(&'static str, Str
     if tensor > SEGMENTS_MAX {
         return Some(("the model", format!("tp {tensor} is more than the {SEGMENTS_MAX} segments of a sum")));
     }
-    for layer in &spec.layers {
+    if !spec.predictors.is_empty()
+        && let Some(obstacle) = short("a predictor", spec.hidden, "channels")
+    {
+        return Some(obstacle);
+    }
+    for layer in spec.all_layers() {
         if let Some(obstacle) = short("attention", layer.mixer.heads(), "query heads") {
             return Some(obstacle);
         }

@@ -78,6 +78,7 @@ pub fn spec(
         passed_by: Vec::new(),
         final_norm: norm,
         head: Head { tied: !has_tensor(&gguf_name(None, Role::Head)) },
+        predictors: Vec::new(),
         positions_max,
         end_tokens: end_tokens(&keys)?,
         begin_token: keys.token("tokenizer.ggml.bos_token_id")?,

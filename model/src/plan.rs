@@ -27,6 +27,8 @@ pub struct Plan {
     /// Which worker holds which ranks; together they hold each rank once.
     pub members: Vec<Member>,
     pub limits: Limits,
+    /// How many of the model's predictors are loaded (see [`crate::spec::Predictor`]).
+    pub predictors: usize,
 }
 
 /// A worker's share of a plan.

@@ -57,9 +57,16 @@ pub fn rank(
     let mut bytes = RankBytes { weights: outer_weights(spec, mesh, place, outer, keeping), ..RankBytes::default() };
     let mut buffers = Buffers::new(keeping.dtype, limits);
     buffers.stream(spec, mesh, outer);
+    let own = spec.layers.len();
+    let predictors = if outer.head { own..own + spec.predictors.len() } else { own..own };
+    for index in predictors.clone() {
+        let shapes = catalog::predictor_shapes(spec);
+        let one = |shape: &Shape| stack_bytes(&[*shape], (spec, Some(index)), mesh, place, keeping);
+        bytes.weights += shapes.iter().map(one).sum::<u64>();
+    }
     let (mut ropes, mut scales): (Vec<&Rope>, Vec<QueryScale>) = (Vec::new(), Vec::new());
-    for run in alike(spec, layers, keeping.storage) {
-        let (layer, repeats) = (&spec.layers[run.start], run.len() as u64);
+    for run in alike(spec, layers.chain(predictors), keeping.storage) {
+        let (layer, repeats) = (spec.layer(run.start), run.len() as u64);
         bytes.weights += repeats * layer_weights(spec, run.start, mesh, place, keeping);
         bytes.cache_per_block += repeats * block_bytes(layer, mesh, place, keeping.dtype);
         buffers.layer(spec, layer, mesh);
@@ -102,11 +109,15 @@ pub fn runs(layers: &[Layer]) -> Vec<(&Layer, u64)> {
 }
 
 /// Runs of neighbours among `layers` that take the same bytes.
-pub fn alike(spec: &ModelSpec, layers: Range<usize>, storage: &Storage) -> Vec<Range<usize>> {
+pub fn alike(spec: &ModelSpec, layers: impl IntoIterator<Item = usize>, storage: &Storage) -> Vec<Range<usize>> {
     let mut out: Vec<Range<usize>> = Vec::new();
     for index in layers {
         match out.last_mut() {
-            Some(run) if spec.layers[run.start] == spec.layers[index] && storage.alike(run.start, index) => {
+            Some(run)
+                if run.end == index
+                    && spec.layer(run.start) == spec.layer(index)
+                    && storage.alike(run.start, index) =>
+            {
                 run.end = index + 1;
             }
             _ => out.push(index..index + 1),
@@ -126,7 +137,7 @@ struct Outer {
 impl Outer {
     fn of(mesh: &Mesh, stage: usize, spec: &ModelSpec) -> Outer {
         let head = stage + 1 == mesh.pipeline;
-        Outer { first: stage == 0, embedding: stage == 0 || (head && spec.head.tied), head }
+        Outer { first: stage == 0, embedding: stage == 0 || (head && catalog::embeds_last(spec)), head }
     }
 }
 
@@ -143,7 +154,7 @@ fn outer_weights(spec: &ModelSpec, mesh: &Mesh, place: Place, outer: Outer, keep
 
 /// Weights of layer `index` on the rank at `place`.
 pub fn layer_weights(spec: &ModelSpec, index: usize, mesh: &Mesh, place: Place, keeping: Keeping<'_>) -> u64 {
-    let shapes = catalog::layer_shapes(spec, &spec.layers[index]);
+    let shapes = catalog::layer_shapes(spec, spec.layer(index));
     // What is stacked stands side by side.
     let stacks = shapes.chunk_by(|a, b| catalog::stack(a.role) == catalog::stack(b.role));
     stacks.map(|stack| stack_bytes(stack, (spec, Some(index)), mesh, place, keeping)).sum()
@@ -193,7 +204,7 @@ pub fn kept_bytes(
         first: slice.cols.start,
         stored: keeping.storage.of(layer, *role),
     };
-    let latent = layer.and_then(|layer| match &spec.layers[layer].mixer {
+    let latent = layer.and_then(|layer| match &spec.layer(layer).mixer {
         Mixer::Latent(l) => Some(l),
         Mixer::Grouped(_) => None,
     });
@@ -244,6 +255,9 @@ pub fn is_vector(role: Role) -> bool {
             | Role::ExpertGateBias
             | Role::ExpertUpBias
             | Role::ExpertDownBias
+            | Role::PredictorEmbeddingNorm
+            | Role::PredictorHiddenNorm
+            | Role::PredictorNorm
     )
 }
 
@@ -297,6 +311,10 @@ impl<'a> Buffers<'a> {
         if outer.head {
             let vocab = spec.vocab.div_ceil(mesh.tensor) + 2 * spec.vocab;
             self.stream += Buffers::ladder(LOGITS_ROWS, spec.hidden * (F32 + self.dtype.bytes()) + vocab * F32);
+            if !spec.predictors.is_empty() {
+                // Both halves of a predictor's projection; its rows lie where the stream's did.
+                self.stream += Buffers::ladder(self.limits.step_tokens_max, 2 * spec.hidden / mesh.tensor * F32);
+            }
         }
     }
 
@@ -373,7 +391,7 @@ mod tests {
     const LIMITS: Limits = Limits { model_len_max: 4096, step_tokens_max: 512, step_sequences_max: 64, blocks: 0 };
 
     fn bytes(sample: &str, mesh: Mesh, place: Place) -> RankBytes {
-        let spec = samples::spec(sample);
+        let spec = samples::spec(sample).predicting(0).unwrap();
         let layers = spec.layers.len();
         let stage = layers * place.stage / mesh.pipeline..layers * (place.stage + 1) / mesh.pipeline;
         let storage = &Storage::stated(&spec, Format::Bf16);

@@ -6,6 +6,7 @@
 //! ids -> embedding -> [ x += mixer(norm(x)) ; x += sum of branches(norm(x)) ] per layer -> final norm -> head -> logits
 //! ```
 
+use crate::error::SpecError;
 use crate::quantisation::Quantisation;
 use crate::rope::Rope;
 
@@ -34,6 +35,9 @@ pub struct ModelSpec {
     pub passed_by: Vec<usize>,
     pub final_norm: Norm,
     pub head: Head,
+    /// What the checkpoint may hold to foresee tokens further on, the first one first. Those in a spec are loaded and
+    /// counted: [`ModelSpec::predicting`] keeps as many as are asked for.
+    pub predictors: Vec<Predictor>,
     /// Longest sequence the model was made for, in tokens (`max_position_embeddings`).
     pub positions_max: usize,
     /// Ids of tokens that end an answer (`eos_token_id`, of config and generation config).
@@ -97,6 +101,25 @@ pub struct Layer {
     pub branch_norm: Norm,
     /// Run side by side on the same normalised input; their sums are added in order.
     pub branches: Vec<Branch>,
+}
+
+/// A layer past the last that foresees one token more (multi-token prediction; DeepSeek-V3, section 2.2). From the normed
+/// row that foretells the token at `p`, and that token's embedding, it makes the row that foretells the one at `p + 1`:
+///
+/// ```text
+/// x = projection [embedding_norm(embedding), hidden_norm(row)] ; the layer ; norm -> the model's own head
+/// ```
+/// Its row has the position of the row that it goes on from, in its cache and for its rotation. (The reference rotates one
+/// further throughout, which is the same: only distances count.)
+#[derive(Debug, Clone, PartialEq)]
+pub struct Predictor {
+    /// `enorm`.
+    pub embedding_norm: Norm,
+    /// `hnorm`.
+    pub hidden_norm: Norm,
+    pub layer: Layer,
+    /// `shared_head.norm`: of what the head and the next predictor go on from.
+    pub norm: Norm,
 }
 
 /// What the mixer's and the branches' results are added to.
@@ -392,9 +415,28 @@ impl QkNorm {
 }
 
 impl ModelSpec {
+    /// The same with the first `number` predictors alone.
+    pub fn predicting(&self, number: usize) -> Result<ModelSpec, SpecError> {
+        let Some(predictors) = self.predictors.get(..number) else {
+            let why = format!("the model has {}", self.predictors.len());
+            return Err(SpecError::bad("number of predictors", number, why));
+        };
+        Ok(ModelSpec { predictors: predictors.to_vec(), ..self.clone() })
+    }
+
+    /// The layers, and then those of the predictors, whose numbers follow.
+    pub fn all_layers(&self) -> impl Iterator<Item = &Layer> {
+        self.layers.iter().chain(self.predictors.iter().map(|p| &p.layer))
+    }
+
+    /// One of [`ModelSpec::all_layers`].
+    pub fn layer(&self, index: usize) -> &Layer {
+        self.layers.get(index).unwrap_or_else(|| &self.predictors[index - self.layers.len()].layer)
+    }
+
     /// The mixtures of experts, in layer order.
     pub fn mixtures(&self) -> impl Iterator<Item = &Moe> {
-        self.layers.iter().flat_map(|l| &l.branches).filter_map(|b| match b {
+        self.all_layers().flat_map(|l| &l.branches).filter_map(|b| match b {
             Branch::Moe(m) => Some(m),
             Branch::Dense(_) => None,
         })

@@ -33,17 +33,21 @@ impl Storage {
         let all = |layer, shapes: Vec<Shape>| -> Roles {
             shapes.iter().filter(|shape| !is_vector(shape.role)).map(|shape| one(layer, shape)).collect()
         };
-        let layer = |(index, layer): (usize, &Layer)| all(Some(index), catalog::layer_shapes(spec, layer));
-        Storage {
-            outer: all(None, catalog::outer_shapes(spec)),
-            layers: spec.layers.iter().enumerate().map(layer).collect(),
-        }
+        let layer = |(index, layer): (usize, &Layer)| {
+            let mut shapes = catalog::layer_shapes(spec, layer);
+            if index >= spec.layers.len() {
+                shapes.extend(catalog::predictor_shapes(spec));
+            }
+            all(Some(index), shapes)
+        };
+        let layers = spec.all_layers().enumerate().map(layer).collect();
+        Storage { outer: all(None, catalog::outer_shapes(spec)), layers }
     }
 
     /// As headers say: `format` tells that of a tensor by its name. What they do not have, and the loader is going to
     /// miss, counts as plain bf16.
     pub fn found(spec: &ModelSpec, format: &dyn Fn(&str) -> Option<Format>) -> Storage {
-        let mut storage = Storage { outer: Roles::new(), layers: vec![Roles::new(); spec.layers.len()] };
+        let mut storage = Storage { outer: Roles::new(), layers: vec![Roles::new(); spec.all_layers().count()] };
         for decl in catalog::tensors(spec).iter().filter(|decl| !is_vector(decl.id.role)) {
             let stored = stored(spec, decl, format);
             let roles = match decl.id.layer {

@@ -30,6 +30,7 @@ pub fn plan_to_wire(plan: &Plan) -> wire::Plan {
             step_sequences_max: plan.limits.step_sequences_max as u64,
             blocks: plan.limits.blocks as u64,
         }),
+        predictors: plan.predictors as u32,
     }
 }
 
@@ -60,6 +61,7 @@ pub fn plan_from_wire(plan: wire::Plan) -> Result<Plan, WireError> {
             step_sequences_max: size(limits.step_sequences_max, "limits.step_sequences_max")?,
             blocks: size(limits.blocks, "limits.blocks")?,
         },
+        predictors: plan.predictors as usize,
     })
 }
 
@@ -128,6 +130,7 @@ mod tests {
                 threads: 2,
             }],
             limits: Limits { model_len_max: 1024, step_tokens_max: 512, step_sequences_max: 16, blocks: 99 },
+            predictors: 1,
         }
     }
 

@@ -30,10 +30,11 @@ fn tables(spec: &ModelSpec, mesh: &Mesh, positions: usize) -> u64 {
     ((scales.len() * positions + slopes) * 4) as u64
 }
 
-/// Loads the model at `path` on the meshes that it can be cut over, in both dtypes and families, and compares.
-pub fn check(path: &Path, meshes: &[(usize, usize, usize, usize)]) -> Result<()> {
+/// Loads the model at `path`, with as many predictors, on the meshes that it can be cut over, in both dtypes and families,
+/// and compares.
+pub fn check(path: &Path, predictors: usize, meshes: &[(usize, usize, usize, usize)]) -> Result<()> {
     let source = Source::open(path)?;
-    let (spec, storage) = (&source.spec, &source.storage);
+    let (spec, storage) = (&source.spec.predicting(predictors)?, &source.storage);
     for &(pipeline, data, tensor, expert) in meshes {
         let mesh = Mesh::new(pipeline, data, tensor, expert)?;
         if cut::check(spec, &mesh).is_err() {
@@ -41,7 +42,7 @@ pub fn check(path: &Path, meshes: &[(usize, usize, usize, usize)]) -> Result<()>
         }
         for dtype in [Dtype::F32, Dtype::Bf16] {
             for family in [KernelFamily::Vector, KernelFamily::Amx] {
-                let setting = Setting { family, ..Setting::new(mesh, dtype) };
+                let setting = Setting { family, predictors, ..Setting::new(mesh, dtype) };
                 let loaded = loaded_bytes(path, setting)?;
                 for (rank, (stages, loaded)) in mesh.all().zip(loaded) {
                     let (place, limits) = (mesh.place(rank), &setting.limits);

@@ -16,6 +16,8 @@ pub struct Outcome {
     /// Bits of the logits of each computed position.
     pub logits: BTreeMap<usize, Vec<u32>>,
     pub tokens: Vec<u32>,
+    /// Bits of each predictor's logits, by predictor and position.
+    pub predicted: BTreeMap<(usize, usize), Vec<u32>>,
 }
 
 /// A request on its way.
@@ -101,11 +103,17 @@ pub fn run(ring: &mut Ring, lanes: usize, requests: &[Request], chunk: usize) ->
         }
     }
     for trace in ring.trace(false)? {
+        // Every tensor rank gathered the same rows.
+        let bits = |row: &[f32]| -> Vec<u32> { row.iter().map(|v| v.to_bits()).collect() };
         for (seq, position, row) in trace.logits {
-            let bits: Vec<u32> = row.iter().map(|v| v.to_bits()).collect();
-            // Every tensor rank gathered the same rows.
-            let first = outcomes[of(seq)?].logits.entry(position).or_insert_with(|| bits.clone());
-            ensure!(*first == bits, "ranks disagree about position {position}");
+            let first = outcomes[of(seq)?].logits.entry(position).or_insert_with(|| bits(&row));
+            ensure!(*first == bits(&row), "ranks disagree about position {position}");
+        }
+        for (predictor, rows) in trace.predicted.into_iter().enumerate() {
+            for (seq, position, row) in rows {
+                let first = outcomes[of(seq)?].predicted.entry((predictor, position)).or_insert_with(|| bits(&row));
+                ensure!(*first == bits(&row), "ranks disagree about predictor {predictor} at position {position}");
+            }
         }
     }
     let mut batch = StepBatch { lanes: vec![LaneBatch::default(); lanes] };
@@ -132,6 +140,11 @@ pub fn same(what: &str, found: &Outcome, expected: &Outcome) -> Result<()> {
             "{what}: {differing} of {} logits differ at position {position}",
             bits.len()
         );
+    }
+    ensure!(found.predicted.is_empty() == expected.predicted.is_empty(), "{what}: only one of both was predicted");
+    for (place, bits) in &found.predicted {
+        let same = expected.predicted.get(place) == Some(bits);
+        ensure!(same, "{what}: predictor {} has other logits at position {}", place.0, place.1);
     }
     Ok(())
 }

@@ -50,13 +50,15 @@ pub struct Setting {
     /// Threads of each rank.
     pub threads: usize,
     pub limits: Limits,
+    /// Loaded, and run while the ring is traced.
+    pub predictors: usize,
 }
 
 impl Setting {
     pub fn new(mesh: Mesh, dtype: Dtype) -> Setting {
         let limits = Limits { model_len_max: 512, step_tokens_max: 512, step_sequences_max: 16, blocks: 64 };
         assert!(limits.blocks * BLOCK_TOKENS >= limits.model_len_max);
-        Setting { mesh, dtype, family: KernelFamily::Vector, threads: 1, limits }
+        Setting { mesh, dtype, family: KernelFamily::Vector, threads: 1, limits, predictors: 0 }
     }
 }
 
@@ -261,5 +263,6 @@ fn plan(spec: &ModelSpec, setting: Setting) -> Plan {
         stages: (0..stages).map(|s| at(s)..at(s + 1)).collect(),
         members: vec![],
         limits: setting.limits,
+        predictors: setting.predictors,
     }
 }

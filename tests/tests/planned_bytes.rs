@@ -9,6 +9,6 @@ use conclave_tests::ring::{fixture, fixtures};
 #[test]
 fn every_fixture_takes_what_was_planned() {
     for name in fixtures() {
-        check(&fixture(&name), &[(1, 1, 1, 1), (2, 1, 2, 2), (2, 1, 2, 1), (1, 2, 2, 4), (1, 2, 1, 1)]).unwrap();
+        check(&fixture(&name), 0, &[(1, 1, 1, 1), (2, 1, 2, 2), (2, 1, 2, 1), (1, 2, 2, 4), (1, 2, 1, 1)]).unwrap();
     }
 }

@@ -40,6 +40,7 @@ fn main() {
         stages: std::iter::once(0..spec.layers.len()).collect(),
         members: vec![],
         limits: Limits { model_len_max: 64, step_tokens_max: 8, step_sequences_max: 1, blocks: 2 },
+        predictors: 0,
     };
     let one = || local::members(1).expect("a group of one").remove(0);
     let communicators = Communicators { tensor: Box::new(one()), lane: Box::new(one()), pipe: Box::new(one()) };

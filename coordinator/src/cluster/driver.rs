@@ -206,7 +206,7 @@ impl<S: Store, P: Planner> Shell<S, P> {
                 let opening = self.opening.as_mut().expect("ready workers opened their streams");
                 let streams = std::mem::take(&mut opening.streams);
                 let queue = opening.queue.take().expect("an epoch is served once");
-                let group = GrpcGroup::new(plan.as_ref().clone(), streams, queue);
+                let group = GrpcGroup::new(plan.clone(), streams, queue);
                 tracing::info!("serving epoch {}: {}", plan.epoch.0, plan.mesh);
                 self.turn(Turn::Serve { plan, group }).await;
             }

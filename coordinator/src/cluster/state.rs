@@ -342,6 +342,7 @@ mod tests {
                     })
                     .collect(),
                 limits: Limits { model_len_max: 1, step_tokens_max: 1, step_sequences_max: 1, blocks: 1 },
+                predictors: 0,
             })
         }
     }

@@ -69,6 +69,8 @@ pub struct Policy {
     pub cache_bytes_modest: Option<u64>,
     pub step_tokens_max: usize,
     pub step_sequences_max: usize,
+    /// Load so many of the model's predictors.
+    pub predictors: usize,
 }
 
 impl Default for Policy {
@@ -84,6 +86,7 @@ impl Default for Policy {
             cache_bytes_modest: None,
             step_tokens_max: 512,
             step_sequences_max: 128,
+            predictors: 0,
         }
     }
 }
@@ -144,6 +147,7 @@ pub fn plan(
     previous: Option<&Plan>,
 ) -> Result<Planned, PlanError> {
     check_policy(spec, policy)?;
+    let spec = &spec.predicting(policy.predictors)?;
     let family = family(members, previous)?;
     let seats = Seats::new(members);
     if seats.len() == 0 {
@@ -171,7 +175,7 @@ pub fn plan(
                         |c: &Chosen| Copies::of(spec, keeping, &c.mesh, &c.fit.bytes, c.fit.limits.blocks).total();
                     // The first of equals.
                     let chosen = std::iter::once(first).chain(fitting).min_by_key(cost).expect("one fits");
-                    return Ok(finish(spec, keeping, &seats, chosen, previous));
+                    return Ok(finish(&ask, &seats, chosen, previous));
                 }
                 Some(Err(error)) if !whole && nearest.as_ref().is_none_or(|best| nearer(&error, best)) => {
                     nearest = Some(error);
@@ -194,18 +198,13 @@ struct Chosen {
     fit: fit::Fit,
 }
 
-fn finish(
-    spec: &ModelSpec,
-    keeping: Keeping<'_>,
-    seats: &Seats<'_>,
-    chosen: Chosen,
-    previous: Option<&Plan>,
-) -> Planned {
+fn finish(ask: &fit::Ask<'_>, seats: &Seats<'_>, chosen: Chosen, previous: Option<&Plan>) -> Planned {
     let Chosen { mesh, seated, fit } = chosen;
+    let (keeping, predictors) = (ask.keeping, ask.policy.predictors);
     let epoch = Epoch(previous.map_or(0, |p| p.epoch.0) + 1);
     let (stages, limits, members) = (fit.stages, fit.limits, seats.members(&seated));
-    let plan = Plan { epoch, mesh, dtype: keeping.dtype, family: keeping.family, stages, members, limits };
-    if let Err(broken) = check::check(spec, &plan) {
+    let plan = Plan { epoch, mesh, dtype: keeping.dtype, family: keeping.family, stages, members, limits, predictors };
+    if let Err(broken) = check::check(ask.spec, &plan) {
         unreachable!("the planner broke its own rule: {broken}");
     }
     Planned { plan, bytes: fit.bytes }

@@ -109,6 +109,28 @@ fn lanes_are_preferred_where_slices_would_copy_the_cache_and_weights_fit() {
 }
 
 #[test]
+fn predictors_are_counted_only_where_they_are_asked_for() {
+    let config = DEEPSEEK.replacen('{', "{\"num_nextn_predict_layers\":1,", 1);
+    let offers = parse_devices("16x141GiB").unwrap();
+    let two = |predictors| Policy { pipeline: Some(2), tensor: Some(8), predictors, ..Policy::default() };
+    let found = [0, 1].map(|predictors| planned(&config, &offers, &two(predictors)));
+    let known = planned(DEEPSEEK, &offers, &two(0));
+    assert_eq!(
+        (&found[0].plan, &found[0].bytes),
+        (&known.plan, &known.bytes),
+        "a config that tells of it asks nothing"
+    );
+    assert_eq!(found.each_ref().map(|f| f.plan.predictors), [0, 1]);
+    let all = |f: &Planned| f.bytes.iter().map(|b| b.weights).sum::<u64>() as f64 / 1e9;
+    // 11.6 billion weights of its own and an embedding of 0.93 more on the last stage, two bytes each.
+    assert!((all(&found[1]) - all(&found[0]) - 2.0 * 12.5).abs() < 0.5, "{} {}", all(&found[0]), all(&found[1]));
+    let stages = found.each_ref().map(|f| f.plan.stages[1].len());
+    assert!(stages[1] <= stages[0], "the stage that predicts takes no more layers: {stages:?}");
+    let text = refused(&config, &offers, &two(2)).to_string();
+    assert!(text.contains("number of predictors = 2") && text.contains("the model has 1"), "{text}");
+}
+
+#[test]
 fn what_does_not_fit_says_how_much_is_missing() {
     let error = refused(DEEPSEEK, &parse_devices("8x141GiB").unwrap(), &Policy::default());
     let text = error.to_string();

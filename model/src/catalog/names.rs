@@ -28,7 +28,7 @@ fn experts(spec: &ModelSpec, id: &TensorId) -> usize {
 fn mixture<'a>(spec: &'a ModelSpec, id: &TensorId) -> &'a Moe {
     let layer = id.layer.expect("an expert belongs to a layer");
     let moe = |b: &'a Branch| if let Branch::Moe(m) = b { Some(m) } else { None };
-    spec.layers[layer].branches.iter().find_map(moe).expect("an expert belongs to a mixture")
+    spec.layer(layer).branches.iter().find_map(moe).expect("an expert belongs to a mixture")
 }
 
 /// The dialect in which `architecture` is usually published.
@@ -42,9 +42,22 @@ pub fn dialect(architecture: &str) -> Dialect {
     }
 }
 
-/// Finds `spec`'s dialect by the names that its checkpoint holds; without any that fit it stays as it is.
+/// Finds `spec`'s dialect by the names that its checkpoint holds; without any that fit it stays as it is. Predictors that
+/// the config tells of and the checkpoint leaves out are dropped.
 pub fn settle(spec: &mut ModelSpec, holds: &dyn Fn(&str) -> bool) {
     let Naming::HuggingFace(usual) = spec.naming else { return };
+    if let Some(dialect) = settled(spec, usual, holds) {
+        spec.naming = Naming::HuggingFace(dialect);
+    }
+    let has = |index: &usize| {
+        let (layer, role) = (Some(spec.layers.len() + index), Role::PredictorEmbeddingNorm);
+        holds(&source(spec, &TensorId { layer, role, expert: None }).name)
+    };
+    let there = (0..spec.predictors.len()).take_while(has).count();
+    spec.predictors.truncate(there);
+}
+
+fn settled(spec: &ModelSpec, usual: Dialect, holds: &dyn Fn(&str) -> bool) -> Option<Dialect> {
     let roots = match spec.architecture.as_str() {
         "bloom" => &["transformer.", ""][..],
         _ => &["model.", "language_model.model.", "model.language_model.", "language_model."],
@@ -56,7 +69,7 @@ pub fn settle(spec: &mut ModelSpec, holds: &dyn Fn(&str) -> bool) {
         let dialect = Dialect { root, ..usual };
         holds(&hugging_face(&with(dialect), &dialect, &embedding))
     });
-    let Some(&root) = root else { return };
+    let &root = root?;
     let layers = if holds(&format!("{root}blocks.0.input_layernorm.weight")) { "blocks" } else { usual.layers };
     let inner = "language_model.lm_head.weight";
     let head = if holds(inner) { inner } else { usual.head };
@@ -66,7 +79,7 @@ pub fn settle(spec: &mut ModelSpec, holds: &dyn Fn(&str) -> bool) {
     // gpt-oss turns its experts' matrices around where they are not quantised.
     let transposed = usual.transposed || (plain_stack && spec.architecture == "gpt_oss");
     let stacked = usual.stacked || plain_stack;
-    spec.naming = Naming::HuggingFace(Dialect { root, layers, head, stacked, transposed });
+    Some(Dialect { root, layers, head, stacked, transposed })
 }
 
 /// The number that a layer has in the file, where some of the file's are passed by.
@@ -233,6 +246,10 @@ fn usual(role: Role) -> &'static str {
         Role::SharedDown => "mlp.shared_experts.down_proj.weight",
         Role::Sinks => "self_attn.sinks",
         Role::RouterBias => "mlp.router.bias",
+        Role::PredictorEmbeddingNorm => "enorm.weight",
+        Role::PredictorHiddenNorm => "hnorm.weight",
+        Role::PredictorProjection => "eh_proj.weight",
+        Role::PredictorNorm => "shared_head.norm.weight",
         role => unreachable!("{role:?} is named elsewhere"),
     }
 }
@@ -295,6 +312,10 @@ pub fn gguf_name(layer: Option<usize>, role: Role) -> String {
         Role::BranchNormBias => "ffn_norm.bias",
         Role::Sinks => "attn_sinks.weight",
         Role::RouterBias => "ffn_gate_inp.bias",
+        Role::PredictorEmbeddingNorm => "nextn.enorm.weight",
+        Role::PredictorHiddenNorm => "nextn.hnorm.weight",
+        Role::PredictorProjection => "nextn.eh_proj.weight",
+        Role::PredictorNorm => "nextn.shared_head_norm.weight",
     };
     match layer {
         Some(layer) => format!("blk.{layer}.{name}"),
@@ -338,10 +359,29 @@ pub fn ignored(spec: &ModelSpec, name: &str) -> Option<&'static str> {
     if spec.passed_by.contains(&layer) {
         return Some("a layer that looks at a picture");
     }
-    // Prediction heads are published as layers past the last.
+    // Predictors are published as layers past the last.
     let predicts = matches!(spec.architecture.as_str(), "deepseek_v3" | "kimi_k2" | "glm4_moe");
-    (predicts && layer >= spec.layers.len() + spec.passed_by.len())
-        .then_some("a head that predicts tokens further on, which is not used")
+    let first = spec.layers.len() + spec.passed_by.len();
+    if !predicts || layer < first {
+        return None;
+    }
+    if layer < first + spec.predictors.len() {
+        let copy = predictor_copies(spec).iter().any(|(copy, _)| copy == name);
+        return copy.then_some("a copy of the embedding or of the head");
+    }
+    Some("a layer that predicts tokens further on, which is not used")
+}
+
+/// Tensors of predictors that repeat one outside layers, and which.
+pub fn predictor_copies(spec: &ModelSpec) -> Vec<(String, Role)> {
+    let Naming::HuggingFace(Dialect { root, layers, .. }) = spec.naming else { return Vec::new() };
+    let head = if spec.head.tied { Role::Embedding } else { Role::Head };
+    let copies = [("embed_tokens.weight", Role::Embedding), ("shared_head.head.weight", head)];
+    let of = |index: usize| {
+        let layer = stored_layer(spec, spec.layers.len() + index);
+        copies.map(|(name, role)| (format!("{root}{layers}.{layer}.{name}"), role))
+    };
+    (0..spec.predictors.len()).flat_map(of).collect()
 }
 
 fn ignored_gguf(spec: &ModelSpec, name: &str) -> Option<&'static str> {

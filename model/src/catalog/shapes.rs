@@ -66,6 +66,15 @@ pub fn layer_shapes(spec: &ModelSpec, layer: &Layer) -> Vec<Shape> {
     out
 }
 
+/// What a predictor has beside its layer.
+pub fn predictor_shapes(spec: &ModelSpec) -> Vec<Shape> {
+    let norms = [Role::PredictorEmbeddingNorm, Role::PredictorHiddenNorm, Role::PredictorNorm];
+    let mut out: Vec<Shape> = norms.into_iter().map(|role| vector(role, spec.hidden)).collect();
+    // Its inputs are whole on every rank, so that its outputs are cut and put together again.
+    out.push(Shape { role: Role::PredictorProjection, rows: spec.hidden, cols: 2 * spec.hidden, cut: BY_ROW });
+    out
+}
+
 fn vector(role: Role, cols: usize) -> Shape {
     Shape { role, rows: 1, cols, cut: Cut::Replicate }
 }

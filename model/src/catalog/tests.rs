@@ -1,4 +1,4 @@
-use super::{Entry, Part, Role, TensorDecl, held, ignored, on_stage, stack, tensors};
+use super::{Entry, Part, Role, TensorDecl, held, ignored, on_stage, settle, stack, tensors};
 use crate::cut::{self, Cut, Slice};
 use crate::mesh::{Mesh, RankId};
 use crate::plan::{KernelFamily, Limits};
@@ -69,6 +69,16 @@ fn checkpoints_names_are_the_published_ones() {
             "model.layers.3.mlp.shared_experts.down_proj.weight",
             (7168, 2048),
         ),
+        ("deepseek", Role::PredictorProjection, Some(61), None, "model.layers.61.eh_proj.weight", (7168, 14336)),
+        ("deepseek", Role::PredictorNorm, Some(61), None, "model.layers.61.shared_head.norm.weight", (1, 7168)),
+        (
+            "deepseek",
+            Role::ExpertUp,
+            Some(61),
+            Some(255),
+            "model.layers.61.mlp.experts.255.up_proj.weight",
+            (2048, 7168),
+        ),
     ];
     for (sample, role, layer, expert, name, shape) in cases {
         let decl = name_of(&samples::spec(sample), role, layer, expert);
@@ -106,21 +116,54 @@ fn published_sizes_come_out_of_the_declarations() {
     // Parameters as their authors state them, in billions.
     let cases = [("llama", 6.74), ("llama3", 405.9), ("mixtral", 46.7), ("deepseek", 671.0), ("qwen3_moe", 235.1)];
     for (sample, billions) in cases {
-        let weights: usize = tensors(&samples::spec(sample)).iter().map(|t| t.rows * t.cols).sum();
+        let weights: usize =
+            tensors(&samples::spec(sample).predicting(0).unwrap()).iter().map(|t| t.rows * t.cols).sum();
         assert!((weights as f64 / 1e9 - billions).abs() < 0.005 * billions, "{sample} has {weights} weights");
     }
 }
 
 #[test]
 fn only_known_extras_are_ignored() {
-    let deepseek = samples::spec("deepseek");
+    let deepseek = samples::spec("deepseek").predicting(0).unwrap();
     assert!(ignored(&deepseek, "model.layers.61.eh_proj.weight").is_some());
     assert!(ignored(&deepseek, "model.layers.60.eh_proj.weight").is_none());
+    let predicting = samples::spec("deepseek");
+    assert!(ignored(&predicting, "model.layers.61.embed_tokens.weight").is_some());
+    assert!(ignored(&predicting, "model.layers.61.shared_head.head.weight").is_some());
+    assert!(ignored(&predicting, "model.layers.61.eh_proj.bias").is_none());
+    assert!(ignored(&predicting, "model.layers.62.eh_proj.weight").is_some());
     assert!(ignored(&samples::spec("llama"), "model.layers.32.mlp.up_proj.weight").is_none());
     assert!(ignored(&samples::spec("llama"), "model.layers.0.self_attn.rotary_emb.inv_freq").is_some());
     assert!(ignored(&samples::spec("smollm2"), "lm_head.weight").is_some());
     assert!(ignored(&samples::spec("llama"), "lm_head.weight").is_none());
     assert!(ignored(&samples::spec("llama"), "model.layers.0.self_attn.q_proj.bias").is_none());
+}
+
+#[test]
+fn a_predictor_that_is_left_out_of_the_files_is_dropped() {
+    let has_all = |name: &str| tensors(&samples::spec("deepseek")).iter().any(|t| t.source.name == name);
+    let mut whole = samples::spec("deepseek");
+    settle(&mut whole, &has_all);
+    assert_eq!(whole, samples::spec("deepseek"));
+    let mut without = samples::spec("deepseek");
+    settle(&mut without, &|name| has_all(name) && !name.starts_with("model.layers.61."));
+    assert_eq!(without, samples::spec("deepseek").predicting(0).unwrap());
+    let refused = without.predicting(1).unwrap_err().to_string();
+    assert!(refused.contains("number of predictors = 1") && refused.contains("the model has 0"), "{refused}");
+}
+
+#[test]
+fn predictors_lie_on_the_last_stage_with_a_table_of_their_own() {
+    let spec = samples::spec("deepseek");
+    let stages = [0..30, 30..61];
+    let on = |spec: &ModelSpec, role, layer| {
+        let decl = name_of(spec, role, layer, None);
+        [0, 1].map(|stage| on_stage(spec, &decl.id, &stages, stage))
+    };
+    assert_eq!(on(&spec, Role::PredictorProjection, Some(61)), [false, true]);
+    assert_eq!(on(&spec, Role::KvUp, Some(61)), [false, true]);
+    assert_eq!(on(&spec, Role::Embedding, None), [true, true]);
+    assert_eq!(on(&spec.predicting(0).unwrap(), Role::Embedding, None), [true, false]);
 }
 
 #[test]

@@ -4,7 +4,7 @@ use super::{Body, Common, Keys, dense, layer, rope};
 use crate::bounds::{EXPERTS_MAX, HEAD_DIM_MAX, HEADS_MAX, HIDDEN_MAX, INTERMEDIATE_MAX, LAYERS_MAX};
 use crate::error::SpecError;
 use crate::rope::Layout;
-use crate::spec::{Branch, Dense, ExpertGroups, Latent, Layer, Mixer, Moe, Norm, Router, Score};
+use crate::spec::{Branch, Dense, ExpertGroups, Latent, Mixer, Moe, Norm, Predictor, Router, Score};
 
 /// What the classes of these families assume where a config is silent.
 pub(super) struct Defaults {
@@ -32,6 +32,8 @@ pub(super) fn mistral4(keys: &Keys<'_>, common: &Common) -> Result<Body, SpecErr
             moe.router.correction_bias = false;
         }
     }
+    // Nothing published says what theirs would be.
+    body.predictors.clear();
     Ok(body)
 }
 
@@ -45,15 +47,25 @@ pub(super) fn mixtures(
     let (dense, mixture) = (dense(keys, false)?, mixture(keys, defaults)?);
     let first = keys.optional_count("first_k_dense_replace")?.unwrap_or(defaults.first_dense);
     let every = keys.optional_size("moe_layer_freq", LAYERS_MAX)?.unwrap_or(1);
-    // Heads that predict tokens further on are extra layers in the file; the catalogue passes over them.
-    keys.optional_count("num_nextn_predict_layers")?;
+    let predictors = keys.optional_count("num_nextn_predict_layers")?.unwrap_or(0);
+    if predictors > LAYERS_MAX {
+        return Err(SpecError::bad("num_nextn_predict_layers", predictors, format!("at most {LAYERS_MAX}")));
+    }
     keys.optional_count("num_mtp_layers")?;
     let branch = |index: usize| {
         let sparse = index >= first && index.is_multiple_of(every);
         if sparse { mixture.clone() } else { dense.clone() }
     };
-    let layers: Vec<Layer> = (0..common.layers).map(|index| layer(common, mixer.clone(), branch(index))).collect();
-    Ok(layers.into())
+    let layer = |index: usize| layer(common, mixer.clone(), branch(index));
+    // They follow the last layer in the file, and are what it would be followed by.
+    let predictor = |index: usize| Predictor {
+        embedding_norm: common.norm,
+        hidden_norm: common.norm,
+        layer: layer(common.layers + index),
+        norm: common.norm,
+    };
+    let layers = (0..common.layers).map(layer).collect();
+    Ok(Body { layers, predictors: (0..predictors).map(predictor).collect(), ..Body::default() })
 }
 
 fn latent(keys: &Keys<'_>, common: &Common) -> Result<Latent, SpecError> {

@@ -29,5 +29,7 @@ pub(super) fn body(keys: &Keys<'_>, common: &Common) -> Result<Body, SpecError> 
     for (layer, span) in body.layers.iter_mut().zip(spans) {
         layer.mixer = Mixer::Grouped(Grouped { span, ..mixer.clone() });
     }
+    // None was published.
+    body.predictors.clear();
     Ok(body)
 }

@@ -23,7 +23,7 @@ use crate::bounds::{
 };
 use crate::catalog;
 use crate::error::SpecError;
-use crate::spec::{Branch, Dense, Grouped, Head, Layer, Mixer, ModelSpec, Naming, Norm, Residual};
+use crate::spec::{Branch, Dense, Grouped, Head, Layer, Mixer, ModelSpec, Naming, Norm, Predictor, Residual};
 use keys::Keys;
 use serde_json::{Map, Value};
 
@@ -44,6 +44,7 @@ struct Body {
     extra_embeddings: usize,
     /// Layers of the file that are not in `layers`.
     passed_by: Vec<usize>,
+    predictors: Vec<Predictor>,
 }
 
 impl From<Vec<Layer>> for Body {
@@ -246,6 +247,7 @@ fn language(
         final_norm: common.norm,
         // BLOOM alone ties where the config does not say.
         head: Head { tied: tied.unwrap_or(family.name == "bloom") },
+        predictors: body.predictors,
         positions_max: common.positions_max,
         end_tokens: end_tokens(keys, outer, generation_config)?,
         begin_token: keys.tokens("bos_token_id")?.first().copied(),

@@ -165,6 +165,7 @@ mod tests {
             stages: Vec::new(),
             members: Vec::new(),
             limits: Limits { model_len_max: 1, step_tokens_max: 1, step_sequences_max: 1, blocks: 1 },
+            predictors: 0,
         };
         Event::Load { plan: Arc::new(plan), model_path: "m".into(), identity: vec![1] }
     }

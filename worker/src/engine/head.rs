@@ -9,7 +9,7 @@ use super::score;
 use super::state::Sequences;
 use super::trace::Trace;
 use super::weights::Vocabulary;
-use crate::backend::{Backend, Kind};
+use crate::backend::{Backend, Kind, NormWeights};
 use model::fault::{Fault, FaultKind};
 use model::step::{LaneResult, PromptScores, Sample, SeqId};
 
@@ -27,7 +27,7 @@ pub struct Head<'a, B: Backend> {
     pub leader: bool,
 }
 
-impl<B: Backend> Head<'_, B> {
+impl<'a, B: Backend> Head<'a, B> {
     /// Answers a step from the residual rows `x`.
     pub fn run(&mut self, pass: &mut Pass<'_, B>, resolved: &Resolved, x: &B::Buffer) -> Result<LaneResult, Fault> {
         let mut scores = Scores::default();
@@ -48,7 +48,8 @@ impl<B: Backend> Head<'_, B> {
         }
         let mut row = vec![0.0; self.vocab];
         for tile in whole.chunks(TILE_ROWS) {
-            let shards = self.gathered(pass, tile, x)?;
+            let rows: Vec<u32> = tile.iter().map(|(_, w)| w.row).collect();
+            let shards = self.gathered(pass, self.norm(), &rows, x)?;
             for (i, &(index, wanted)) in tile.iter().enumerate() {
                 self.assemble(&shards, i, tile.len(), &mut row)?;
                 if let Some(trace) = &mut self.trace {
@@ -83,13 +84,42 @@ impl<B: Backend> Head<'_, B> {
         Ok(())
     }
 
-    /// This shard's logits of some rows: Full, in a buffer from the pool.
-    fn logits(&self, pass: &mut Pass<'_, B>, tile: &[(usize, &Wanted)], x: &B::Buffer) -> Result<B::Buffer, Fault> {
-        let rows: Vec<u32> = tile.iter().map(|(_, w)| w.row).collect();
+    /// Whole logits of all of a pass's rows after `norm`, row by row.
+    pub fn all(
+        &self,
+        pass: &mut Pass<'_, B>,
+        norm: &NormWeights<B::Vector>,
+        x: &B::Buffer,
+    ) -> Result<Vec<Vec<f32>>, Fault> {
+        let rows: Vec<u32> = (0..pass.rows as u32).collect();
+        let mut found = Vec::with_capacity(rows.len());
+        for tile in rows.chunks(TILE_ROWS) {
+            let shards = self.gathered(pass, norm, tile, x)?;
+            for i in 0..tile.len() {
+                let mut row = vec![0.0; self.vocab];
+                self.assemble(&shards, i, tile.len(), &mut row)?;
+                found.push(row);
+            }
+        }
+        Ok(found)
+    }
+
+    /// The norm of the residual rows.
+    pub fn norm(&self) -> &'a NormWeights<B::Vector> {
+        self.vocabulary.final_norm.as_ref().expect("the last stage loads the final norm")
+    }
+
+    /// This shard's logits of some rows after `norm`: Full, in a buffer from the pool.
+    fn logits(
+        &self,
+        pass: &mut Pass<'_, B>,
+        norm: &NormWeights<B::Vector>,
+        rows: &[u32],
+        x: &B::Buffer,
+    ) -> Result<B::Buffer, Fault> {
         let n = rows.len();
-        let norm = self.vocabulary.final_norm.as_ref().expect("the last stage loads the final norm");
         let mut picked = pass.pool.take(pass.backend, n, self.hidden, Kind::Full)?;
-        pass.backend.select(x, &rows, &mut picked)?;
+        pass.backend.select(x, rows, &mut picked)?;
         let mut normed = pass.pool.take(pass.backend, n, self.hidden, Kind::Input)?;
         pass.backend.norm(&picked, norm, n, &mut normed)?;
         pass.pool.give(self.hidden, Kind::Full, n, picked);
@@ -102,7 +132,8 @@ impl<B: Backend> Head<'_, B> {
     /// Each row's likeliest id over all shards; the same on every tensor rank.
     fn likeliest(&self, pass: &mut Pass<'_, B>, tile: &[(usize, &Wanted)], x: &B::Buffer) -> Result<Vec<u32>, Fault> {
         let (n, first, width) = (tile.len(), self.vocabulary.rows.start as u32, self.vocabulary.rows.len());
-        let mut logits = self.logits(pass, tile, x)?;
+        let rows: Vec<u32> = tile.iter().map(|(_, w)| w.row).collect();
+        let mut logits = self.logits(pass, self.norm(), &rows, x)?;
         let values = comm::full(pass.backend, &mut logits, n)?;
         let mut mine = Vec::with_capacity(8 * n);
         for row in values.chunks_exact(width).take(n) {
@@ -125,15 +156,16 @@ impl<B: Backend> Head<'_, B> {
         Ok((0..n).map(|i| best(i).expect("a communicator has members").0).collect())
     }
 
-    /// Every shard's logits of some rows.
+    /// Every shard's logits of some rows after `norm`.
     fn gathered(
         &self,
         pass: &mut Pass<'_, B>,
-        tile: &[(usize, &Wanted)],
+        norm: &NormWeights<B::Vector>,
+        rows: &[u32],
         x: &B::Buffer,
     ) -> Result<Vec<Vec<f32>>, Fault> {
-        let (n, width) = (tile.len(), self.vocabulary.rows.len());
-        let mut logits = self.logits(pass, tile, x)?;
+        let (n, width) = (rows.len(), self.vocabulary.rows.len());
+        let mut logits = self.logits(pass, norm, rows, x)?;
         let values = &comm::full(pass.backend, &mut logits, n)?[..n * width];
         let shards = if pass.communicators.tensor.size() == 1 {
             vec![values.to_vec()]

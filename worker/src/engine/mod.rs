@@ -2,9 +2,10 @@
 //!
 //! ```text
 //! first stage   embedding, summed over the vocabulary's shards
-//! every stage   per layer: x += mixer(norm(x)); x += branches(norm(x))       ([`grouped`] [`latent`] [`mlp`] [`moe`])
+//! every stage   per layer: x += mixer(norm(x)); x += branches(norm(x))       ([`layer`] [`grouped`] [`latent`] [`mlp`] [`moe`])
 //! between       f32 residual rows along the pipe
 //! last stage    logits of the wanted rows, scores, samples                   ([`head`] [`score`] [`sample`])
+//!               and, where asked for, of a token further on                   ([`predict`])
 //! ```
 //! The residual rows are equal on all tensor ranks of a lane. All ranks of a communicator run the same collectives in
 //! the same order: what a step does follows from the batch alone.
@@ -15,10 +16,12 @@ mod exchange;
 mod grouped;
 mod head;
 mod latent;
+mod layer;
 pub mod math;
 mod mlp;
 mod moe;
 mod pass;
+mod predict;
 pub mod random;
 pub mod sample;
 pub mod score;
@@ -29,24 +32,26 @@ pub mod trace;
 mod weights;
 
 use crate::backend::cpu::simd::flush::Flush;
-use crate::backend::{Backend, Kind, NormWeights};
+use crate::backend::{Backend, Kind};
 use crate::load::checkpoint::Checkpoint;
 use crate::load::loader::{Loader, Progress};
 use batch::Resolved;
 use comm::Communicators;
 use head::Head;
+use layer::replace;
 use model::fault::{Fault, FaultKind};
 use model::mesh::{Mesh, Place, RankId};
 use model::plan::Plan;
-use model::spec::{ModelSpec, Residual};
+use model::spec::ModelSpec;
 use model::step::{LaneBatch, LaneResult, StepBatch};
 use pass::{Pass, Pool};
+use predict::{Foresight, Predictor};
 use state::Sequences;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tables::{Kinds, Tables};
 use trace::Trace;
-use weights::{BranchWeights, LayerLoader, LayerWeights, MixerWeights, Vocabulary};
+use weights::{LayerLoader, LayerWeights, Vocabulary};
 
 /// One rank: its weights, its cache, its sequences.
 pub struct Engine<B: Backend> {
@@ -59,6 +64,8 @@ pub struct Engine<B: Backend> {
     layers: Vec<LayerWeights<B>>,
     first_layer: usize,
     caches: Vec<B::Cache>,
+    /// On the last stage, where the plan asks for any.
+    predictors: Vec<Predictor<B>>,
     tables: Tables<B>,
     sequences: Sequences,
     communicators: Communicators,
@@ -86,16 +93,31 @@ impl<B: Backend> Engine<B> {
         let Assignment { spec, plan, rank, checkpoint, communicators, progress, loading } = assignment;
         let place = plan.mesh.place(rank);
         check_members(&communicators, &plan.mesh, place)?;
+        let asked = spec.predicting(plan.predictors);
+        let spec = Arc::new(asked.map_err(|e| Fault::new(FaultKind::Incompatible, e.to_string()))?);
         let loader = Loader::new(checkpoint, &spec, plan, rank, loading)?;
         let range = plan.stages[place.stage].clone();
         let (first, last) = (place.stage == 0, place.stage + 1 == plan.mesh.pipeline);
         let vocabulary = Vocabulary::load(&backend, &loader, &spec, first, last)?;
-        let kinds = Kinds::of(&spec.layers[range.clone()]);
+        let foreseen = if last { &spec.predictors[..] } else { &[] };
+        let kinds = Kinds::of(spec.layers[range.clone()].iter().chain(foreseen.iter().map(|p| &p.layer)));
+        let from = |layer| LayerLoader {
+            backend: &backend,
+            loader: &loader,
+            layer,
+            mesh: plan.mesh,
+            rank,
+            hidden: spec.hidden,
+        };
         let mut layers = Vec::with_capacity(range.len());
         for layer in range.clone() {
-            let from =
-                LayerLoader { backend: &backend, loader: &loader, layer, mesh: plan.mesh, rank, hidden: spec.hidden };
-            layers.push(from.load(&spec.layers[layer], &kinds)?);
+            layers.push(from(layer).load(&spec.layers[layer], &kinds)?);
+            progress.fetch_add(1, Ordering::Relaxed);
+        }
+        let mut predictors = Vec::with_capacity(foreseen.len());
+        for (index, predictor) in foreseen.iter().enumerate() {
+            let from = from(spec.layers.len() + index);
+            predictors.push(Predictor::load(predictor, &from, &kinds, plan.limits.blocks)?);
             progress.fetch_add(1, Ordering::Relaxed);
         }
         let caches: Result<Vec<_>, Fault> =
@@ -103,7 +125,7 @@ impl<B: Backend> Engine<B> {
         Ok(Engine {
             caches: caches?,
             tables: kinds.tables(&backend, plan.limits.model_len_max)?,
-            sequences: Sequences::new(plan.limits, spec.embedding_rows),
+            sequences: Sequences::new(plan.limits, spec.embedding_rows).predicting(predictors.len()),
             mesh: plan.mesh,
             first_layer: range.start,
             backend,
@@ -111,6 +133,7 @@ impl<B: Backend> Engine<B> {
             place,
             vocabulary,
             layers,
+            predictors,
             communicators,
             pool: Pool::default(),
             progress,
@@ -161,98 +184,42 @@ impl<B: Backend> Engine<B> {
         };
         let mut x = pass.take(hidden, Kind::Full)?;
         if rows > 0 && first {
-            embed(&mut pass, &self.vocabulary, &resolved.ids, &mut x)?;
+            self.vocabulary.embed(&mut pass, &resolved.ids, &mut x)?;
+            if let Some(norm) = &self.vocabulary.embedding_norm {
+                replace(&mut pass, norm, &mut x)?;
+            }
         } else if rows > 0 {
             receive(&mut pass, self.place.stage - 1, &mut x)?;
         }
         let mut normed = pass.take(hidden, Kind::Input)?;
         for (index, (layer, cache)) in self.layers.iter().zip(&mut self.caches).enumerate() {
-            if rows > 0 {
-                enter(&mut pass, &layer.mixer_norm, layer.residual, &mut x, &mut normed)?;
-                match &layer.mixer {
-                    MixerWeights::Grouped(a) => a.run(&mut pass, &self.tables, &normed, &mut x, cache)?,
-                    MixerWeights::Latent(a) => a.run(&mut pass, &self.tables, &normed, &mut x, cache)?,
-                }
-                enter(&mut pass, &layer.branch_norm, layer.residual, &mut x, &mut normed)?;
-            }
-            for branch in &layer.branches {
-                match branch {
-                    BranchWeights::Dense(mlp) if rows > 0 => mlp.run(&mut pass, &normed, &mut x)?,
-                    BranchWeights::Moe(moe) if rows > 0 || moe.meets() => {
-                        let routing = moe.run(&mut pass, &mut normed, &mut x)?;
-                        if let Some(trace) = &mut self.trace {
-                            trace.routings.push((self.first_layer + index, routing));
-                        }
-                    }
-                    BranchWeights::Dense(_) | BranchWeights::Moe(_) => {}
-                }
+            let routings = layer.run(&mut pass, &self.tables, cache, &mut x, &mut normed)?;
+            if let Some(trace) = &mut self.trace {
+                trace.routings.extend(routings.into_iter().map(|routing| (self.first_layer + index, routing)));
             }
             self.progress.fetch_add(1, Ordering::Relaxed);
         }
         pass.give(hidden, Kind::Input, normed);
-        let mut answer = None;
-        if last {
-            let mut head = Head {
-                vocabulary: &self.vocabulary,
-                sequences: &mut self.sequences,
-                trace: self.trace.as_mut(),
-                vocab: self.spec.vocab,
-                hidden,
-                leader: self.place.slice == 0,
-            };
-            answer = Some(head.run(&mut pass, resolved, &x)?);
-        } else if rows > 0 {
-            send(&mut pass, self.place.stage + 1, &mut x)?;
+        if !last {
+            if rows > 0 {
+                send(&mut pass, self.place.stage + 1, &mut x)?;
+            }
+            pass.give(hidden, Kind::Full, x);
+            return Ok(None);
         }
-        pass.give(hidden, Kind::Full, x);
-        Ok(answer)
-    }
-}
-
-/// The normed input of a mixer or of branches; `x` becomes what their results are added to.
-fn enter<B: Backend>(
-    pass: &mut Pass<'_, B>,
-    norm: &NormWeights<B::Vector>,
-    residual: Residual,
-    x: &mut B::Buffer,
-    normed: &mut B::Buffer,
-) -> Result<(), Fault> {
-    pass.backend.norm(x, norm, pass.rows, normed)?;
-    match residual {
-        Residual::Stream => Ok(()),
-        Residual::Normed => replace(pass, norm, x),
-    }
-}
-
-/// `x = norm(x)`, unrounded.
-fn replace<B: Backend>(pass: &mut Pass<'_, B>, norm: &NormWeights<B::Vector>, x: &mut B::Buffer) -> Result<(), Fault> {
-    let cols = pass.hidden;
-    let mut out = pass.take(cols, Kind::Full)?;
-    pass.backend.norm(x, norm, pass.rows, &mut out)?;
-    std::mem::swap(x, &mut out);
-    pass.give(cols, Kind::Full, out);
-    Ok(())
-}
-
-/// The rows' embeddings, complete on every tensor rank, and normed where the model does so.
-fn embed<B: Backend>(
-    pass: &mut Pass<'_, B>,
-    vocabulary: &Vocabulary<B>,
-    ids: &[u32],
-    x: &mut B::Buffer,
-) -> Result<(), Fault> {
-    let rows = pass.rows;
-    pass.backend.embed(vocabulary.embedding(), vocabulary.embedded.start as u32, ids, x)?;
-    if pass.communicators.tensor.size() > 1 {
-        comm::sum(pass.backend, &mut *pass.communicators.tensor, x, rows)?;
-    } else {
-        // A sum over ranks turns a stored -0 into +0, so one rank must too.
-        comm::full(pass.backend, x, rows)?.iter_mut().for_each(|v| *v += 0.0);
-        pass.backend.host_done(x, rows)?;
-    }
-    match &vocabulary.embedding_norm {
-        Some(norm) => replace(pass, norm, x),
-        None => Ok(()),
+        let mut head = Head {
+            vocabulary: &self.vocabulary,
+            sequences: &mut self.sequences,
+            trace: self.trace.as_mut(),
+            vocab: self.spec.vocab,
+            hidden,
+            leader: self.place.slice == 0,
+        };
+        let answer = head.run(&mut pass, resolved, &x)?;
+        let mut foresight =
+            Foresight { predictors: &mut self.predictors, vocabulary: &self.vocabulary, tables: &self.tables };
+        foresight.run(&mut pass, &mut head, resolved, x)?;
+        Ok(Some(answer))
     }
 }
 

@@ -3,7 +3,7 @@
 use super::comm::{self, Communicators};
 use crate::backend::{Backend, Kind};
 use crate::collective::Collective;
-use model::fault::Fault;
+use model::fault::{Fault, FaultKind};
 
 /// One forward pass over `rows` rows.
 pub struct Pass<'a, B: Backend> {
@@ -33,6 +33,31 @@ impl<B: Backend> Pass<'_, B> {
         let tensor: &mut dyn Collective = &mut *self.communicators.tensor;
         comm::sum(self.backend, tensor, &mut y, self.rows)?;
         Ok(y)
+    }
+
+    /// Puts the tensor ranks' `part`s of each row beside each other: `out` has all of their columns. Full.
+    pub fn gather(&mut self, part: &mut B::Buffer, out: &mut B::Buffer, cols: usize) -> Result<(), Fault> {
+        let (rows, ranks) = (self.rows, self.communicators.tensor.size());
+        if ranks == 1 {
+            std::mem::swap(part, out);
+            return Ok(());
+        }
+        let (mut all, mine) = (Vec::new(), comm::bytes(self.backend, part, rows)?.to_vec());
+        self.backend.host_done(part, rows)?;
+        self.communicators.tensor.gather(&mine, &mut all)?;
+        let (width, whole) = (mine.len() / rows, cols * size_of::<f32>());
+        if all.iter().any(|part| part.len() != mine.len()) || width * ranks != whole {
+            let lengths: Vec<usize> = all.iter().map(Vec::len).collect();
+            let text = format!("ranks gathered {lengths:?} bytes, {rows} rows of {whole} were expected");
+            return Err(Fault::new(FaultKind::Diverged, text));
+        }
+        let target = comm::bytes(self.backend, out, rows)?;
+        for (row, target) in target.chunks_exact_mut(whole).enumerate() {
+            for (part, target) in all.iter().zip(target.chunks_exact_mut(width)) {
+                target.copy_from_slice(&part[row * width..(row + 1) * width]);
+            }
+        }
+        self.backend.host_done(out, rows)
     }
 }
 

@@ -1,7 +1,7 @@
 //! What a rank keeps of each sequence between steps: its block table, how far it is computed, and on the leader what
 //! sampling needs. A step's message says only what changed; here it is checked and made whole.
 
-use super::batch::{Foretold, PromptRow, Resolved, Sequence, Wanted};
+use super::batch::{Ahead, Foretold, PromptRow, Resolved, Sequence, Wanted};
 use super::sample::{History, Moment};
 use model::fault::{Fault, FaultKind};
 use model::plan::{BLOCK_TOKENS, Limits};
@@ -19,6 +19,11 @@ pub struct State {
     blocks: Vec<BlockId>,
     /// Positions computed; `None` before the first chunk, which may begin behind a cached prefix.
     computed: Option<usize>,
+    /// Its first position with a row of predictors; `None` where a step left them out. What is cached before must have
+    /// been predicted too, and with the same token behind it: a predictor's last row there took that token in.
+    predicted_from: Option<usize>,
+    /// By predictor: the row that its next one goes on from, normed.
+    pub tails: Vec<Vec<f32>>,
 }
 
 impl State {
@@ -35,11 +40,17 @@ pub struct Sequences {
     limits: Limits,
     /// Tokens that can be read: rows of the embedding table, which may be more than the head answers with.
     readable: usize,
+    predictors: usize,
 }
 
 impl Sequences {
     pub fn new(limits: Limits, readable: usize) -> Sequences {
-        Sequences { states: BTreeMap::new(), limits, readable }
+        Sequences { states: BTreeMap::new(), limits, readable, predictors: 0 }
+    }
+
+    /// The same for a rank that has so many predictors.
+    pub fn predicting(self, predictors: usize) -> Sequences {
+        Sequences { predictors, ..self }
     }
 
     pub fn limits(&self) -> Limits {
@@ -50,9 +61,9 @@ impl Sequences {
         self.states.get_mut(&seq).ok_or_else(|| wrong(format!("sequence {} was never begun", seq.0)))
     }
 
-    /// Takes a step's changes in and resolves its rows. `all_logits` wants every row's, for a trace. An error leaves
-    /// the sequences unusable: whoever sent the step and this rank no longer agree.
-    pub fn resolve(&mut self, lane: &LaneBatch, all_logits: bool) -> Result<Resolved, Fault> {
+    /// Takes a step's changes in and resolves its rows. For a trace `all` rows' logits are wanted, and predictors run. An
+    /// error leaves the sequences unusable: whoever sent the step and this rank no longer agree.
+    pub fn resolve(&mut self, lane: &LaneBatch, all: bool) -> Result<Resolved, Fault> {
         for seq in &lane.ended {
             self.states.remove(seq);
         }
@@ -67,12 +78,13 @@ impl Sequences {
         if tokens > most {
             return Err(wrong(format!("{tokens} tokens in a step, {most} are possible")));
         }
-        let mut resolved = Resolved::default();
+        let ahead = vec![Ahead::default(); if all { self.predictors } else { 0 }];
+        let mut resolved = Resolved { ahead, ..Resolved::default() };
         for (index, chunk) in lane.chunks.iter().enumerate() {
             if lane.chunks[..index].iter().any(|c| c.seq == chunk.seq) {
                 return Err(wrong(format!("sequence {} has two chunks in a step", chunk.seq.0)));
             }
-            self.chunk(chunk, all_logits, &mut resolved)?;
+            self.chunk(chunk, all, &mut resolved)?;
         }
         Ok(resolved)
     }
@@ -90,6 +102,8 @@ impl Sequences {
             held: None,
             blocks: Vec::new(),
             computed: None,
+            predicted_from: None,
+            tails: vec![Vec::new(); self.predictors],
         };
         match self.states.insert(begin.seq, state) {
             None => Ok(()),
@@ -97,7 +111,7 @@ impl Sequences {
         }
     }
 
-    fn chunk(&mut self, chunk: &Chunk, all_logits: bool, resolved: &mut Resolved) -> Result<(), Fault> {
+    fn chunk(&mut self, chunk: &Chunk, all: bool, resolved: &mut Resolved) -> Result<(), Fault> {
         let (limits, readable) = (self.limits, self.readable);
         let state = self.get(chunk.seq)?;
         let (seq, start, rows) = (chunk.seq.0, chunk.start as usize, chunk.tokens.len());
@@ -124,6 +138,10 @@ impl Sequences {
         if let Some(id) = chunk.tokens.iter().find(|&&id| id as usize >= readable) {
             return Err(wrong(format!("sequence {seq} has token {id}, {readable} can be read")));
         }
+        state.predicted_from = match state.computed {
+            None => all.then_some(start),
+            Some(_) => state.predicted_from.filter(|_| all),
+        };
         state.computed = Some(end);
         if state.sampling.needs_history() {
             for (position, &token) in (start..).zip(&chunk.tokens) {
@@ -142,11 +160,40 @@ impl Sequences {
             let scored = state.sampling.prompt_logprobs.is_some() && next < state.prompt_len;
             let prompt = scored.then(|| chunk.tokens.get(i + 1).map_or(PromptRow::Held, |&t| PromptRow::Token(t)));
             let sample = chunk.sample && i + 1 == rows;
-            if sample || prompt.is_some() || all_logits {
+            if sample || prompt.is_some() || all {
                 resolved.wanted.push(Wanted { row: (row + i) as u32, seq: chunk.seq, next, sample, prompt });
             }
         }
+        if let Some(from) = state.predicted_from {
+            predict(chunk, from, row, &state.blocks, &mut resolved.ahead);
+        }
         Ok(())
+    }
+}
+
+/// The rows of predictors for a chunk whose first row is `row`, in a sequence that is predicted from position `from`.
+fn predict(chunk: &Chunk, from: usize, row: usize, blocks: &[BlockId], ahead: &mut [Ahead]) {
+    let (start, end) = (chunk.start as usize, chunk.start as usize + chunk.tokens.len());
+    // Positions of the rows that a predictor goes on from, and the first one's row.
+    let (mut before, mut first) = (start..end, row);
+    for (index, ahead) in ahead.iter_mut().enumerate() {
+        // The row at `p` takes in the token at `p + lag`, and tokens are known up to the chunk's end.
+        let lag = index + 1;
+        let at = |end: usize| end.saturating_sub(lag).max(from);
+        let (row, positions) = (ahead.rows(), at(start)..at(end));
+        if !before.is_empty() {
+            ahead.kept.push((chunk.seq, (first + before.len() - 1) as u32));
+        }
+        if !positions.is_empty() {
+            ahead.ids.extend(positions.clone().map(|p| chunk.tokens[p + lag - start]));
+            let of = |p: usize| p.checked_sub(before.start).map(|i| (first + i) as u32);
+            ahead.from.extend(positions.clone().map(of));
+            ahead.batch.positions.extend(positions.clone().map(|p| p as u32));
+            let (start, rows) = (positions.start, positions.len());
+            ahead.batch.spans.push(Sequence { row, rows, start, blocks: blocks.to_vec() });
+            ahead.sequences.push(chunk.seq);
+        }
+        (before, first) = (positions, row);
     }
 }
 
@@ -199,6 +246,30 @@ mod tests {
         let found = sequences.resolve(&lane(vec![], vec![chunk(1, 3, &[4, 5], &[])]), false).unwrap();
         let wanted: Vec<_> = found.wanted.iter().map(|w| (w.sample, w.prompt)).collect();
         assert_eq!(wanted, [(false, Some(PromptRow::Token(5))), (true, None)]);
+    }
+
+    #[test]
+    fn predictors_lag_and_go_on_from_what_was_kept() {
+        let mut sequences = Sequences::new(LIMITS, 10).predicting(2);
+        let first = lane(vec![begin(1, Sampling::GREEDY)], vec![chunk(1, 0, &[1], &[0])]);
+        let found = sequences.resolve(&first, true).unwrap().ahead;
+        assert_eq!((found[0].rows(), found[1].rows()), (0, 0), "the next token is not known");
+        assert_eq!((&found[0].kept[..], &found[1].kept[..]), (&[(SeqId(1), 0)][..], &[][..]));
+        let second =
+            lane(vec![begin(2, Sampling::GREEDY)], vec![chunk(2, 0, &[4, 5, 6], &[1]), chunk(1, 1, &[2, 3], &[])]);
+        let found = sequences.resolve(&second, true).unwrap().ahead;
+        assert_eq!((&found[0].ids[..], &found[0].batch.positions[..]), (&[5, 6, 2, 3][..], &[0, 1, 0, 1][..]));
+        assert_eq!(found[0].from, [Some(0), Some(1), None, Some(3)]);
+        assert_eq!(found[0].kept, [(SeqId(2), 2), (SeqId(1), 4)]);
+        assert_eq!((&found[1].ids[..], &found[1].batch.positions[..]), (&[6, 3][..], &[0, 0][..]));
+        assert_eq!(found[1].from, [Some(0), Some(2)]);
+        assert_eq!(found[1].kept, [(SeqId(2), 1), (SeqId(1), 3)]);
+        let third = sequences.resolve(&lane(vec![], vec![chunk(1, 3, &[7], &[])]), true).unwrap().ahead;
+        assert_eq!((&third[0].from[..], &third[1].from[..]), (&[None][..], &[None][..]));
+        assert_eq!((third[0].batch.spans[0].start, third[1].batch.spans[0].start), (2, 1));
+        assert!(sequences.resolve(&lane(vec![], vec![chunk(1, 4, &[7], &[])]), false).unwrap().ahead.is_empty());
+        let late = sequences.resolve(&lane(vec![], vec![chunk(1, 5, &[7], &[])]), true).unwrap().ahead;
+        assert_eq!(late[0].rows(), 0, "a step left its predictors out");
     }
 
     #[test]

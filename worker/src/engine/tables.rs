@@ -28,7 +28,7 @@ pub struct Tables<B: Backend> {
 }
 
 impl Kinds {
-    pub fn of(layers: &[Layer]) -> Kinds {
+    pub fn of<'a>(layers: impl Iterator<Item = &'a Layer>) -> Kinds {
         let mut kinds = Kinds::default();
         for layer in layers {
             if let Some(rope) = layer.mixer.rope()

@@ -1,9 +1,11 @@
 //! A stage's weights on one rank, and how a layer's parts find theirs.
 
+use super::comm;
 use super::grouped;
 use super::latent;
 use super::mlp::Mlp;
 use super::moe::Mixture;
+use super::pass::Pass;
 use super::tables::Kinds;
 use crate::backend::{Backend, MatrixView, NormWeights};
 use crate::load::loader::Loader;
@@ -55,7 +57,7 @@ pub struct Vocabulary<B: Backend> {
 }
 
 impl<B: Backend> Vocabulary<B> {
-    /// The embedding on the first stage, the head on the last.
+    /// The embedding on the first stage, the head on the last, which needs the embedding too where something predicts.
     pub fn load(backend: &B, from: &Loader<'_>, spec: &ModelSpec, first: bool, last: bool) -> Result<Self, Fault> {
         let outer = |role| TensorId { layer: None, role, expert: None };
         let table = |role| backend.matrix(&[from.window(outer(role))?], 1);
@@ -73,7 +75,7 @@ impl<B: Backend> Vocabulary<B> {
                 Some(of) if first => Some(norm(of, [Role::EmbeddingNorm, Role::EmbeddingNormBias])?),
                 Some(_) | None => None,
             },
-            embedding: if first || (last && tied) { Some(table(Role::Embedding)?) } else { None },
+            embedding: if first || (last && catalog::embeds_last(spec)) { Some(table(Role::Embedding)?) } else { None },
             head: if last && !tied { Some(table(Role::Head)?) } else { None },
             final_norm: match last {
                 true => Some(norm(&spec.final_norm, [Role::FinalNorm, Role::FinalNormBias])?),
@@ -82,8 +84,22 @@ impl<B: Backend> Vocabulary<B> {
         })
     }
 
-    pub fn embedding(&self) -> &B::Matrix {
-        self.embedding.as_ref().expect("the first stage loads the embedding")
+    fn embedding(&self) -> &B::Matrix {
+        self.embedding.as_ref().expect("the stages that embed load the embedding")
+    }
+
+    /// The embeddings of a pass's rows, complete on every tensor rank.
+    pub fn embed(&self, pass: &mut Pass<'_, B>, ids: &[u32], x: &mut B::Buffer) -> Result<(), Fault> {
+        let rows = pass.rows;
+        pass.backend.embed(self.embedding(), self.embedded.start as u32, ids, x)?;
+        if pass.communicators.tensor.size() > 1 {
+            comm::sum(pass.backend, &mut *pass.communicators.tensor, x, rows)?;
+        } else {
+            // A sum over ranks turns a stored -0 into +0, so one rank must too.
+            comm::full(pass.backend, x, rows)?.iter_mut().for_each(|v| *v += 0.0);
+            pass.backend.host_done(x, rows)?;
+        }
+        Ok(())
     }
 
     pub fn head(&self) -> &B::Matrix {

@@ -9,7 +9,7 @@ use crate::backend::MatrixView;
 use model::catalog::{self, TensorDecl, TensorId};
 use model::cut;
 use model::fault::{Fault, FaultKind};
-use model::mesh::{Mesh, RankId};
+use model::mesh::{Mesh, Place, RankId};
 use model::plan::Plan;
 use model::spec::ModelSpec;
 use sha2::{Digest, Sha256};
@@ -45,7 +45,8 @@ impl<'a> Loader<'a> {
         cut::check(spec, &plan.mesh).map_err(|e| Fault::new(FaultKind::Incompatible, e.to_string()))?;
         let declared = catalog::tensors(spec);
         check(checkpoint, spec, &declared)?;
-        let stage = plan.mesh.place(rank).stage;
+        let Place { stage, slice, .. } = plan.mesh.place(rank);
+        check_copies(checkpoint, spec, &plan.mesh, slice)?;
         if plan.stages.len() != plan.mesh.pipeline {
             let (stages, mesh) = (plan.stages.len(), plan.mesh);
             return Err(Fault::new(FaultKind::Internal, format!("the plan has {stages} ranges of layers for {mesh}")));
@@ -137,6 +138,26 @@ fn check(checkpoint: &Checkpoint, spec: &ModelSpec, declared: &[TensorDecl]) -> 
     let (number, some) = (unclaimed.len(), unclaimed[..unclaimed.len().min(5)].join(", "));
     let file = checkpoint.file_of(first);
     Err(bad(format!("nothing in the model uses {number} tensors of the checkpoint: {some} (the first in {file})")))
+}
+
+/// Predictors share the model's embedding and head; where the checkpoint repeats those for them, it must not mean others.
+/// Each rank looks at its own rows of the vocabulary.
+fn check_copies(checkpoint: &Checkpoint, spec: &ModelSpec, mesh: &Mesh, slice: usize) -> Result<(), Fault> {
+    for (name, role) in catalog::predictor_copies(spec).into_iter().filter(|(name, _)| checkpoint.has(name)) {
+        let of = catalog::tensor_name(spec, &TensorId { layer: None, role, expert: None });
+        let (copy, own) = (checkpoint.tensor(&name)?, checkpoint.tensor(&of)?);
+        let same = (copy.format, copy.shape) == (own.format, own.shape) && {
+            let (rows, all) = (own.shape.first().copied().unwrap_or(1), own.bytes.len());
+            let mine = cut::vocab_rows(rows, mesh.tensor, slice);
+            let bytes = mine.start * (all / rows)..mine.end * (all / rows);
+            copy.bytes[bytes.clone()] == own.bytes[bytes]
+        };
+        if !same {
+            let why = format!("it is not the same as {of}, which predictors share with the model");
+            return Err(checkpoint.blame(&name, &why));
+        }
+    }
+    Ok(())
 }
 
 /// All of a declared tensor.

@@ -15,7 +15,8 @@ const OPTIONS: Options = Options { deadline: Duration::from_secs(20), checked: f
 fn plan(epoch: u64, mesh: Mesh, members: Vec<Member>) -> Plan {
     let limits = Limits { model_len_max: 128, step_tokens_max: 64, step_sequences_max: 4, blocks: 8 };
     let stages = (0..mesh.pipeline).map(|stage| stage..stage + 1).collect();
-    Plan { epoch: Epoch(epoch), mesh, dtype: Dtype::F32, family: KernelFamily::Vector, stages, members, limits }
+    let (dtype, family) = (Dtype::F32, KernelFamily::Vector);
+    Plan { epoch: Epoch(epoch), mesh, dtype, family, stages, members, limits, predictors: 0 }
 }
 
 /// Worker `i` with `each` ranks, the ranks in order.
