@@ -23,6 +23,9 @@ pub fn run(args: Args) -> Result<()> {
     if config.verify_checksums {
         checksums::verify(&config.model)?;
     }
+    if let Ok(password) = std::env::var("CONCLAVE_STORE_PASSWORD") {
+        config.store.password = password;
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         let listen = async |address: &str, what: &str| {

@@ -69,6 +69,57 @@ pub struct Config {
     /// Largest request body in bytes.
     #[serde(default = "body")]
     pub body_bytes_max: usize,
+    /// Where epochs are remembered.
+    #[serde(default)]
+    pub store: StoreSettings,
+}
+
+/// Where the coordinator keeps what must outlive it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StoreSettings {
+    pub kind: StoreKind,
+    /// Of a file store: its directory.
+    pub data_dir: Option<PathBuf>,
+    /// Of etcd: `http://host:port` or `https://host:port`, tried in turn.
+    pub endpoints: Vec<String>,
+    /// PEM files: the authority that vouches for etcd, which turns TLS on, and what this coordinator shows of itself.
+    pub ca: Option<PathBuf>,
+    pub certificate: Option<PathBuf>,
+    pub key: Option<PathBuf>,
+    /// Where etcd asks who one is.
+    pub user: Option<String>,
+    /// Better in the environment variable `CONCLAVE_STORE_PASSWORD`.
+    pub password: String,
+    /// Before every key, so that clusters can share an etcd.
+    pub prefix: String,
+}
+
+impl Default for StoreSettings {
+    fn default() -> StoreSettings {
+        StoreSettings {
+            kind: StoreKind::Memory,
+            data_dir: None,
+            endpoints: Vec::new(),
+            ca: None,
+            certificate: None,
+            key: None,
+            user: None,
+            password: String::new(),
+            prefix: "conclave/".into(),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StoreKind {
+    /// Forgets with the process.
+    Memory,
+    /// Survives it, in a directory that is its own.
+    File,
+    /// Survives it and is shared.
+    Etcd,
 }
 
 fn api_listen() -> String {
@@ -125,7 +176,8 @@ mod tests {
     fn every_key_has_its_line() {
         let text = include_str!("../../deploy/config/coordinator.toml");
         let fields = format!("{:?}", toml::from_str::<Config>("model = \"m\"").unwrap());
-        let fields = fields.trim_start_matches("Config { ").split(", ").filter_map(|f| f.split_once(": "));
+        let fields = fields.trim_start_matches("Config { ").replace("store: StoreSettings { ", "");
+        let fields = fields.split(", ").filter_map(|f| f.split_once(": "));
         for (key, _) in fields {
             assert!(text.contains(&format!("{key} = ")), "{key} is not documented");
         }

@@ -32,6 +32,7 @@ const BUILD: &str = "conclave_build_info";
 const EPOCH: &str = "conclave_epoch";
 const MEMBERS: &str = "conclave_members";
 const SERVING: &str = "conclave_serving";
+const STORE_UP: &str = "conclave_store_up";
 
 /// From a token on a fast device to a long prefill on a slow one.
 const SECONDS: &[f64] = &[
@@ -99,6 +100,7 @@ fn describe() {
     describe_gauge!(EPOCH, "The epoch of the current plan");
     describe_gauge!(MEMBERS, "Workers in the cluster");
     describe_gauge!(SERVING, "1 while the cluster serves");
+    describe_gauge!(STORE_UP, "1 while the store of plans and members answers; serving goes on without it");
 }
 
 /// The scheduler's load, after a step or when it changes.
@@ -121,6 +123,11 @@ pub fn observe_cluster(view: &ClusterView, serving: bool) {
     gauge!(EPOCH).set(view.epoch as f64);
     gauge!(MEMBERS).set(view.members.len() as f64);
     gauge!(SERVING).set(f64::from(u8::from(serving)));
+}
+
+/// Whether the store answered when it was last asked.
+pub fn store(up: bool) {
+    gauge!(STORE_UP).set(f64::from(u8::from(up)));
 }
 
 pub fn first_token(after: Duration, prompt_tokens: usize) {

@@ -6,9 +6,10 @@ use crate::api::request::ModelFacts;
 use crate::api::view::ClusterView;
 use crate::api::{self, State};
 use crate::cluster::driver::{GroupEnded, Parts, Shell, Turn};
-use crate::cluster::memory::MemoryStore;
+use crate::cluster::ledger::Ledger;
 use crate::cluster::service::{Door as NodeDoor, Service};
 use crate::cluster::state::{Cluster, Planner, Rules};
+use crate::cluster::store::any::AnyStore;
 use crate::config::Config;
 use crate::metrics;
 use crate::plan::{self, Offer, Policy};
@@ -43,6 +44,8 @@ pub enum StartError {
     Io { what: &'static str, source: std::io::Error },
     #[error(transparent)]
     Plan(#[from] plan::PlanError),
+    #[error("[store]: {0}")]
+    Store(String),
     #[error("metrics can't be recorded: {0}")]
     Metrics(String),
     #[error("the engine's thread ended: {0}")]
@@ -104,6 +107,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
     let source = Arc::new(Source::open(&config.model)?);
     let text = Text::load(&source.path, config.chat_template.as_deref())?;
     let maker = PlanMaker { source: source.clone(), policy: policy(&config) };
+    let store = AnyStore::open(&config.store).map_err(StartError::Store)?;
     let (view_writer, view) = watch::channel(ClusterView::default());
     let (submissions, queue) = mpsc::channel(SUBMISSIONS_MAX);
     let (stop, stopping) = watch::channel(false);
@@ -121,6 +125,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
         rules,
         node_door,
         node,
+        store,
         queue,
         view: view_writer,
         config: config.clone(),
@@ -191,6 +196,7 @@ struct Engine {
     rules: Rules,
     node_door: NodeDoor,
     node: std::net::TcpListener,
+    store: AnyStore,
     queue: mpsc::Receiver<Submission>,
     view: watch::Sender<ClusterView>,
     config: Config,
@@ -216,7 +222,7 @@ impl Engine {
             let (driver, load) = Driver::new(before, self.queue, Instant::now);
             let source = self.source.clone();
             let shell = Shell::new(Parts {
-                store: MemoryStore::default(),
+                ledger: Ledger::new(self.store),
                 cluster: Cluster::new(self.rules, self.maker, Epoch(0)),
                 notices: notice_queue,
                 turns,

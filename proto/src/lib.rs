@@ -15,6 +15,14 @@ pub mod cluster {
     }
 }
 
+/// The part of etcd's v3 API that the store speaks.
+pub mod etcd {
+    #[allow(clippy::all)]
+    pub mod v3 {
+        tonic::include_proto!("etcdserverpb");
+    }
+}
+
 /// Raised with every change that an older peer would misread. Peers of another version are refused at the door.
 pub const WIRE_VERSION: u32 = 1;
 

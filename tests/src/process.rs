@@ -65,15 +65,21 @@ impl Served {
 
     /// Starts the program without waiting.
     pub fn spawn(program: &str, model: &Path, flags: &[&str]) -> Result<Served> {
-        let mut child = Command::new(program)
-            .arg("serve")
-            .arg(model)
-            .args(["--listen", "127.0.0.1:0"])
-            .args(flags)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .with_context(|| format!("{program} can't be started"))?;
+        let mut command = Command::new(program);
+        command.arg("serve").arg(model).args(["--listen", "127.0.0.1:0"]).args(flags);
+        Served::of(command, String::new())
+    }
+
+    /// Starts any subcommand that will serve the API at `address`, without waiting.
+    pub fn command(program: &str, arguments: &[&str], address: &str) -> Result<Served> {
+        let mut command = Command::new(program);
+        command.args(arguments);
+        Served::of(command, address.to_string())
+    }
+
+    fn of(mut command: Command, address: String) -> Result<Served> {
+        let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
+        let mut child = child.with_context(|| format!("{command:?} can't be started"))?;
         let stdout = BufReader::new(child.stdout.take().context("piped")?);
         let (sender, lines) = mpsc::channel();
         std::thread::spawn(move || {
@@ -83,7 +89,7 @@ impl Served {
                 }
             }
         });
-        Ok(Served { child, address: String::new(), said: Vec::new(), lines })
+        Ok(Served { child, address, said: Vec::new(), lines })
     }
 
     /// Sends a request and reads the whole answer.

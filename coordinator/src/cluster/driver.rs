@@ -2,9 +2,10 @@
 //! messages, store writes and groups for the scheduler. Everything here runs on the engine's thread.
 
 use super::event::{Action, Event};
+use super::ledger::Ledger;
 use super::service::{Notice, Said, StepStream};
 use super::state::{Cluster, Phase, Planner};
-use super::store::{Expect, Revision, Store, StoreError};
+use super::store::Store;
 use crate::api::view::{self, ClusterView, LoadView, MemberView};
 use crate::group::{Answer, GrpcGroup, ORDERS_MAX};
 use crate::metrics;
@@ -34,7 +35,7 @@ pub struct GroupEnded {
 
 /// What the shell is built from.
 pub struct Parts<S, P> {
-    pub store: S,
+    pub ledger: Ledger<S>,
     pub cluster: Cluster<P>,
     pub notices: mpsc::Receiver<Notice>,
     pub turns: mpsc::Sender<Turn>,
@@ -53,7 +54,6 @@ pub struct Shell<S, P> {
     began: Instant,
     connections: BTreeMap<WorkerId, Connection>,
     opening: Option<Opening>,
-    plan_revision: Option<Revision>,
 }
 
 struct Connection {
@@ -70,12 +70,12 @@ struct Opening {
     queue: Option<mpsc::Receiver<Answer>>,
 }
 
-/// Where the store keeps the group's plan.
-const PLAN_KEY: &str = "groups/0/plan";
-
 impl<S: Store, P: Planner> Shell<S, P> {
-    pub fn new(parts: Parts<S, P>) -> Shell<S, P> {
-        Shell { parts, began: Instant::now(), connections: BTreeMap::new(), opening: None, plan_revision: None }
+    pub fn new(mut parts: Parts<S, P>) -> Shell<S, P> {
+        let unread = Event::StoreLost { why: "the store was not read yet".into() };
+        let actions = parts.cluster.handle(Duration::ZERO, unread);
+        assert!(actions.is_empty(), "nobody joined yet");
+        Shell { parts, began: Instant::now(), connections: BTreeMap::new(), opening: None }
     }
 
     /// Runs until the service is gone.
@@ -92,6 +92,7 @@ impl<S: Store, P: Planner> Shell<S, P> {
                     tracing::warn!("epoch {} ended: {fault}", epoch.0);
                     self.feed(Event::GroupFault { epoch, fault }).await;
                 }
+                event = self.parts.ledger.next() => self.feed(event).await,
                 _ = tick.tick() => self.feed(Event::Tick).await,
             }
             self.publish();
@@ -168,20 +169,16 @@ impl<S: Store, P: Planner> Shell<S, P> {
         self.perform(actions).await;
     }
 
-    /// Performs actions; those that answer at once (the store) feed the core again.
     async fn perform(&mut self, actions: Vec<Action>) {
-        let mut queue: std::collections::VecDeque<Action> = actions.into();
-        while let Some(action) = queue.pop_front() {
-            if let Some(event) = self.one(action).await {
-                queue.extend(self.parts.cluster.handle(self.began.elapsed(), event));
-            }
+        for action in actions {
+            self.one(action).await;
         }
     }
 
-    async fn one(&mut self, action: Action) -> Option<Event> {
+    async fn one(&mut self, action: Action) {
         use wire::command::Body;
         match action {
-            Action::Commit { plan } => return Some(self.commit(&plan).await),
+            Action::Commit { plan } => self.parts.ledger.commit(plan.epoch),
             Action::Load { worker, plan } => {
                 if self.opening.as_ref().is_none_or(|o| o.plan.epoch != plan.epoch) {
                     let (answers, queue) = mpsc::channel(ORDERS_MAX * plan.members.len());
@@ -216,35 +213,11 @@ impl<S: Store, P: Planner> Shell<S, P> {
                 self.turn(Turn::Halt).await;
             }
         }
-        None
     }
 
     async fn turn(&self, turn: Turn) {
         // The scheduler's loop ends only when the coordinator stops.
         let _ = self.parts.turns.send(turn).await;
-    }
-
-    async fn commit(&mut self, plan: &Plan) -> Event {
-        let expect = self.plan_revision.map_or(Expect::Absent, Expect::At);
-        let value = plan.epoch.0.to_le_bytes();
-        match self.parts.store.put_if(PLAN_KEY, &value, expect).await {
-            Ok(revision) => {
-                self.plan_revision = Some(revision);
-                Event::Committed { epoch: plan.epoch }
-            }
-            Err(StoreError::Conflict { found, .. }) => {
-                let (epoch, why) = match self.parts.store.get(PLAN_KEY).await {
-                    Ok(Some(entry)) => {
-                        self.plan_revision = Some(entry.revision);
-                        let bytes = entry.value.as_slice().try_into().unwrap_or([0; 8]);
-                        (Epoch(u64::from_le_bytes(bytes)), format!("another plan is at {found:?}"))
-                    }
-                    _ => (plan.epoch, "another plan was there and is gone".to_string()),
-                };
-                Event::CommitFailed { found: epoch, why }
-            }
-            Err(other) => Event::CommitFailed { found: plan.epoch, why: other.to_string() },
-        }
     }
 
     fn command(&self, worker: &WorkerId, body: wire::command::Body) {
@@ -258,7 +231,7 @@ impl<S: Store, P: Planner> Shell<S, P> {
         let cluster = &self.parts.cluster;
         let plan = cluster.plan();
         let phase = match cluster.phase() {
-            Phase::Gathering if self.plan_revision.is_some() => view::Phase::Recovering,
+            Phase::Gathering if self.parts.ledger.has_committed() => view::Phase::Recovering,
             Phase::Gathering => view::Phase::Gathering,
             Phase::Committing(_) => view::Phase::Planning,
             Phase::Loading(_) => view::Phase::Loading,

@@ -45,6 +45,14 @@ pub enum Event {
         found: Epoch,
         why: String,
     },
+    /// The store answers, and knows this epoch: at the start, after an outage, or since somebody else planned.
+    StoreRead {
+        epoch: Epoch,
+    },
+    /// The store does not answer: no plan can be committed until it is read. What is served goes on.
+    StoreLost {
+        why: String,
+    },
     /// A step of the epoch failed.
     GroupFault {
         epoch: Epoch,
@@ -67,7 +75,7 @@ pub struct Beat {
 /// What the shell must do, in order.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
-    /// Compare-and-swap the plan into the store; answer with `Committed` or `CommitFailed`.
+    /// Compare-and-swap the plan into the store; answer with `Committed`, `CommitFailed` or `StoreLost`.
     Commit {
         plan: Arc<Plan>,
     },

@@ -60,8 +60,12 @@ pub struct Cluster<P> {
     planner: P,
     workers: BTreeMap<WorkerId, Worker>,
     phase: Phase,
-    /// Highest epoch ever used or seen.
+    /// Highest epoch ever used, or seen while planning.
     epoch: Epoch,
+    /// The store's, where that is higher.
+    epoch_stored: Epoch,
+    /// Why the store can't be written; plans wait for it.
+    store_lost: Option<String>,
     previous: Option<Arc<Plan>>,
     /// When the membership last grew or a phase ended: `settle` counts from here.
     since: Duration,
@@ -83,6 +87,8 @@ impl<P: Planner> Cluster<P> {
             workers: BTreeMap::new(),
             phase: Phase::Gathering,
             epoch,
+            epoch_stored: epoch,
+            store_lost: None,
             previous: None,
             since: Duration::ZERO,
             retry_at: Duration::ZERO,
@@ -145,8 +151,23 @@ impl<P: Planner> Cluster<P> {
             Event::Ready { worker, epoch } => self.ready(now, &worker, epoch, &mut actions),
             Event::Committed { epoch } => self.committed(epoch, &mut actions),
             Event::CommitFailed { found, why } => {
-                self.epoch = self.epoch.max(found);
-                self.failed(now, format!("the store refused the plan: {why}"), &mut actions);
+                self.epoch_stored = self.epoch_stored.max(found);
+                if matches!(self.phase, Phase::Committing(_)) {
+                    self.failed(now, format!("the store refused the plan: {why}"), &mut actions);
+                }
+            }
+            Event::StoreRead { epoch } => {
+                self.epoch_stored = self.epoch_stored.max(epoch);
+                if self.store_lost.take().is_some() {
+                    self.retry_at = now;
+                }
+            }
+            Event::StoreLost { why } => {
+                self.store_lost = Some(why);
+                if matches!(self.phase, Phase::Committing(_)) {
+                    // Nobody was asked to load it yet.
+                    self.phase = Phase::Gathering;
+                }
             }
             Event::GroupFault { epoch, fault } => self.group_fault(now, epoch, &fault, &mut actions),
             Event::Tick => self.silent(now, &mut actions),
@@ -207,15 +228,17 @@ impl<P: Planner> Cluster<P> {
     fn try_plan(&mut self, now: Duration, actions: &mut Vec<Action>) {
         let (have, want) = (self.workers.len(), self.rules.workers);
         let settled = self.rules.settle.is_some_and(|s| now >= self.since + s) && have > 0;
-        if have < want && !settled {
-            self.reason = self.after_cause(&format!("waiting for {want} workers, {have} joined"));
+        let few = (have < want && !settled).then(|| format!("waiting for {want} workers, {have} joined"));
+        let obstacles: Vec<String> = few.into_iter().chain(self.store_lost.clone()).collect();
+        if !obstacles.is_empty() {
+            self.reason = self.after_cause(&obstacles.join("; "));
             return;
         }
         if now < self.retry_at {
             return;
         }
         let offers: Vec<Offer> = self.workers.values().map(|w| w.offer.clone()).collect();
-        match self.planner.plan(Epoch(self.epoch.0 + 1), &offers, self.previous.as_deref()) {
+        match self.planner.plan(Epoch(self.epoch.max(self.epoch_stored).0 + 1), &offers, self.previous.as_deref()) {
             Ok(plan) => {
                 self.epoch = plan.epoch;
                 let plan = Arc::new(plan);
@@ -474,6 +497,46 @@ mod tests {
         c.handle(ms(1), Event::CommitFailed { found: Epoch(9), why: "at revision 9".into() });
         let again = c.handle(ms(200), Event::Tick);
         assert!(matches!(&again[..], [Action::Commit { plan }] if plan.epoch == Epoch(10)));
+    }
+
+    #[test]
+    fn nothing_is_planned_before_the_store_is_read_and_the_reason_is_said() {
+        let mut c = cluster(1, None);
+        c.handle(ms(0), Event::StoreLost { why: "the store is unreachable: refused".into() });
+        assert_eq!(c.reason(), "waiting for 1 workers, 0 joined; the store is unreachable: refused");
+        assert!(join(&mut c, 1, 0).is_empty());
+        assert_eq!(c.reason(), "the store is unreachable: refused");
+        assert!(c.handle(ms(5000), Event::Beat { worker: id(0), beat: Beat::default() }).is_empty());
+        let actions = c.handle(ms(5001), Event::StoreRead { epoch: Epoch(41) });
+        assert!(matches!(&actions[..], [Action::Commit { plan }] if plan.epoch == Epoch(42)));
+        assert_eq!(c.failures(), 0);
+    }
+
+    #[test]
+    fn a_store_that_goes_while_serving_changes_nothing_until_a_plan_is_needed() {
+        let mut c = cluster(1, None);
+        join(&mut c, 0, 0);
+        serve(&mut c, 1);
+        assert!(c.handle(ms(2), Event::StoreLost { why: "gone".into() }).is_empty());
+        assert!(matches!(c.phase(), Phase::Serving(_)));
+        assert_eq!(c.reason(), "");
+        c.handle(ms(3), Event::Lost { worker: id(0), why: "closed".into() });
+        assert!(join(&mut c, 4, 0).is_empty());
+        assert!(c.reason().contains("closed") && c.reason().ends_with("; gone"), "{}", c.reason());
+        let actions = c.handle(ms(5), Event::StoreRead { epoch: Epoch(1) });
+        assert!(matches!(&actions[..], [Action::Commit { plan }] if plan.epoch == Epoch(2)));
+    }
+
+    #[test]
+    fn a_commit_that_got_no_answer_is_planned_again_above_what_the_store_then_says() {
+        let mut c = cluster(1, None);
+        join(&mut c, 0, 0);
+        assert!(c.handle(ms(1), Event::StoreLost { why: "no answer".into() }).is_empty());
+        // It had been written after all.
+        let actions = c.handle(ms(2), Event::StoreRead { epoch: Epoch(1) });
+        assert!(matches!(&actions[..], [Action::Commit { plan }] if plan.epoch == Epoch(2)));
+        assert!(c.handle(ms(3), Event::Committed { epoch: Epoch(1) }).is_empty(), "the first one comes late");
+        assert_eq!(c.failures(), 0);
     }
 
     #[test]
