@@ -16,9 +16,9 @@ The script does four things, in order, and each is deterministic for a given
 Needs: torch, tokenizers, safetensors, numpy. ``transformers`` is used only by
 ``--check`` and ``--sample``, which load the exported folder and generate.
 
-    python train.py --out stage1 --docs 100000 --minutes 25
+    python train.py --out stage1 --docs 100000 --steps 2600
     python train.py --out model --init stage1 --mix answers --seed 8 \\
-        --docs 120000 --lr 0.0015 --minutes 7
+        --docs 120000 --lr 0.0015 --steps 900
     python train.py --out model --check --sample
     python train.py --out model --evaluate
 
