@@ -9,6 +9,7 @@ mod bench;
 mod checksums;
 mod client;
 mod coordinator_command;
+mod drain;
 mod hub;
 mod plan;
 mod progress;
@@ -41,6 +42,8 @@ enum Command {
     Plan(plan::Args),
     /// Show a running cluster: members, epoch, mesh, memory, load
     Status(status::Args),
+    /// Let a worker end as soon as others can do without it
+    Drain(drain::Args),
     /// Measure a running server
     Bench(bench::Args),
 }
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         Command::Worker(args) => worker_command::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Status(args) => status::run(args),
+        Command::Drain(args) => drain::run(args),
         Command::Bench(args) => bench::run(args),
     };
     match outcome {

@@ -12,6 +12,14 @@ pub async fn asked_to_stop() -> std::io::Result<()> {
     Ok(())
 }
 
+/// The same; never where signals can't be had.
+pub async fn asked_or_never() {
+    if let Err(e) = asked_to_stop().await {
+        tracing::error!("no signals: {e}");
+        std::future::pending::<()>().await;
+    }
+}
+
 /// Completes when standard input ends: the parent holds the other end and lets go of it however it dies.
 pub async fn stdin_closed() {
     let (closed, wait) = tokio::sync::oneshot::channel();

@@ -4,7 +4,7 @@ use crate::signals;
 use anyhow::{Context, Result};
 use model::plan::WorkerId;
 use std::path::PathBuf;
-use worker::agent::driver::Identity;
+use worker::agent::driver::{Identity, Stop};
 use worker::config::{Config, host_name, memory_available};
 
 #[derive(clap::Args)]
@@ -30,6 +30,9 @@ pub struct Args {
     /// Memory to offer in bytes, all devices together
     #[arg(long)]
     memory_bytes: Option<u64>,
+    /// Seconds to go on serving after SIGTERM while others take over
+    #[arg(long)]
+    drain_seconds: Option<u64>,
     /// End when standard input ends (set by `serve` for its children)
     #[arg(long, hide = true)]
     pub until_stdin_closes: bool,
@@ -51,6 +54,7 @@ fn config(args: &Args) -> Result<Config> {
     set(&mut config.data_listen, &args.data_listen);
     config.devices = args.devices.unwrap_or(config.devices);
     config.threads = args.threads.unwrap_or(config.threads);
+    config.drain_seconds = args.drain_seconds.unwrap_or(config.drain_seconds);
     config.memory_bytes = args.memory_bytes.unwrap_or(config.memory_bytes);
     if let Ok(token) = std::env::var("CONCLAVE_TOKEN") {
         config.token = token;
@@ -85,14 +89,25 @@ pub fn run(args: Args) -> Result<()> {
     // One thread for control and steps: they are small, and hopping between threads costs more than they do.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
-        let shutdown = async {
-            if args.until_stdin_closes {
-                signals::stdin_closed().await;
-            } else if let Err(e) = signals::asked_to_stop().await {
-                tracing::error!("no signals: {e}");
+        let (first, second) = tokio::sync::oneshot::channel();
+        let leave = async move {
+            signals::asked_or_never().await;
+            let _ = first.send(());
+        };
+        let now = async move {
+            let again = async {
+                // A sender that is gone has not been asked.
+                match second.await {
+                    Ok(()) => signals::asked_or_never().await,
+                    Err(_) => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = again => {}
+                () = signals::stdin_closed(), if args.until_stdin_closes => {}
             }
         };
-        worker::agent::driver::run(config, identity, shutdown).await
+        worker::agent::driver::run(config, identity, Stop { leave, now }).await
     });
     if outcome.is_ok() {
         // Rank threads may be deep in a step that nobody wants any more.

@@ -86,7 +86,13 @@ impl Keeper {
             };
             drop(lifeline);
             let Some(status) = status else { return end(child).await };
+            // A worker that ends well was asked to, and not by us.
+            let drained = status.as_ref().is_ok_and(std::process::ExitStatus::success);
             let how = status.map_or_else(|e| e.to_string(), |s| s.to_string());
+            if drained {
+                tracing::info!("{} was drained", self.name);
+                return;
+            }
             tracing::warn!("{} ended ({how})", self.name);
             short_lives = if began.elapsed() < SHORT_LIFE { short_lives + 1 } else { 0 };
             if short_lives >= SHORT_LIVES_MAX {

@@ -5,7 +5,7 @@ use crate::api::auth::Keys;
 use crate::api::request::ModelFacts;
 use crate::api::view::ClusterView;
 use crate::api::{self, State};
-use crate::cluster::driver::{GroupEnded, Parts, Shell, Turn};
+use crate::cluster::driver::{Ask, GroupEnded, Parts, Shell, Turn};
 use crate::cluster::ledger::Ledger;
 use crate::cluster::service::{Door as NodeDoor, Service};
 use crate::cluster::state::{Cluster, Planner, Rules};
@@ -27,6 +27,12 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 /// How often workers say that they live; five silent intervals are a death.
 const BEAT: Duration = Duration::from_millis(300);
+
+/// Newcomers come in crowds: the cluster grows when none came for so long.
+const GROW: Duration = Duration::from_secs(1);
+
+/// What operators ask for, on its way to the cluster.
+const ASKS_MAX: usize = 16;
 
 /// Jobs on their way from the API to the scheduler.
 const SUBMISSIONS_MAX: usize = 256;
@@ -109,6 +115,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
     let maker = PlanMaker { source: source.clone(), policy: policy(&config) };
     let store = AnyStore::open(&config.store).map_err(StartError::Store)?;
     let (view_writer, view) = watch::channel(ClusterView::default());
+    let (ask, asks) = mpsc::channel(ASKS_MAX);
     let (submissions, queue) = mpsc::channel(SUBMISSIONS_MAX);
     let (stop, stopping) = watch::channel(false);
     let node = node.into_std().map_err(|source| StartError::Io { what: "the node plane", source })?;
@@ -118,6 +125,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
         settle: (config.settle_ms > 0).then(|| Duration::from_millis(config.settle_ms)),
         silence: BEAT * 5,
         retry: Duration::from_millis(500),
+        grow: GROW,
     };
     let engine = Engine {
         source: source.clone(),
@@ -127,6 +135,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
         node,
         store,
         queue,
+        asks,
         view: view_writer,
         config: config.clone(),
     };
@@ -149,7 +158,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
     let facts = ModelFacts::new(&config, &source, &text);
     metrics::install(&facts.names[0]).map_err(|e| StartError::Metrics(e.to_string()))?;
     let keys = Keys::new(config.api_keys.iter().map(String::as_str));
-    let state = State::new(Door::new(submissions), text, facts, keys, view.clone(), config.body_bytes_max);
+    let state = State::new(Door::new(submissions), text, facts, keys, view.clone(), config.body_bytes_max).asking(ask);
     let mut stop_of_api = stopping;
     let api = tokio::spawn(async move {
         let shutdown = async move {
@@ -198,6 +207,7 @@ struct Engine {
     node: std::net::TcpListener,
     store: AnyStore,
     queue: mpsc::Receiver<Submission>,
+    asks: mpsc::Receiver<Ask>,
     view: watch::Sender<ClusterView>,
     config: Config,
 }
@@ -227,6 +237,7 @@ impl Engine {
                 notices: notice_queue,
                 turns,
                 ended: ended_queue,
+                asks: self.asks,
                 view: self.view,
                 load,
                 model_path: source.path.to_string_lossy().into_owned(),

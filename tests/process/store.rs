@@ -2,88 +2,19 @@
 //! that comes late is waited for with the reason shown.
 
 use anyhow::{Context, Result, ensure};
+use conclave_tests::cluster::{Ending, Place, free_address};
 use conclave_tests::process::{Served, golden, until};
 use serde_json::{Value, json};
 use std::io::Write;
-use std::net::TcpListener;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_conclave");
 
 const MODEL: &str = "llama32_1b";
 
-/// A child that ends with the test.
-struct Ending(Child);
-
-impl Ending {
-    fn spawn(command: &mut Command) -> Result<Ending> {
-        Ok(Ending(command.stdin(Stdio::null()).stdout(Stdio::null()).spawn()?))
-    }
-
-    fn kill(&mut self) -> Result<()> {
-        self.0.kill()?;
-        self.0.wait()?;
-        Ok(())
-    }
-}
-
-impl Drop for Ending {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn free_address() -> Result<String> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string())
-}
-
-/// A folder of the test's own, and the settings of a coordinator in it.
-struct Place {
-    folder: PathBuf,
-    api: String,
-    node: String,
-}
-
-impl Place {
-    fn new(name: &str, store: &str) -> Result<Place> {
-        let folder = std::env::temp_dir().join(format!("conclave-{name}-{}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&folder);
-        std::fs::create_dir_all(&folder)?;
-        let place = Place { folder, api: free_address()?, node: free_address()? };
-        let settings = format!(
-            "model = {:?}\nserved_model_name = \"m\"\nlisten = {:?}\nnode_listen = {:?}\ntoken = \"t\"\n[store]\n{store}\n",
-            golden(MODEL),
-            place.api,
-            place.node
-        );
-        std::fs::write(place.settings(), settings)?;
-        Ok(place)
-    }
-
-    fn settings(&self) -> PathBuf {
-        self.folder.join("coordinator.toml")
-    }
-
-    fn coordinator(&self) -> Result<Served> {
-        let settings = self.settings();
-        let settings = settings.to_str().context("a path in UTF-8")?;
-        let served = Served::command(PROGRAM, &["coordinator", "--config", settings], &self.api)?;
-        until("the API listens", || served.get("/livez").is_ok_and(|a| a.status == 200))?;
-        Ok(served)
-    }
-
-    fn worker(&self) -> Result<Ending> {
-        let arguments = ["--coordinator", &self.node, "--threads", "1", "--memory-bytes", "268435456"];
-        Ending::spawn(Command::new(PROGRAM).arg("worker").args(arguments).env("CONCLAVE_TOKEN", "t"))
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.folder);
-    }
+fn place(name: &str, store: &str) -> Result<Place> {
+    Place::new(PROGRAM, name, &golden(MODEL), &format!("[store]\n{store}\n"))
 }
 
 /// `/readyz`: the status and what it says.
@@ -121,11 +52,11 @@ fn store_up(served: &Served) -> Result<bool> {
 #[test]
 fn epochs_in_a_file_outlive_a_killed_coordinator() -> Result<()> {
     let folder = std::env::temp_dir().join(format!("conclave-data-{}", std::process::id()));
-    let place = Place::new("file", &format!("kind = \"file\"\ndata_dir = {folder:?}"))?;
+    let place = place("file", &format!("kind = \"file\"\ndata_dir = {folder:?}"))?;
     let mut before = None;
     for epoch in 1..4 {
         let mut served = place.coordinator()?;
-        let _worker = place.worker()?;
+        let _worker = place.worker("w")?;
         until_ready(&served, epoch)?;
         let now = tokens(&served)?;
         ensure!(*before.get_or_insert_with(|| now.clone()) == now, "{now}");
@@ -157,12 +88,12 @@ fn serving_goes_on_without_etcd_and_planning_waits_for_it() -> Result<()> {
         return Ok(());
     }
     let (address, peer) = (free_address()?, free_address()?);
-    let place = Place::new("etcd", &format!("kind = \"etcd\"\nendpoints = [{address:?}]"))?;
-    let data = place.folder.join("etcd");
+    let place = place("etcd", &format!("kind = \"etcd\"\nendpoints = [{address:?}]"))?;
+    let data = place.folder().join("etcd");
 
     // The coordinator is there first.
     let served = place.coordinator()?;
-    let mut worker = place.worker()?;
+    let mut worker = place.worker("w")?;
     until_reason(&served, "the store is unreachable")?;
     until_reason(&served, &address)?;
     ensure!(!store_up(&served)?, "the store counts as up before it was ever there");
@@ -181,7 +112,7 @@ fn serving_goes_on_without_etcd_and_planning_waits_for_it() -> Result<()> {
 
     // Only a new plan needs it.
     worker.kill()?;
-    let _worker = place.worker()?;
+    let _worker = place.worker("w")?;
     until_reason(&served, "the store is unreachable")?;
     let _store = etcd(&address, &peer, &data)?;
     until_ready(&served, 2)?;

@@ -1,6 +1,7 @@
 //! What the tests share: real processes ([`process`]), ranks as threads ([`ring`]) and requests for them
 //! ([`requests`]), the reference's numbers ([`golden`]), the simulator ([`sim`]).
 
+pub mod cluster;
 pub mod golden;
 pub mod planned;
 pub mod process;

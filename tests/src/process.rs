@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
+use std::sync::{Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 /// Generous, for machines whose cores are shared.
@@ -20,7 +20,7 @@ pub struct Served {
     pub address: String,
     /// What it said before it served.
     pub said: Vec<String>,
-    lines: mpsc::Receiver<String>,
+    lines: Mutex<mpsc::Receiver<String>>,
 }
 
 /// An HTTP answer.
@@ -54,7 +54,12 @@ impl Served {
         let deadline = Instant::now() + DEADLINE;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let line = served.lines.recv_timeout(left).context("the server did not become ready")?;
+            let line = served
+                .lines
+                .lock()
+                .expect("no holder panics")
+                .recv_timeout(left)
+                .context("the server did not become ready")?;
             if let Some(rest) = line.strip_prefix("serving on http://") {
                 served.address = rest.split_whitespace().next().context("an address")?.to_string();
                 return Ok(served);
@@ -89,7 +94,7 @@ impl Served {
                 }
             }
         });
-        Ok(Served { child, address, said: Vec::new(), lines })
+        Ok(Served { child, address, said: Vec::new(), lines: Mutex::new(lines) })
     }
 
     /// Sends a request and reads the whole answer.

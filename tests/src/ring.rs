@@ -6,16 +6,17 @@ use model::plan::{BLOCK_TOKENS, Epoch, KernelFamily, Limits, Plan};
 use model::quant::Dtype;
 use model::spec::ModelSpec;
 use model::step::{LaneResult, StepBatch};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use worker::collective::{Collective, local};
 use worker::engine::comm::Communicators;
-use worker::engine::shard::{ShardConfig, load_cpu};
+use worker::engine::shard::{ShardConfig, Shelves, load_cpu};
 use worker::engine::trace::Trace;
 use worker::load::checkpoint::Checkpoint;
 
@@ -80,23 +81,45 @@ pub struct Ring {
     orders: Vec<Sender<Order>>,
     replies: Vec<Receiver<Reply>>,
     threads: Vec<JoinHandle<()>>,
+    bytes_read: Arc<AtomicU64>,
 }
 
 impl Ring {
     /// Loads the checkpoint at `path` on every rank of the mesh.
     pub fn load(path: &Path, setting: Setting) -> Result<Ring> {
+        Ring::load_from(path, setting, None)
+    }
+
+    /// The same, all ranks with what they need of `shelves`, which keep nothing else.
+    pub fn load_from(path: &Path, setting: Setting, shelves: Option<Arc<Shelves>>) -> Result<Ring> {
         let checkpoint = Arc::new(Checkpoint::open(path)?);
         let spec = Arc::new(checkpoint.spec()?);
         let plan = Arc::new(plan(&spec, setting));
+        let ranks: Vec<RankId> = setting.mesh.all().collect();
+        if let Some(shelves) = &shelves {
+            shelves.keep(&checkpoint.identity(), &spec.predicting(setting.predictors)?, &plan, &ranks);
+        }
         let seats = Arc::new(Mutex::new(communicators(&setting.mesh)?));
-        let mut ring = Ring { mesh: setting.mesh, orders: vec![], replies: vec![], threads: vec![] };
+        let (mesh, bytes_read) = (setting.mesh, Arc::new(AtomicU64::new(0)));
+        let mut ring = Ring { mesh, orders: vec![], replies: vec![], threads: vec![], bytes_read };
         for rank in setting.mesh.all() {
             let (order, orders) = channel();
             let (reply, replies) = channel();
             let (checkpoint, spec, plan, seats) = (checkpoint.clone(), spec.clone(), plan.clone(), seats.clone());
+            let (shelves, read) = (shelves.clone().unwrap_or_default(), ring.bytes_read.clone());
             let run = move || {
                 let members = seats.lock().expect("no rank panics holding it").remove(&rank).expect("one a rank");
-                rank_thread(&checkpoint, spec, &plan, rank, (setting.threads, members), &orders, &reply);
+                rank_thread(
+                    &checkpoint,
+                    &shelves,
+                    spec,
+                    &plan,
+                    rank,
+                    (setting.threads, members),
+                    &orders,
+                    &reply,
+                    &read,
+                );
             };
             ring.threads.push(std::thread::Builder::new().name(format!("rank {}", rank.0)).spawn(run)?);
             ring.orders.push(order);
@@ -105,6 +128,11 @@ impl Ring {
         // The first reply of each rank says whether it loaded.
         ring.collect().context("loading")?;
         Ok(ring)
+    }
+
+    /// Bytes of the files that its ranks read.
+    pub fn bytes_read(&self) -> u64 {
+        self.bytes_read.load(Ordering::Relaxed)
     }
 
     /// One step; an answer a lane.
@@ -165,23 +193,29 @@ impl Drop for Ring {
 #[allow(clippy::too_many_arguments)] // the body of a thread
 fn rank_thread(
     checkpoint: &Checkpoint,
+    shelves: &Shelves,
     spec: Arc<ModelSpec>,
     plan: &Plan,
     rank: RankId,
     (threads, communicators): (usize, Communicators),
     orders: &Receiver<Order>,
     reply: &Sender<Reply>,
+    read: &AtomicU64,
 ) {
+    let done = Cell::new(0);
     let config = ShardConfig {
         spec,
         plan,
         rank,
         checkpoint,
+        shelves,
         communicators,
         threads,
         spin: 0,
         progress: Arc::new(AtomicU64::new(0)),
-        loading: &|_, _| {},
+        loading: &|now, _| {
+            read.fetch_add(now - done.replace(now), Ordering::Relaxed);
+        },
     };
     let mut engine = match load_cpu(config) {
         Ok(engine) => engine,
@@ -216,6 +250,7 @@ pub fn loaded_bytes(path: &Path, setting: Setting) -> Result<Vec<(Range<usize>, 
             plan: &plan,
             rank,
             checkpoint: &checkpoint,
+            shelves: &Shelves::default(),
             communicators: seats.remove(&rank).context("a seat a rank")?,
             threads: setting.threads,
             spin: 0,

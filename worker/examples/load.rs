@@ -13,7 +13,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 use worker::collective::local;
 use worker::engine::comm::Communicators;
-use worker::engine::shard::{ShardConfig, load_cpu};
+use worker::engine::shard::{ShardConfig, Shelves, load_cpu};
 use worker::load::checkpoint::Checkpoint;
 
 /// A line of `/proc/self/status`, in MiB.
@@ -50,6 +50,7 @@ fn main() {
         plan: &plan,
         rank: RankId(0),
         checkpoint: &checkpoint,
+        shelves: &Shelves::default(),
         communicators,
         threads,
         spin: 0,

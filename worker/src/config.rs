@@ -27,6 +27,10 @@ pub struct Config {
     /// Memory to offer in bytes, all devices together; 0 takes 90% of what is available at start.
     #[serde(default)]
     pub memory_bytes: u64,
+    /// How long it goes on serving after SIGTERM while others take over what it holds. Whoever kills it later must wait
+    /// longer (Kubernetes' `terminationGracePeriodSeconds`).
+    #[serde(default = "minute")]
+    pub drain_seconds: u64,
     /// Where this host keeps models, for plans that name one by a relative path.
     #[serde(default)]
     pub model_root: PathBuf,
@@ -34,6 +38,10 @@ pub struct Config {
 
 fn loopback() -> String {
     "127.0.0.1:0".into()
+}
+
+fn minute() -> u64 {
+    60
 }
 
 fn one() -> usize {

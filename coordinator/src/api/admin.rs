@@ -4,11 +4,13 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract;
-use axum::http::header;
+use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use serde_json::{Value, json};
 
 use super::State;
+use super::error::ApiError;
+use crate::cluster::driver::Ask;
 use crate::metrics;
 
 pub async fn version() -> Json<Value> {
@@ -31,6 +33,24 @@ pub async fn status(extract::State(state): extract::State<Arc<State>>) -> Json<V
     fields.insert("uptime_seconds".into(), json!(state.began.elapsed().as_secs()));
     fields.insert("version".into(), json!(env!("CARGO_PKG_VERSION")));
     Json(body)
+}
+
+/// Asks for a worker to be drained; accepted is not done: it is when the worker is no member any more.
+pub async fn drain(
+    extract::State(state): extract::State<Arc<State>>,
+    extract::Path(worker): extract::Path<String>,
+) -> Result<(StatusCode, Json<Value>), ApiError> {
+    let (answer, answered) = tokio::sync::oneshot::channel();
+    let asked = match &state.asks {
+        Some(asks) => asks.send(Ask::Drain { worker: worker.clone(), answer }).await.is_ok(),
+        None => false,
+    };
+    let known = if asked { answered.await.ok() } else { None };
+    match known {
+        Some(Ok(())) => Ok((StatusCode::ACCEPTED, Json(json!({"worker": worker, "draining": true})))),
+        Some(Err(message)) => Err(ApiError::Invalid { param: Some("worker".into()), message }),
+        None => Err(ApiError::NotServing("the cluster's task has ended".into())),
+    }
 }
 
 /// In Prometheus' text format.

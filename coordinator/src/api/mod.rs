@@ -39,13 +39,14 @@ use axum::http::{Method, StatusCode, Uri, header};
 use axum::middleware;
 use axum::routing::{get, post};
 use tokio::net::TcpListener;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use self::auth::Keys;
 use self::error::ApiError;
 use self::fields::Fields;
 use self::request::ModelFacts;
 use self::view::{ClusterView, Phase};
+use crate::cluster::driver::Ask;
 use crate::config::Config;
 use crate::metrics;
 use crate::schedule::job::Door;
@@ -63,6 +64,8 @@ pub struct State {
     pub keys: Keys,
     pub view: watch::Receiver<ClusterView>,
     pub body_bytes_max: usize,
+    /// Where operators' wishes go, where there is a cluster to fulfil them.
+    asks: Option<mpsc::Sender<Ask>>,
     /// Bounds how many long prompts are tokenised at once, so that the scheduler keeps its core.
     tokenising: Semaphore,
     /// Bounds how many long bodies arrive at once.
@@ -92,6 +95,7 @@ impl State {
             keys,
             view,
             body_bytes_max,
+            asks: None,
             tokenising: Semaphore::new(cores.div_ceil(2)),
             arriving: Arc::new(Semaphore::new(limits::LONG_BODIES_MAX)),
             parsed: Arc::new(Semaphore::new(cores.clamp(2, limits::LONG_BODIES_MAX))),
@@ -99,6 +103,11 @@ impl State {
             began: Instant::now(),
             began_unix_seconds: unix_seconds(),
         }
+    }
+
+    /// Takes operators' wishes too.
+    pub fn asking(self, asks: mpsc::Sender<Ask>) -> State {
+        State { asks: Some(asks), ..self }
     }
 
     /// For a model as its files and the configuration describe it.
@@ -245,6 +254,7 @@ pub fn router(state: Arc<State>) -> Router {
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
         .route("/status", get(admin::status))
+        .route("/drain/{worker}", post(admin::drain))
         .route_layer(middleware::from_fn_with_state(Arc::clone(&state), auth::guard));
     // Probes and scrapers hold no key; neither says anything of prompts or of members.
     let open = Router::new()

@@ -33,6 +33,12 @@ pub struct GroupEnded {
     pub fault: Fault,
 }
 
+/// An operator's wish; the answer is sent at once, not when it is fulfilled.
+pub enum Ask {
+    /// Let this worker end as soon as others can do without it. Refused with the names of those that are members.
+    Drain { worker: String, answer: tokio::sync::oneshot::Sender<Result<(), String>> },
+}
+
 /// What the shell is built from.
 pub struct Parts<S, P> {
     pub ledger: Ledger<S>,
@@ -40,6 +46,8 @@ pub struct Parts<S, P> {
     pub notices: mpsc::Receiver<Notice>,
     pub turns: mpsc::Sender<Turn>,
     pub ended: mpsc::Receiver<GroupEnded>,
+    /// What operators ask for.
+    pub asks: mpsc::Receiver<Ask>,
     pub view: watch::Sender<ClusterView>,
     pub load: watch::Receiver<Load>,
     /// Where workers find the model, and what proves that they read the same.
@@ -92,6 +100,7 @@ impl<S: Store, P: Planner> Shell<S, P> {
                     tracing::warn!("epoch {} ended: {fault}", epoch.0);
                     self.feed(Event::GroupFault { epoch, fault }).await;
                 }
+                Some(ask) = self.parts.asks.recv() => self.ask(ask).await,
                 event = self.parts.ledger.next() => self.feed(event).await,
                 _ = tick.tick() => self.feed(Event::Tick).await,
             }
@@ -134,6 +143,26 @@ impl<S: Store, P: Planner> Shell<S, P> {
         }
     }
 
+    async fn ask(&mut self, ask: Ask) {
+        let Ask::Drain { worker, answer } = ask;
+        let id = WorkerId(worker);
+        let members = self.parts.cluster.workers();
+        let known = match members.contains_key(&id) {
+            true => Ok(()),
+            false => {
+                let names: Vec<&str> = members.keys().map(|id| id.0.as_str()).collect();
+                Err(format!("no worker is called {}; members: {}", id.0, names.join(", ")))
+            }
+        };
+        let drain = known.is_ok();
+        // Whoever asked may have hung up.
+        let _ = answer.send(known);
+        if drain {
+            tracing::info!("{} is asked to drain", id.0);
+            self.feed(Event::Drain { worker: id }).await;
+        }
+    }
+
     async fn said(&mut self, worker: WorkerId, message: Said) {
         let event = match message {
             Said::Beat(beat) => Event::Beat { worker, beat },
@@ -145,7 +174,11 @@ impl<S: Store, P: Planner> Shell<S, P> {
                 let serving = matches!(self.parts.cluster.phase(), Phase::Serving(p) if p.epoch == epoch);
                 if serving { Event::GroupFault { epoch, fault } } else { Event::LoadFailed { worker, epoch, fault } }
             }
-            Said::Leaving => Event::Lost { worker, why: "it left".into() },
+            Said::Leaving => {
+                tracing::info!("{} wants to leave", worker.0);
+                Event::Drain { worker }
+            }
+            Said::Prepared { epoch } => Event::Prepared { worker, epoch },
             Said::Loaded { epoch, identity } => {
                 if identity == self.parts.identity {
                     if let Some(connection) = self.connections.get_mut(&worker) {
@@ -185,12 +218,13 @@ impl<S: Store, P: Planner> Shell<S, P> {
                     self.opening =
                         Some(Opening { plan: plan.clone(), streams: BTreeMap::new(), answers, queue: Some(queue) });
                 }
-                let load = wire::Load {
-                    plan: Some(proto::convert::plan_to_wire(&plan)),
-                    model_path: self.parts.model_path.clone(),
-                    model_identity: self.parts.identity.clone(),
-                };
-                self.command(&worker, Body::Load(load));
+                self.command(&worker, Body::Load(self.load(&plan)));
+            }
+            Action::Prepare { worker, plan } => self.command(&worker, Body::Prepare(self.load(&plan))),
+            Action::Dismiss { worker } => {
+                tracing::info!("{} is drained", worker.0);
+                self.command(&worker, Body::Drained(wire::Drained {}));
+                self.connections.remove(&worker);
             }
             Action::Release { worker, epoch } => {
                 self.command(&worker, Body::Release(wire::Release { epoch: epoch.0 }));
@@ -208,10 +242,21 @@ impl<S: Store, P: Planner> Shell<S, P> {
                 self.turn(Turn::Serve { plan, group }).await;
             }
             Action::Halt { epoch, why } => {
-                tracing::warn!("epoch {} is halted: {why}", epoch.0);
+                match self.parts.cluster.phase() {
+                    Phase::Loading(_) => tracing::info!("epoch {} ends: {why}", epoch.0),
+                    _ => tracing::warn!("epoch {} is halted: {why}", epoch.0),
+                }
                 self.opening = None;
                 self.turn(Turn::Halt).await;
             }
+        }
+    }
+
+    fn load(&self, plan: &Plan) -> wire::Load {
+        wire::Load {
+            plan: Some(proto::convert::plan_to_wire(plan)),
+            model_path: self.parts.model_path.clone(),
+            model_identity: self.parts.identity.clone(),
         }
     }
 
@@ -254,6 +299,11 @@ impl<S: Store, P: Planner> Shell<S, P> {
                 progress: w.beat.progress,
                 steps_pending: w.beat.steps_pending,
                 phase: match (w.loading, w.ready) {
+                    _ if w.drain.as_ref().is_some_and(|why| !why.is_empty()) => {
+                        format!("draining: {}", w.drain.as_deref().unwrap_or_default())
+                    }
+                    _ if w.drain.is_some() => "draining".into(),
+                    _ if cluster.prepares(id) => "preparing".into(),
                     (Some((done, total)), _) if total > 0 => format!("loading {}%", done * 100 / total),
                     (Some(_), _) => "loading".into(),
                     (None, Some(_)) if w.beat.steps_pending > 0 => "stepping".into(),

@@ -12,7 +12,7 @@ pub enum Event {
     Joined {
         offer: Offer,
     },
-    /// Its stream ended, or it asked to leave.
+    /// Its stream ended.
     Lost {
         worker: WorkerId,
         why: String,
@@ -34,6 +34,15 @@ pub enum Event {
     },
     /// Loaded, identity proven, step stream open.
     Ready {
+        worker: WorkerId,
+        epoch: Epoch,
+    },
+    /// It shall end, by its own wish or somebody's: it serves on until others can do without it.
+    Drain {
+        worker: WorkerId,
+    },
+    /// It holds what the plan to come needs of it, as far as there was room.
+    Prepared {
         worker: WorkerId,
         epoch: Epoch,
     },
@@ -82,6 +91,15 @@ pub enum Action {
     Load {
         worker: WorkerId,
         plan: Arc<Plan>,
+    },
+    /// Load what a plan to come needs, beside what serves; answered with `Prepared`.
+    Prepare {
+        worker: WorkerId,
+        plan: Arc<Plan>,
+    },
+    /// Nothing needs a draining worker any more: let it end. It is no member from now on.
+    Dismiss {
+        worker: WorkerId,
     },
     /// Drop the epoch's ranks, abort their collectives.
     Release {

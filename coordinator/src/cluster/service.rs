@@ -55,6 +55,7 @@ pub enum Said {
     Loaded { epoch: Epoch, identity: Vec<u8> },
     Failed { epoch: Epoch, fault: Fault },
     Leaving,
+    Prepared { epoch: Epoch },
 }
 
 /// Where a worker's orders go.
@@ -213,5 +214,6 @@ fn understand(message: wire::WorkerMessage) -> Option<Said> {
         Body::Loaded(l) => Said::Loaded { epoch: Epoch(l.epoch), identity: l.model_identity },
         Body::Failed(f) => Said::Failed { epoch: Epoch(f.epoch), fault: proto::fault::from_wire(f) },
         Body::Leaving(_) => Said::Leaving,
+        Body::Prepared(p) => Said::Prepared { epoch: Epoch(p.epoch) },
     })
 }

@@ -5,6 +5,9 @@
 //!     ^            |            |          |       a death, a fault, a lost race, a failed load
 //!     +------------+------------+----------+       (with a growing pause after failures)
 //! ```
+//! While an epoch serves, newcomers and workers that shall end make the next one: its members load what they lack beside
+//! what they run, then the plan is committed, the old epoch halts and the new one, nearly loaded, takes over. Until the
+//! commit nothing of this touches what is served, and a death ends it.
 //!
 //! Invariants: the epoch only grows; a worker is asked to load only what the store has taken; steps run only when every
 //! member of the plan is ready under its epoch; whoever is not in the plan is a spare.
@@ -12,7 +15,7 @@
 use super::event::{Action, Beat, Event};
 use crate::plan::Offer;
 use model::fault::Fault;
-use model::plan::{Epoch, Plan, WorkerId};
+use model::plan::{Epoch, Member, Plan, WorkerId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,6 +31,8 @@ pub struct Rules {
     pub silence: Duration,
     /// Pause before the next try after a failed plan or load; doubles up to 32 times itself.
     pub retry: Duration,
+    /// How long after the last newcomer a serving cluster grows.
+    pub grow: Duration,
 }
 
 /// A worker as the core knows it.
@@ -40,6 +45,17 @@ pub struct Worker {
     pub moved: Duration,
     pub loading: Option<(u64, u64)>,
     pub ready: Option<Epoch>,
+    /// It shall end; with why it can't yet.
+    pub drain: Option<String>,
+}
+
+/// The epoch that is to follow the one that serves.
+#[derive(Debug, Clone, PartialEq)]
+struct Reshape {
+    plan: Arc<Plan>,
+    /// Members that have not said that they are prepared.
+    waiting: BTreeSet<WorkerId>,
+    committing: bool,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -67,6 +83,9 @@ pub struct Cluster<P> {
     /// Why the store can't be written; plans wait for it.
     store_lost: Option<String>,
     previous: Option<Arc<Plan>>,
+    reshape: Option<Reshape>,
+    /// The workers for whom a reshape was last thought of: without a change it is not thought of again.
+    considered: Option<BTreeSet<WorkerId>>,
     /// When the membership last grew or a phase ended: `settle` counts from here.
     since: Duration,
     /// Not before this time.
@@ -90,6 +109,8 @@ impl<P: Planner> Cluster<P> {
             epoch_stored: epoch,
             store_lost: None,
             previous: None,
+            reshape: None,
+            considered: None,
             since: Duration::ZERO,
             retry_at: Duration::ZERO,
             failures: 0,
@@ -118,6 +139,11 @@ impl<P: Planner> Cluster<P> {
     /// Plans and loads that failed since it last served.
     pub fn failures(&self) -> u32 {
         self.failures
+    }
+
+    /// Whether a worker loads for an epoch that is to follow the one that serves.
+    pub fn prepares(&self, worker: &WorkerId) -> bool {
+        self.reshape.as_ref().is_some_and(|r| r.waiting.contains(worker))
     }
 
     /// The plan that members were asked to load or run.
@@ -149,9 +175,17 @@ impl<P: Planner> Cluster<P> {
                 }
             }
             Event::Ready { worker, epoch } => self.ready(now, &worker, epoch, &mut actions),
+            Event::Drain { worker } => {
+                if let Some(w) = self.workers.get_mut(&worker) {
+                    w.drain.get_or_insert_default();
+                    self.considered = None;
+                }
+            }
+            Event::Prepared { worker, epoch } => self.prepared(&worker, epoch, &mut actions),
             Event::Committed { epoch } => self.committed(epoch, &mut actions),
             Event::CommitFailed { found, why } => {
                 self.epoch_stored = self.epoch_stored.max(found);
+                self.drop_reshape(now, |r| r.committing);
                 if matches!(self.phase, Phase::Committing(_)) {
                     self.failed(now, format!("the store refused the plan: {why}"), &mut actions);
                 }
@@ -164,6 +198,7 @@ impl<P: Planner> Cluster<P> {
             }
             Event::StoreLost { why } => {
                 self.store_lost = Some(why);
+                self.drop_reshape(now, |r| r.committing);
                 if matches!(self.phase, Phase::Committing(_)) {
                     // Nobody was asked to load it yet.
                     self.phase = Phase::Gathering;
@@ -172,6 +207,8 @@ impl<P: Planner> Cluster<P> {
             Event::GroupFault { epoch, fault } => self.group_fault(now, epoch, &fault, &mut actions),
             Event::Tick => self.silent(now, &mut actions),
         }
+        self.try_reshape(now, &mut actions);
+        self.dismiss(&mut actions);
         if self.phase == Phase::Gathering {
             self.try_plan(now, &mut actions);
         }
@@ -184,7 +221,8 @@ impl<P: Planner> Cluster<P> {
             // The same name twice: the newer process is the real one (the older's socket is about to close).
             self.lost(now, &id, "joined again", actions);
         }
-        let worker = Worker { offer, heard: now, beat: Beat::default(), moved: now, loading: None, ready: None };
+        let worker =
+            Worker { offer, heard: now, beat: Beat::default(), moved: now, loading: None, ready: None, drain: None };
         self.workers.insert(id, worker);
         self.since = now;
         self.retry_at = now;
@@ -195,6 +233,7 @@ impl<P: Planner> Cluster<P> {
             return;
         }
         actions.push(Action::Expel { worker: worker.clone(), why: why.into() });
+        self.drop_reshape(now, |r| r.plan.members.iter().any(|m| m.worker == *worker));
         if self.plan().is_some_and(|p| p.members.iter().any(|m| m.worker == *worker)) {
             self.stand_down(now, format!("{} was lost: {why}", worker.0), actions);
         }
@@ -226,7 +265,8 @@ impl<P: Planner> Cluster<P> {
     }
 
     fn try_plan(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        let (have, want) = (self.workers.len(), self.rules.workers);
+        let offers = self.offers();
+        let (have, want) = (offers.len(), self.rules.workers);
         let settled = self.rules.settle.is_some_and(|s| now >= self.since + s) && have > 0;
         let few = (have < want && !settled).then(|| format!("waiting for {want} workers, {have} joined"));
         let obstacles: Vec<String> = few.into_iter().chain(self.store_lost.clone()).collect();
@@ -237,8 +277,7 @@ impl<P: Planner> Cluster<P> {
         if now < self.retry_at {
             return;
         }
-        let offers: Vec<Offer> = self.workers.values().map(|w| w.offer.clone()).collect();
-        match self.planner.plan(Epoch(self.epoch.max(self.epoch_stored).0 + 1), &offers, self.previous.as_deref()) {
+        match self.planner.plan(self.epoch_next(), &offers, self.previous.as_deref()) {
             Ok(plan) => {
                 self.epoch = plan.epoch;
                 let plan = Arc::new(plan);
@@ -250,16 +289,104 @@ impl<P: Planner> Cluster<P> {
         }
     }
 
+    /// Those that may be planned with.
+    fn offers(&self) -> Vec<Offer> {
+        self.workers.values().filter(|w| w.drain.is_none()).map(|w| w.offer.clone()).collect()
+    }
+
+    fn epoch_next(&self) -> Epoch {
+        Epoch(self.epoch.max(self.epoch_stored).0 + 1)
+    }
+
+    /// Thinks of another epoch while one serves: without those that shall end, or on more devices.
+    fn try_reshape(&mut self, now: Duration, actions: &mut Vec<Action>) {
+        let Phase::Serving(current) = &self.phase else { return };
+        if self.reshape.is_some() || self.store_lost.is_some() || now < self.retry_at {
+            return;
+        }
+        let current = current.clone();
+        let offers = self.offers();
+        let ids: BTreeSet<WorkerId> = offers.iter().map(|offer| offer.worker.clone()).collect();
+        let drains = current.members.iter().any(|m| !ids.contains(&m.worker));
+        let newcomers = ids.iter().any(|id| current.members.iter().all(|m| m.worker != *id));
+        let settled = now >= self.since + self.rules.grow;
+        if self.considered.as_ref() == Some(&ids) || !(drains || newcomers && settled) {
+            return;
+        }
+        self.considered = Some(ids);
+        match self.planner.plan(self.epoch_next(), &offers, self.previous.as_deref()) {
+            Ok(plan) if drains || plan.mesh.ranks() > current.mesh.ranks() => {
+                let plan = Arc::new(plan);
+                let waiting = plan.members.iter().map(|m| m.worker.clone()).collect();
+                let prepare = |m: &Member| Action::Prepare { worker: m.worker.clone(), plan: plan.clone() };
+                actions.extend(plan.members.iter().map(prepare));
+                self.reshape = Some(Reshape { plan: plan.clone(), waiting, committing: false });
+            }
+            Ok(_) => {}
+            Err(why) => self.workers.values_mut().filter_map(|w| w.drain.as_mut()).for_each(|d| d.clone_from(&why)),
+        }
+    }
+
+    fn prepared(&mut self, worker: &WorkerId, epoch: Epoch, actions: &mut Vec<Action>) {
+        let next = self.epoch_next();
+        let Some(reshape) = self.reshape.as_mut().filter(|r| r.plan.epoch == epoch && !r.committing) else { return };
+        reshape.waiting.remove(worker);
+        if reshape.waiting.is_empty() {
+            // The store may have seen another epoch meanwhile.
+            reshape.plan = Arc::new(Plan { epoch: next, ..(*reshape.plan).clone() });
+            reshape.committing = true;
+            self.epoch = next;
+            actions.push(Action::Commit { plan: reshape.plan.clone() });
+        }
+    }
+
+    /// Gives up the epoch that was to follow, to be thought of again.
+    fn drop_reshape(&mut self, now: Duration, which: impl Fn(&Reshape) -> bool) {
+        if self.reshape.take_if(|r| which(r)).is_some() {
+            self.considered = None;
+            self.retry_at = now + self.rules.retry;
+        }
+    }
+
+    /// Ends what serves for the sake of `next`, which is committed. Those that it has too replace their ranks themselves.
+    fn leave(&mut self, old: &Plan, next: &Plan, actions: &mut Vec<Action>) {
+        self.reshape = None;
+        let why = format!("{} follows {}", next.mesh, old.mesh);
+        actions.push(Action::Halt { epoch: old.epoch, why: why.clone() });
+        let stays = |m: &&Member| next.members.iter().all(|n| n.worker != m.worker);
+        for member in old.members.iter().filter(stays) {
+            actions.push(Action::Release { worker: member.worker.clone(), epoch: old.epoch });
+        }
+        self.workers.values_mut().for_each(|w| w.ready = None);
+        self.cause = why;
+    }
+
+    /// Lets those end that shall and that nothing needs.
+    fn dismiss(&mut self, actions: &mut Vec<Action>) {
+        let plans = [self.plan(), self.reshape.as_ref().map(|r| &r.plan)];
+        let needed = |id: &WorkerId| plans.iter().flatten().any(|p| p.members.iter().any(|m| m.worker == *id));
+        let done: Vec<WorkerId> =
+            self.workers.iter().filter(|(id, w)| w.drain.is_some() && !needed(id)).map(|(id, _)| id.clone()).collect();
+        for worker in done {
+            self.workers.remove(&worker);
+            actions.push(Action::Dismiss { worker });
+        }
+    }
+
     fn after_cause(&self, now: &str) -> String {
         if self.cause.is_empty() { now.into() } else { format!("{}; {now}", self.cause) }
     }
 
     fn committed(&mut self, epoch: Epoch, actions: &mut Vec<Action>) {
-        let Phase::Committing(plan) = &self.phase else { return };
-        if plan.epoch != epoch {
-            return;
-        }
-        let plan = plan.clone();
+        let plan = match (&self.phase, &self.reshape) {
+            (Phase::Committing(plan), _) if plan.epoch == epoch => plan.clone(),
+            (Phase::Serving(old), Some(next)) if next.committing && next.plan.epoch == epoch => {
+                let (old, next) = (old.clone(), next.plan.clone());
+                self.leave(&old, &next, actions);
+                next
+            }
+            _ => return,
+        };
         for member in &plan.members {
             if let Some(w) = self.workers.get_mut(&member.worker) {
                 w.loading = Some((0, 0));
@@ -303,6 +430,8 @@ impl<P: Planner> Cluster<P> {
     /// Leaves the current plan: members drop their ranks, the next plan may be made at once.
     fn stand_down(&mut self, now: Duration, why: String, actions: &mut Vec<Action>) {
         let Some(plan) = self.plan().cloned() else { return };
+        self.reshape = None;
+        self.considered = None;
         if matches!(self.phase, Phase::Serving(_)) {
             actions.push(Action::Halt { epoch: plan.epoch, why: why.clone() });
         }
@@ -335,7 +464,7 @@ mod tests {
     use super::*;
     use model::fault::FaultKind;
     use model::mesh::{Mesh, RankId};
-    use model::plan::{KernelFamily, Limits, Member};
+    use model::plan::{KernelFamily, Limits};
     use model::quant::Dtype;
 
     /// One rank a worker; refuses when `refuse` is set.
@@ -379,7 +508,7 @@ mod tests {
     }
 
     fn cluster(workers: usize, settle: Option<Duration>) -> Cluster<OneEach> {
-        let rules = Rules { workers, settle, silence: ms(1000), retry: ms(100) };
+        let rules = Rules { workers, settle, silence: ms(1000), retry: ms(100), grow: ms(500) };
         Cluster::new(rules, OneEach { refuse: false }, Epoch(0))
     }
 
@@ -416,6 +545,117 @@ mod tests {
         let last = c.handle(ms(4), Event::Ready { worker: id(1), epoch: Epoch(1) });
         assert!(matches!(last[..], [Action::Serve { .. }]));
         assert_eq!(c.reason(), "");
+    }
+
+    fn prepare(c: &mut Cluster<OneEach>, now: u64) -> Vec<Action> {
+        let plan = c.reshape.clone().expect("a plan to come").plan;
+        let mut last = Vec::new();
+        for m in &plan.members {
+            last = c.handle(ms(now), Event::Prepared { worker: m.worker.clone(), epoch: plan.epoch });
+        }
+        last
+    }
+
+    fn served_by(n: usize) -> Cluster<OneEach> {
+        let mut c = cluster(n, None);
+        (0..n).for_each(|i| drop(join(&mut c, 0, i)));
+        serve(&mut c, 1);
+        assert!(matches!(c.phase(), Phase::Serving(_)));
+        c
+    }
+
+    #[test]
+    fn a_newcomer_is_loaded_before_the_switch() {
+        let mut c = served_by(1);
+        assert!(join(&mut c, 10, 1).is_empty());
+        let actions = c.handle(ms(510), Event::Tick);
+        assert!(matches!(&actions[..], [Action::Prepare { .. }, Action::Prepare { .. }]), "{actions:?}");
+        assert!(c.handle(ms(511), Event::Tick).is_empty() && c.prepares(&id(1)));
+        let actions = prepare(&mut c, 600);
+        assert!(matches!(&actions[..], [Action::Commit { plan }] if plan.epoch == Epoch(2)));
+        assert!(
+            matches!(c.phase(), Phase::Serving(p) if p.epoch == Epoch(1)),
+            "it serves until the store has taken it"
+        );
+        let actions = c.handle(ms(601), Event::Committed { epoch: Epoch(2) });
+        assert!(matches!(
+            &actions[..],
+            [Action::Halt { epoch: Epoch(1), .. }, Action::Load { .. }, Action::Load { .. }]
+        ));
+        for n in 0..2 {
+            c.handle(ms(602), Event::Ready { worker: id(n), epoch: Epoch(2) });
+        }
+        assert!(matches!(c.phase(), Phase::Serving(p) if p.mesh.ranks() == 2) && c.reason().is_empty());
+    }
+
+    #[test]
+    fn a_draining_worker_serves_until_others_do_and_is_then_let_go() {
+        let mut c = served_by(2);
+        let actions = c.handle(ms(10), Event::Drain { worker: id(1) });
+        assert!(matches!(&actions[..], [Action::Prepare { worker, .. }] if *worker == id(0)), "{actions:?}");
+        assert!(matches!(&prepare(&mut c, 20)[..], [Action::Commit { .. }]));
+        let actions = c.handle(ms(21), Event::Committed { epoch: Epoch(2) });
+        assert!(
+            matches!(&actions[..], [
+            Action::Halt { .. },
+            Action::Release { worker: released, .. },
+            Action::Load { worker: loads, .. },
+            Action::Dismiss { worker: dismissed },
+        ] if *released == id(1) && *loads == id(0) && *dismissed == id(1)),
+            "{actions:?}"
+        );
+        // What a closed stream says afterwards is no death.
+        assert!(c.handle(ms(22), Event::Lost { worker: id(1), why: "closed".into() }).is_empty());
+        assert!(matches!(
+            c.handle(ms(23), Event::Ready { worker: id(0), epoch: Epoch(2) })[..],
+            [Action::Serve { .. }]
+        ));
+    }
+
+    #[test]
+    fn a_spare_that_drains_is_let_go_at_once_and_the_last_worker_never() {
+        let mut c = served_by(1);
+        join(&mut c, 10, 1);
+        assert!(matches!(&c.handle(ms(11), Event::Drain { worker: id(1) })[..], [Action::Dismiss { .. }]));
+        c.planner.refuse = true;
+        assert!(c.handle(ms(12), Event::Drain { worker: id(0) }).is_empty());
+        assert!(matches!(c.phase(), Phase::Serving(_)));
+        assert!(c.workers()[&id(0)].drain.as_ref().is_some_and(|why| why.contains("2 GiB")));
+        c.planner.refuse = false;
+        let actions = join(&mut c, 13, 2);
+        assert!(matches!(&actions[..], [Action::Prepare { worker, .. }] if *worker == id(2)), "{actions:?}");
+    }
+
+    #[test]
+    fn a_death_ends_what_was_to_follow() {
+        for victim in [0, 1] {
+            let mut c = served_by(1);
+            join(&mut c, 10, 1);
+            c.handle(ms(510), Event::Tick);
+            let actions = c.handle(ms(520), Event::Lost { worker: id(victim), why: "closed".into() });
+            assert!(c.reshape.is_none());
+            assert_eq!(matches!(c.phase(), Phase::Serving(_)), victim == 1, "{actions:?}");
+            assert!(c.handle(ms(521), Event::Prepared { worker: id(1 - victim), epoch: Epoch(2) }).is_empty());
+        }
+    }
+
+    #[test]
+    fn a_store_that_refuses_the_next_epoch_leaves_the_old_one_serving() {
+        for lost in [true, false] {
+            let mut c = served_by(1);
+            join(&mut c, 10, 1);
+            c.handle(ms(510), Event::Tick);
+            prepare(&mut c, 520);
+            let event = match lost {
+                true => Event::StoreLost { why: "gone".into() },
+                false => Event::CommitFailed { found: Epoch(9), why: "at revision 9".into() },
+            };
+            assert!(c.handle(ms(530), event).is_empty());
+            assert!(matches!(c.phase(), Phase::Serving(p) if p.epoch == Epoch(1)));
+            let mut actions = c.handle(ms(540), Event::StoreRead { epoch: Epoch(9) });
+            actions.extend(c.handle(ms(700), Event::Tick));
+            assert!(matches!(&actions[..], [Action::Prepare { plan, .. }, _] if plan.epoch == Epoch(10)));
+        }
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! The agent's shell: the control stream, the step stream, beats and the rank threads.
 
-use super::rank::{Counters, Order, Ranks, Report};
+use super::rank::{Counters, Order, Preparation, Ranks, Report};
 use super::state::{Action, Agent, Event, Phase};
 use crate::collective::connect::DataPlane;
 use crate::config::{Config, resident_bytes};
+use crate::engine::shard::Shelves;
 use model::fault::{Fault, FaultKind};
 use model::plan::{Epoch, WorkerId};
 use model::step::StepId;
@@ -13,7 +14,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
@@ -44,15 +45,44 @@ pub struct Identity {
     pub devices: Vec<wire::Device>,
 }
 
-/// Runs until `shutdown`, joining again whenever the coordinator's stream ends.
-pub async fn run(config: Config, identity: Identity, shutdown: impl Future<Output = ()>) -> Result<(), AgentError> {
+/// When a worker ends.
+pub struct Stop<L, N> {
+    /// It asks the coordinator to do without it, and serves until that is so, at most [`Config::drain_seconds`].
+    pub leave: L,
+    /// At once.
+    pub now: N,
+}
+
+/// How a connection to the coordinator ended.
+enum Ended {
+    Gone,
+    /// Nothing needs this worker any more.
+    Drained,
+}
+
+/// Runs until it is stopped or drained, joining again whenever the coordinator's stream ends.
+pub async fn run(
+    config: Config,
+    identity: Identity,
+    stop: Stop<impl Future<Output = ()>, impl Future<Output = ()>>,
+) -> Result<(), AgentError> {
     let plane = Arc::new(DataPlane::bind(&config.data_listen)?);
+    let shelves = Arc::new(Shelves::default());
     let endpoint = Endpoint::from_shared(format!("http://{}", config.coordinator))
         .map_err(|e| AgentError::Address { address: config.coordinator.clone(), why: e.to_string() })?
         .tcp_nodelay(true)
         .connect_timeout(Duration::from_secs(5))
         .http2_keep_alive_interval(Duration::from_secs(5));
-    tokio::pin!(shutdown);
+    let (leave, leaving) = watch::channel(false);
+    let (asked, seconds) = (stop.leave, config.drain_seconds);
+    let overdue = async move {
+        asked.await;
+        tracing::info!("leaving: this worker serves until others can do without it, at most {seconds} s");
+        let _ = leave.send(true);
+        tokio::time::sleep(Duration::from_secs(seconds)).await;
+    };
+    let shutdown = stop.now;
+    tokio::pin!(shutdown, overdue);
     let mut agent = Agent::default();
     let mut said_waiting = false;
     loop {
@@ -64,19 +94,29 @@ pub async fn run(config: Config, identity: Identity, shutdown: impl Future<Outpu
                         tracing::info!("waiting for the coordinator at {}: {e}", config.coordinator);
                         said_waiting = true;
                     }
-                    return Ok(());
+                    return Ok(Ended::Gone);
                 }
             };
             said_waiting = false;
-            Session::new(&config, &identity, plane.clone(), channel).run(&mut agent).await
+            Session::new(&config, &identity, (plane.clone(), shelves.clone()), channel)
+                .run(&mut agent, leaving.clone())
+                .await
         };
-        tokio::select! {
+        let ended = tokio::select! {
             () = &mut shutdown => return Ok(()),
+            () = &mut overdue => {
+                tracing::warn!("this worker is still needed after {seconds} s, and ends");
+                return Ok(());
+            }
             ended = session => ended?,
+        };
+        if matches!(ended, Ended::Drained) || *leaving.borrow() {
+            return Ok(());
         }
         agent.handle(Event::Disconnected);
         tokio::select! {
             () = &mut shutdown => return Ok(()),
+            () = &mut overdue => return Ok(()),
             () = tokio::time::sleep(RECONNECT) => {}
         }
     }
@@ -87,6 +127,7 @@ struct Session<'a> {
     config: &'a Config,
     identity: &'a Identity,
     plane: Arc<DataPlane>,
+    shelves: Arc<Shelves>,
     client: ClusterClient<Channel>,
     counters: Counters,
     outbox: mpsc::Sender<wire::WorkerMessage>,
@@ -100,7 +141,12 @@ struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    fn new(config: &'a Config, identity: &'a Identity, plane: Arc<DataPlane>, channel: Channel) -> Session<'a> {
+    fn new(
+        config: &'a Config,
+        identity: &'a Identity,
+        (plane, shelves): (Arc<DataPlane>, Arc<Shelves>),
+        channel: Channel,
+    ) -> Session<'a> {
         let (outbox, messages) = mpsc::channel(OUTBOX_MAX);
         let (reports, report_queue) = mpsc::channel(OUTBOX_MAX);
         let client = ClusterClient::new(channel)
@@ -110,6 +156,7 @@ impl<'a> Session<'a> {
             config,
             identity,
             plane,
+            shelves,
             client,
             counters: Counters::default(),
             outbox,
@@ -138,7 +185,7 @@ impl<'a> Session<'a> {
         message(wire::worker_message::Body::Offer(offer))
     }
 
-    async fn run(mut self, agent: &mut Agent) -> Result<(), AgentError> {
+    async fn run(mut self, agent: &mut Agent, mut leaving: watch::Receiver<bool>) -> Result<Ended, AgentError> {
         let messages = self.messages.take().expect("taken once");
         let mut reports = self.report_queue.take().expect("taken once");
         let offer = self.offer();
@@ -147,6 +194,9 @@ impl<'a> Session<'a> {
             Ok(response) => response.into_inner(),
             Err(status) => return refused_or_gone(&status),
         };
+        if *leaving.borrow_and_update() {
+            self.say(message(wire::worker_message::Body::Leaving(wire::Leaving {})));
+        }
         let mut beat = tokio::time::interval(Duration::from_millis(500));
         let mut orders: Option<tonic::Streaming<wire::StepOrder>> = None;
         loop {
@@ -162,13 +212,21 @@ impl<'a> Session<'a> {
                     None => continue,
                 },
                 command = commands.next() => match command {
+                    Some(Ok(wire::Command { body: Some(wire::command::Body::Drained(_)) })) => {
+                        tracing::info!("drained: nothing needs this worker any more");
+                        return Ok(Ended::Drained);
+                    }
                     Some(Ok(command)) => match self.command(command, &mut beat)? {
                         Some(event) => event,
                         None => continue,
                     },
                     Some(Err(status)) => return refused_or_gone(&status),
-                    None => return Ok(()),
+                    None => return Ok(Ended::Gone),
                 },
+                Ok(()) = leaving.changed() => {
+                    self.say(message(wire::worker_message::Body::Leaving(wire::Leaving {})));
+                    continue;
+                }
                 _ = beat.tick() => { self.beat(agent); continue }
             };
             for action in agent.handle(event) {
@@ -202,21 +260,33 @@ impl<'a> Session<'a> {
                 Some(Err(e)) => return Err(Fault::new(FaultKind::Incompatible, e.to_string()).into()),
                 None => None,
             },
+            Some(Body::Prepare(load)) => match load.plan.map(proto::convert::plan_from_wire) {
+                Some(Ok(plan)) => Some(Event::Prepare { plan: Arc::new(plan), model_path: load.model_path }),
+                Some(Err(e)) => return Err(Fault::new(FaultKind::Incompatible, e.to_string()).into()),
+                None => None,
+            },
             Some(Body::Release(release)) => Some(Event::Release { epoch: Epoch(release.epoch) }),
             Some(Body::Refused(fault)) => return Err(AgentError::Refused(fault.text)),
-            None => None,
+            // Ends the session before it comes here.
+            Some(Body::Drained(_)) | None => None,
         })
     }
 
     fn report(&mut self, report: Report) -> Option<Event> {
         match report {
             Report::Loaded { epoch, identity } => return Some(Event::RanksLoaded { epoch, identity }),
+            Report::Prepared { epoch } => {
+                self.say(message(wire::worker_message::Body::Prepared(wire::Prepared { epoch: epoch.0 })));
+            }
             Report::Answer { epoch, step, lane, result } => {
                 let lanes = vec![proto::step::result_to_wire(lane, result)];
                 self.answer(wire::StepAnswer { epoch: epoch.0, step: step.0, lanes, ..Default::default() });
             }
             Report::Failed { epoch, fault } => {
-                tracing::error!("epoch {}: {fault}", epoch.0);
+                // Ranks that were stopped say that they were aborted.
+                if self.ranks.as_ref().is_some_and(|ranks| ranks.epoch() == epoch) {
+                    tracing::error!("epoch {}: {fault}", epoch.0);
+                }
                 let wire_fault = Some(proto::fault::to_wire(&fault, epoch));
                 self.answer(wire::StepAnswer { epoch: epoch.0, fault: wire_fault, ..Default::default() });
                 return Some(Event::RankFailed { epoch, fault });
@@ -245,7 +315,16 @@ impl<'a> Session<'a> {
                 let me = self.identity.name.clone();
                 tracing::info!("loading epoch {} of {}: {}", plan.epoch.0, self.model.display(), plan.mesh);
                 let (model, plane, reports) = (self.model.clone(), self.plane.clone(), self.reports.clone());
-                self.ranks = Some(Ranks::start(plan, me, model, plane, &self.counters, reports));
+                self.ranks =
+                    Some(Ranks::start(plan, me, model, (plane, self.shelves.clone()), &self.counters, reports));
+            }
+            Action::Prepare { plan, model_path } => {
+                let model = self.config.model_root.join(model_path);
+                tracing::info!("preparing epoch {} of {}: {}", plan.epoch.0, model.display(), plan.mesh);
+                let offered: u64 = self.identity.devices.iter().map(|device| device.memory_bytes).sum();
+                let room = offered.saturating_sub(resident_bytes());
+                let (me, shelves) = (self.identity.name.clone(), self.shelves.clone());
+                Preparation { plan, me, model, shelves, room }.start(self.reports.clone());
             }
             Action::StopRanks { epoch } => {
                 self.answers = None;
@@ -341,13 +420,13 @@ async fn next_order(
 }
 
 /// A coordinator that says no ends the worker; one that is gone is waited for.
-fn refused_or_gone(status: &tonic::Status) -> Result<(), AgentError> {
+fn refused_or_gone(status: &tonic::Status) -> Result<Ended, AgentError> {
     use tonic::Code::{FailedPrecondition, InvalidArgument, Unauthenticated};
     match status.code() {
         FailedPrecondition | InvalidArgument | Unauthenticated => Err(AgentError::Refused(status.message().into())),
         _ => {
             tracing::warn!("the coordinator's stream ended: {}", status.message());
-            Ok(())
+            Ok(Ended::Gone)
         }
     }
 }

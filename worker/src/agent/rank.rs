@@ -1,7 +1,7 @@
 //! The device threads of one epoch: each rank is one OS thread that connects, loads its shard and runs steps in order.
 
 use crate::collective::connect::{Communicators, DataPlane, Options};
-use crate::engine::shard::{Shard, ShardConfig, load_shard};
+use crate::engine::shard::{Shard, ShardConfig, Shelves, load_shard};
 use crate::load::checkpoint::Checkpoint;
 use model::fault::{Fault, FaultKind};
 use model::mesh::RankId;
@@ -30,6 +30,10 @@ pub enum Report {
     Loaded {
         epoch: Epoch,
         identity: Vec<u8>,
+    },
+    /// What a plan to come needs is at hand, as far as there was room.
+    Prepared {
+        epoch: Epoch,
     },
     Answer {
         epoch: Epoch,
@@ -74,6 +78,7 @@ struct Setting {
     plan: Arc<Plan>,
     me: WorkerId,
     model: PathBuf,
+    shelves: Arc<Shelves>,
     plane: Arc<DataPlane>,
     progress: Arc<AtomicU64>,
     /// Steps that ranks have been given and have not finished, each rank's counted.
@@ -89,7 +94,7 @@ impl Ranks {
         plan: Arc<Plan>,
         me: WorkerId,
         model: PathBuf,
-        plane: Arc<DataPlane>,
+        (plane, shelves): (Arc<DataPlane>, Arc<Shelves>),
         counters: &Counters,
         reports: mpsc::Sender<Report>,
     ) -> Ranks {
@@ -103,6 +108,7 @@ impl Ranks {
             plan,
             me,
             model,
+            shelves,
             plane: plane.clone(),
             progress: counters.progress.clone(),
             pending: pending.clone(),
@@ -154,6 +160,50 @@ impl Drop for Ranks {
     }
 }
 
+/// What a worker does before a plan is its own.
+pub struct Preparation {
+    pub plan: Arc<Plan>,
+    pub me: WorkerId,
+    pub model: PathBuf,
+    pub shelves: Arc<Shelves>,
+    /// Bytes that it may take beside what is in use.
+    pub room: u64,
+}
+
+impl Preparation {
+    /// Loads on a thread of its own; `reports` gets one `Prepared`, whatever comes of it: the plan is what must load.
+    pub fn start(self, reports: mpsc::Sender<Report>) {
+        let epoch = self.plan.epoch;
+        let run = move || {
+            if let Err(fault) = self.run() {
+                tracing::warn!("epoch {} could not be prepared: {fault}", epoch.0);
+            }
+            // The agent may be gone already.
+            let _ = reports.blocking_send(Report::Prepared { epoch });
+        };
+        if let Err(e) = std::thread::Builder::new().name("prepare".into()).spawn(run) {
+            tracing::error!("no thread to prepare epoch {}: {e}", epoch.0);
+        }
+    }
+
+    fn run(&self) -> Result<(), Fault> {
+        let checkpoint = Checkpoint::open(&self.model)?;
+        let spec = checkpoint.spec()?.predicting(self.plan.predictors);
+        let spec = spec.map_err(|e| Fault::new(FaultKind::Incompatible, e.to_string()))?;
+        let Some(member) = self.plan.members.iter().find(|m| m.worker == self.me) else { return Ok(()) };
+        let lacking = self.shelves.lacking(&checkpoint.identity(), &spec, &self.plan, &member.ranks);
+        if lacking > self.room {
+            let (mib, room) = (lacking >> 20, self.room >> 20);
+            tracing::info!("epoch {} is not prepared: up to {mib} MiB to load, {room} MiB left", self.plan.epoch.0);
+            return Ok(());
+        }
+        for rank in &member.ranks {
+            self.shelves.prepare((&spec, &checkpoint), &self.plan, *rank, member.threads.max(1))?;
+        }
+        Ok(())
+    }
+}
+
 /// What the ranks of one worker share once the checkpoint is open.
 struct Opened<'a> {
     setting: &'a Setting,
@@ -178,6 +228,10 @@ fn run_ranks(setting: &Setting, seats: Vec<(RankId, channel::Receiver<Order>)>) 
     // A checkpoint that can't be read is the better message than peers that wait for us.
     let checkpoint = Checkpoint::open(&setting.model)?;
     let spec = Arc::new(checkpoint.spec()?);
+    let ranks: Vec<RankId> = seats.iter().map(|(rank, _)| *rank).collect();
+    let predicting = spec.predicting(setting.plan.predictors);
+    let predicting = predicting.map_err(|e| Fault::new(FaultKind::Incompatible, e.to_string()))?;
+    setting.shelves.keep(&checkpoint.identity(), &predicting, &setting.plan, &ranks);
     let connected = setting.plane.connect(&setting.plan, &setting.me, &Options::default())?;
     let (threads, spin) = threads_and_spin(&setting.plan, &setting.me);
     let opened = &Opened { setting, spec, checkpoint: &checkpoint, threads, spin };
@@ -251,6 +305,7 @@ fn run_rank(
         plan: &setting.plan,
         rank,
         checkpoint: opened.checkpoint,
+        shelves: &setting.shelves,
         communicators,
         threads: opened.threads,
         spin: opened.spin,

@@ -16,6 +16,11 @@ pub enum Event {
         model_path: String,
         identity: Vec<u8>,
     },
+    /// The coordinator may want this plan next.
+    Prepare {
+        plan: Arc<Plan>,
+        model_path: String,
+    },
     Release {
         epoch: Epoch,
     },
@@ -43,7 +48,12 @@ pub enum Action {
         plan: Arc<Plan>,
         model_path: String,
     },
-    /// Abort collectives, end the threads, free the memory.
+    /// Load what the plan will need, beside the ranks that run.
+    Prepare {
+        plan: Arc<Plan>,
+        model_path: String,
+    },
+    /// Abort collectives, end the threads, free the memory but for the matrices, which the next epoch may need.
     StopRanks {
         epoch: Epoch,
     },
@@ -96,6 +106,8 @@ impl Agent {
     pub fn handle(&mut self, event: Event) -> Vec<Action> {
         match event {
             Event::Load { plan, model_path, identity } => self.load(plan, model_path, identity),
+            Event::Prepare { plan, .. } if plan.epoch <= self.seen => Vec::new(),
+            Event::Prepare { plan, model_path } => vec![Action::Prepare { plan, model_path }],
             Event::Release { epoch } | Event::StepsClosed { epoch } => self.stop(epoch),
             Event::RanksLoaded { epoch, identity } => self.loaded(epoch, identity),
             Event::RankFailed { epoch, fault } => {

@@ -81,8 +81,8 @@ pub struct Grouping {
 /// A device that holds weights, cache and activations and runs the operations. Buffers are `[rows, cols]`, row-major;
 /// operations work on the first `n` rows that their arguments name and leave the rest.
 pub trait Backend: Sized + Send + 'static {
-    /// A packed weight matrix `[out, in]`.
-    type Matrix: Send + Sync;
+    /// A packed weight matrix `[out, in]`. Clones share it.
+    type Matrix: Clone + Send + Sync;
     /// f32 vectors: norms, biases.
     type Vector: Send + Sync;
     type Buffer: Send;

@@ -8,6 +8,7 @@ use crate::backend::{Backend, Kind, LatentShape, MatrixView, NormWeights};
 use model::catalog::Role;
 use model::fault::Fault;
 use model::spec::{CacheKind, Latent};
+use std::cell::OnceCell;
 
 /// One layer's weights and place in the mesh.
 pub struct Attention<B: Backend> {
@@ -128,7 +129,7 @@ fn halves<B: Backend>(
         let all = from.window(role)?;
         assert_eq!(all.rows, shape.heads * each, "the catalogue declares this rank's heads");
         let head = |head| MatrixView { row: all.row + head * each, rows: each, ..all };
-        (0..shape.heads).map(|h| from.backend.matrix(&[head(h)], 1)).collect()
+        (0..shape.heads).map(|h| from.made_of(role, h, || from.backend.matrix(&[head(h)], 1))).collect()
     };
     Ok((heads(Role::Absorb, shape.kv_rank)?, heads(Role::Expand, shape.value_dim)?))
 }
@@ -141,19 +142,36 @@ fn split<B: Backend>(
     from: &LayerLoader<'_, B>,
 ) -> Result<(Vec<B::Matrix>, Vec<B::Matrix>), Fault> {
     let LatentShape { heads, kv_rank, nope_dim, value_dim, .. } = *shape;
-    let up = from.values(&[Role::KvUp])?;
-    assert_eq!(up.len(), heads * (nope_dim + value_dim) * kv_rank, "the catalogue declares this rank's heads");
-    let (mut absorb, mut expand) = (Vec::with_capacity(heads), Vec::with_capacity(heads));
-    let mut transposed = vec![0.0; nope_dim * kv_rank];
-    for head in up.chunks_exact((nope_dim + value_dim) * kv_rank) {
-        let (key, value) = head.split_at(nope_dim * kv_rank);
+    let up = OnceCell::new();
+    // Read only where some matrix is not at hand.
+    let head = |index: usize| -> Result<(&[f32], &[f32]), Fault> {
+        let up: &Vec<f32> = match up.get() {
+            Some(up) => up,
+            None => {
+                let values = from.values(&[Role::KvUp])?;
+                let all = heads * (nope_dim + value_dim) * kv_rank;
+                assert_eq!(values.len(), all, "the catalogue declares this rank's heads");
+                up.get_or_init(|| values)
+            }
+        };
+        let each = (nope_dim + value_dim) * kv_rank;
+        Ok(up[index * each..(index + 1) * each].split_at(nope_dim * kv_rank))
+    };
+    let absorbing = |index| {
+        let (key, _) = head(index)?;
+        let mut transposed = vec![0.0; nope_dim * kv_rank];
         for (n, row) in key.chunks_exact(kv_rank).enumerate() {
             for (k, v) in row.iter().enumerate() {
                 transposed[k * nope_dim + n] = *v;
             }
         }
-        absorb.push(from.backend.matrix_f32(&transposed, kv_rank, nope_dim, 1)?);
-        expand.push(from.backend.matrix_f32(value, value_dim, kv_rank, 1)?);
+        from.backend.matrix_f32(&transposed, kv_rank, nope_dim, 1)
+    };
+    let (mut absorb, mut expand) = (Vec::with_capacity(heads), Vec::with_capacity(heads));
+    for index in 0..heads {
+        absorb.push(from.made_of(Role::KvUp, 2 * index, || absorbing(index))?);
+        let expanding = || from.backend.matrix_f32(head(index)?.1, value_dim, kv_rank, 1);
+        expand.push(from.made_of(Role::KvUp, 2 * index + 1, expanding)?);
     }
     Ok((absorb, expand))
 }

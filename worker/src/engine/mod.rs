@@ -35,6 +35,7 @@ use crate::backend::cpu::simd::flush::Flush;
 use crate::backend::{Backend, Kind};
 use crate::load::checkpoint::Checkpoint;
 use crate::load::loader::{Loader, Progress};
+use crate::load::shelf::Shelf;
 use batch::Resolved;
 use comm::Communicators;
 use head::Head;
@@ -75,11 +76,13 @@ pub struct Engine<B: Backend> {
 }
 
 /// What an engine is made for.
-pub struct Assignment<'a> {
+pub struct Assignment<'a, M> {
     pub spec: Arc<ModelSpec>,
     pub plan: &'a Plan,
     pub rank: RankId,
     pub checkpoint: &'a Checkpoint,
+    /// Where matrices are taken from, and left for the next epoch.
+    pub shelf: &'a Shelf<M>,
     pub communicators: Communicators,
     /// Moves at every layer of every step: a watcher's proof of life.
     pub progress: Arc<AtomicU64>,
@@ -87,33 +90,93 @@ pub struct Assignment<'a> {
     pub loading: Progress<'a>,
 }
 
+/// The weights of a rank's stage, without its predictors.
+struct Stage<B: Backend> {
+    vocabulary: Vocabulary<B>,
+    layers: Vec<LayerWeights<B>>,
+}
+
+impl<B: Backend> Stage<B> {
+    /// `tick` is called after each layer; `None` where it said no.
+    fn load<'a>(
+        from: impl Fn(usize) -> LayerLoader<'a, B>,
+        spec: &ModelSpec,
+        plan: &Plan,
+        place: Place,
+        kinds: &Kinds,
+        tick: impl Fn() -> bool,
+    ) -> Result<Option<Stage<B>>, Fault>
+    where
+        B: 'a,
+    {
+        let range = plan.stages[place.stage].clone();
+        let ends = (place.stage == 0, place.stage + 1 == plan.mesh.pipeline);
+        let LayerLoader { backend, loader, shelf, .. } = from(range.start);
+        let vocabulary = Vocabulary::load(backend, loader, shelf, spec, ends)?;
+        let mut layers = Vec::with_capacity(range.len());
+        for layer in range {
+            layers.push(from(layer).load(&spec.layers[layer], kinds)?);
+            if !tick() {
+                return Ok(None);
+            }
+        }
+        Ok(Some(Stage { vocabulary, layers }))
+    }
+}
+
+/// Puts the matrices that a rank of a plan to come needs, its predictors' apart, on the shelf, as long as `tick`, called
+/// after each layer, says yes.
+pub fn prepare<B: Backend>(
+    backend: &B,
+    assignment: &Preparation<'_, B::Matrix>,
+    tick: impl Fn() -> bool,
+) -> Result<(), Fault> {
+    let Preparation { spec, plan, rank, checkpoint, shelf } = *assignment;
+    let loader = Loader::new(checkpoint, spec, plan, rank, &|_, _| {}, shelf.pieces())?;
+    let place = plan.mesh.place(rank);
+    let kinds = Kinds::of(spec.layers[plan.stages[place.stage].clone()].iter());
+    let (loader, hidden) = (&loader, spec.hidden);
+    let from = |layer| LayerLoader { backend, loader, shelf, layer, mesh: plan.mesh, rank, hidden };
+    Stage::load(from, spec, plan, place, &kinds, tick).map(|_| ())
+}
+
+/// What [`prepare`] needs to know.
+pub struct Preparation<'a, M> {
+    /// With the plan's predictors.
+    pub spec: &'a ModelSpec,
+    pub plan: &'a Plan,
+    pub rank: RankId,
+    pub checkpoint: &'a Checkpoint,
+    pub shelf: &'a Shelf<M>,
+}
+
 impl<B: Backend> Engine<B> {
     /// Loads the rank's weights and reserves its cache.
-    pub fn new(backend: B, assignment: Assignment<'_>) -> Result<Engine<B>, Fault> {
-        let Assignment { spec, plan, rank, checkpoint, communicators, progress, loading } = assignment;
+    pub fn new(backend: B, assignment: Assignment<'_, B::Matrix>) -> Result<Engine<B>, Fault> {
+        let Assignment { spec, plan, rank, checkpoint, shelf, communicators, progress, loading } = assignment;
         let place = plan.mesh.place(rank);
         check_members(&communicators, &plan.mesh, place)?;
         let asked = spec.predicting(plan.predictors);
         let spec = Arc::new(asked.map_err(|e| Fault::new(FaultKind::Incompatible, e.to_string()))?);
-        let loader = Loader::new(checkpoint, &spec, plan, rank, loading)?;
+        let loader = Loader::new(checkpoint, &spec, plan, rank, loading, shelf.pieces())?;
         let range = plan.stages[place.stage].clone();
-        let (first, last) = (place.stage == 0, place.stage + 1 == plan.mesh.pipeline);
-        let vocabulary = Vocabulary::load(&backend, &loader, &spec, first, last)?;
-        let foreseen = if last { &spec.predictors[..] } else { &[] };
+        let foreseen = if place.stage + 1 == plan.mesh.pipeline { &spec.predictors[..] } else { &[] };
         let kinds = Kinds::of(spec.layers[range.clone()].iter().chain(foreseen.iter().map(|p| &p.layer)));
         let from = |layer| LayerLoader {
             backend: &backend,
             loader: &loader,
+            shelf,
             layer,
             mesh: plan.mesh,
             rank,
             hidden: spec.hidden,
         };
-        let mut layers = Vec::with_capacity(range.len());
-        for layer in range.clone() {
-            layers.push(from(layer).load(&spec.layers[layer], &kinds)?);
+        let tick = || {
             progress.fetch_add(1, Ordering::Relaxed);
-        }
+            true
+        };
+        let stage = Stage::load(from, &spec, plan, place, &kinds, tick)?;
+        let Stage { vocabulary, layers } = stage.expect("only a tick can break it off");
         let mut predictors = Vec::with_capacity(foreseen.len());
         for (index, predictor) in foreseen.iter().enumerate() {
             let from = from(spec.layers.len() + index);

@@ -40,7 +40,7 @@ impl<B: Backend> Predictor<B> {
         let all = from.window(Role::PredictorProjection)?;
         let half = |index: usize| {
             let view = MatrixView { col: all.col + index * from.hidden, cols: from.hidden, ..all };
-            from.backend.matrix(&[view], 1)
+            from.made_of(Role::PredictorProjection, index, || from.backend.matrix(&[view], 1))
         };
         let (of_embedding, of_hidden) = (half(0)?, half(1)?);
         let layer = from.load(&spec.layer, kinds)?;

@@ -9,6 +9,7 @@ use super::pass::Pass;
 use super::tables::Kinds;
 use crate::backend::{Backend, MatrixView, NormWeights};
 use crate::load::loader::Loader;
+use crate::load::shelf::{Label, Shelf};
 use model::catalog::{self, Role, TensorId};
 use model::fault::Fault;
 use model::mesh::{Mesh, RankId};
@@ -58,9 +59,18 @@ pub struct Vocabulary<B: Backend> {
 
 impl<B: Backend> Vocabulary<B> {
     /// The embedding on the first stage, the head on the last, which needs the embedding too where something predicts.
-    pub fn load(backend: &B, from: &Loader<'_>, spec: &ModelSpec, first: bool, last: bool) -> Result<Self, Fault> {
+    pub fn load(
+        backend: &B,
+        from: &Loader<'_>,
+        shelf: &Shelf<B::Matrix>,
+        spec: &ModelSpec,
+        (first, last): (bool, bool),
+    ) -> Result<Self, Fault> {
         let outer = |role| TensorId { layer: None, role, expert: None };
-        let table = |role| backend.matrix(&[from.window(outer(role))?], 1);
+        let table = |role| {
+            let label = Label { pieces: vec![from.piece(outer(role))?], segments: 1, number: 0 };
+            shelf.get(label, || backend.matrix(&[from.window(outer(role))?], 1))
+        };
         let norm = |of: &Norm, [weight, bias]: [Role; 2]| -> Result<NormWeights<B::Vector>, Fault> {
             let vector = |role| backend.vector(&from.values(outer(role))?);
             let bias = if of.form == NormForm::Layer { Some(vector(bias)?) } else { None };
@@ -111,6 +121,7 @@ impl<B: Backend> Vocabulary<B> {
 pub struct LayerLoader<'a, B: Backend> {
     pub backend: &'a B,
     pub loader: &'a Loader<'a>,
+    pub shelf: &'a Shelf<B::Matrix>,
     pub layer: usize,
     pub mesh: Mesh,
     pub rank: RankId,
@@ -134,9 +145,23 @@ impl<B: Backend> LayerLoader<'_, B> {
     fn stacked(&self, roles: &[Role], expert: Option<usize>) -> Result<B::Matrix, Fault> {
         let alone = |role: &Role| catalog::stack(*role) != catalog::stack(roles[0]);
         assert!(!roles.iter().any(alone), "the catalogue does not stack {roles:?}, and plans count by it");
-        let parts: Result<Vec<_>, Fault> = roles.iter().map(|&r| self.loader.window(self.id(r, expert))).collect();
         let segments = self.loader.segments(self.id(roles[0], expert))?;
-        self.backend.matrix(&parts?, segments)
+        let pieces: Result<Vec<_>, Fault> = roles.iter().map(|&r| self.loader.piece(self.id(r, expert))).collect();
+        self.shelf.get(Label { pieces: pieces?, segments, number: 0 }, || {
+            let parts: Result<Vec<_>, Fault> = roles.iter().map(|&r| self.loader.window(self.id(r, expert))).collect();
+            self.backend.matrix(&parts?, segments)
+        })
+    }
+
+    /// The `number`-th of the matrices, of one segment each, that are made of a tensor's window.
+    pub fn made_of(
+        &self,
+        role: Role,
+        number: usize,
+        make: impl FnOnce() -> Result<B::Matrix, Fault>,
+    ) -> Result<B::Matrix, Fault> {
+        let pieces = vec![self.loader.piece(self.id(role, None))?];
+        self.shelf.get(Label { pieces, segments: 1, number }, make)
     }
 
     /// This rank's window of a tensor.

@@ -4,10 +4,11 @@ use super::ahead::Ahead;
 use super::beside::{Beside, Packing};
 use super::checkpoint::Checkpoint;
 use super::find::{find, stored_cols};
+use super::shelf::Piece;
 use super::{bad, values};
 use crate::backend::MatrixView;
 use model::catalog::{self, TensorDecl, TensorId};
-use model::cut;
+use model::cut::{self, Slice};
 use model::fault::{Fault, FaultKind};
 use model::mesh::{Mesh, Place, RankId};
 use model::plan::Plan;
@@ -31,16 +32,20 @@ pub struct Loader<'a> {
     total: u64,
     progress: Progress<'a>,
     ahead: Ahead,
+    /// What need not be read.
+    held: BTreeSet<Piece>,
 }
 
 impl<'a> Loader<'a> {
-    /// Checks the whole checkpoint against the catalogue (see [`check`]) and prepares to read `rank`'s part.
+    /// Checks the whole checkpoint against the catalogue (see [`check`]) and prepares to read `rank`'s part without what is
+    /// `held`.
     pub fn new(
         checkpoint: &'a Checkpoint,
         spec: &ModelSpec,
         plan: &Plan,
         rank: RankId,
         progress: Progress<'a>,
+        held: BTreeSet<Piece>,
     ) -> Result<Loader<'a>, Fault> {
         cut::check(spec, &plan.mesh).map_err(|e| Fault::new(FaultKind::Incompatible, e.to_string()))?;
         let declared = catalog::tensors(spec);
@@ -53,7 +58,8 @@ impl<'a> Loader<'a> {
         }
         let (mut total, mut windows) = (0, Vec::new());
         for decl in declared.iter().filter(|d| catalog::on_stage(spec, &d.id, &plan.stages, stage)) {
-            if let Some(view) = window(checkpoint, spec, decl, &plan.mesh, rank)? {
+            let lacks = |view: &MatrixView<'_>| !held.contains(&piece_of(decl.id, view));
+            if let Some(view) = window(checkpoint, spec, decl, &plan.mesh, rank)?.filter(lacks) {
                 total += view_bytes(&view);
                 windows.extend(checkpoint.span(span(&view)).map(|span| (decl.id, span)));
             }
@@ -70,6 +76,7 @@ impl<'a> Loader<'a> {
             total,
             progress,
             ahead: Ahead::new(windows),
+            held,
         })
     }
 
@@ -90,9 +97,19 @@ impl<'a> Loader<'a> {
         let view = window(self.checkpoint, &self.spec, decl, &self.mesh, self.rank)?.ok_or_else(|| {
             Fault::new(FaultKind::Internal, format!("rank {} holds nothing of {}", self.rank.0, decl.source.name))
         })?;
-        self.done.set(self.done.get() + view_bytes(&view));
-        (self.progress)(self.done.get(), self.total);
+        if !self.held.contains(&piece_of(id, &view)) {
+            self.done.set(self.done.get() + view_bytes(&view));
+            (self.progress)(self.done.get(), self.total);
+        }
         Ok(view)
+    }
+
+    /// What names this rank's window of a tensor.
+    pub fn piece(&self, id: TensorId) -> Result<Piece, Fault> {
+        let decl = self.declaration(id)?;
+        let slice = cut::slice(decl.cut, decl.rows, decl.cols, &self.mesh, self.rank);
+        let none = || format!("rank {} holds nothing of {}", self.rank.0, decl.source.name);
+        slice.map(|slice| Piece::new(id, &slice)).ok_or_else(|| Fault::new(FaultKind::Internal, none()))
     }
 
     /// This rank's part of a tensor as f32 values, row-major: norms, biases, and what must be rearranged.
@@ -158,6 +175,10 @@ fn check_copies(checkpoint: &Checkpoint, spec: &ModelSpec, mesh: &Mesh, slice: u
         }
     }
     Ok(())
+}
+
+fn piece_of(id: TensorId, view: &MatrixView<'_>) -> Piece {
+    Piece::new(id, &Slice { rows: view.row..view.row + view.rows, cols: view.col..view.col + view.cols })
 }
 
 /// All of a declared tensor.

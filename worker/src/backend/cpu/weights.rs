@@ -11,9 +11,11 @@ use model::fault::Fault;
 use model::keep::{self, Stored};
 use model::plan::KernelFamily;
 use model::quant::{Dtype, Format, Scheme};
+use std::sync::Arc;
 
-/// A packed weight matrix `[out, in]`.
-pub struct Matrix(pub(super) Packed);
+/// A packed weight matrix `[out, in]`; clones share it.
+#[derive(Clone)]
+pub struct Matrix(pub(super) Arc<Packed>);
 
 impl Matrix {
     /// Bytes that it takes.
@@ -119,9 +121,10 @@ pub(super) fn pack(
     if let Some(stack) = CodedStack::new(parts)
         && let Some(packed) = Packed::coded(pool, &stack, (rows, cols), segments, wide, keep::unit(family, wide))?
     {
-        return Ok(Matrix(packed));
+        return Ok(Matrix(Arc::new(packed)));
     }
-    Packed::new(pool, &Stack { parts }, (rows, cols), segments, wide, keep::unit(family, wide)).map(Matrix)
+    Packed::new(pool, &Stack { parts }, (rows, cols), segments, wide, keep::unit(family, wide))
+        .map(|packed| Matrix(Arc::new(packed)))
 }
 
 pub(super) fn pack_f32(
@@ -134,7 +137,8 @@ pub(super) fn pack_f32(
 ) -> Result<Matrix, Fault> {
     ensure(values.len() == rows * cols && cols > 0, || format!("{} values are not {rows} x {cols}", values.len()))?;
     let wide = keep::is_wide(dtype, [Stored::Plain(Format::F32)]);
-    Packed::new(pool, &Widened { values, cols }, (rows, cols), segments, wide, keep::unit(family, wide)).map(Matrix)
+    Packed::new(pool, &Widened { values, cols }, (rows, cols), segments, wide, keep::unit(family, wide))
+        .map(|packed| Matrix(Arc::new(packed)))
 }
 
 fn check(part: &MatrixView<'_>, cols: usize) -> Result<(), Fault> {
