@@ -1,0 +1,319 @@
+use super::*;
+use model::fault::FaultKind;
+use model::mesh::{Mesh, RankId};
+use model::plan::{KernelFamily, Limits, Member};
+use model::quant::Dtype;
+
+/// One rank a worker; refuses when `refuse` is set.
+struct OneEach {
+    refuse: bool,
+}
+
+impl Planner for OneEach {
+    fn plan(&self, epoch: Epoch, members: &[Offer], _: Option<&Plan>) -> Result<Plan, String> {
+        if self.refuse {
+            return Err("rank 0 needs 2 GiB, has 1 GiB".into());
+        }
+        let n = members.len();
+        Ok(Plan {
+            epoch,
+            mesh: Mesh::new(n, 1, 1, 1).unwrap(),
+            dtype: Dtype::F32,
+            family: KernelFamily::Vector,
+            stages: (0..n).map(|i| i..i + 1).collect(),
+            members: (0..n)
+                .map(|i| Member {
+                    worker: members[i].worker.clone(),
+                    host: String::new(),
+                    data_address: String::new(),
+                    ranks: vec![RankId(i as u32)],
+                    threads: 1,
+                })
+                .collect(),
+            limits: Limits { model_len_max: 1, step_tokens_max: 1, step_sequences_max: 1, blocks: 1 },
+            predictors: 0,
+        })
+    }
+}
+
+fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+fn id(n: usize) -> WorkerId {
+    WorkerId(format!("w{n}"))
+}
+
+fn cluster(workers: usize, settle: Option<Duration>) -> Cluster<OneEach> {
+    let rules = Rules { workers, settle, silence: ms(1000), retry: ms(100), grow: ms(500) };
+    Cluster::new(rules, OneEach { refuse: false }, Epoch(0))
+}
+
+fn join(c: &mut Cluster<OneEach>, now: u64, n: usize) -> Vec<Action> {
+    let offer = Offer {
+        worker: id(n),
+        host: "h".into(),
+        data_address: "127.0.0.1:1".into(),
+        devices: Vec::new(),
+        families: vec![KernelFamily::Vector],
+    };
+    c.handle(ms(now), Event::Joined { offer })
+}
+
+fn serve(c: &mut Cluster<OneEach>, now: u64) -> Vec<Action> {
+    let epoch = c.epoch();
+    let members = c.plan().expect("a plan").members.clone();
+    let mut last = c.handle(ms(now), Event::Committed { epoch });
+    for m in members {
+        last = c.handle(ms(now), Event::Ready { worker: m.worker, epoch });
+    }
+    last
+}
+
+#[test]
+fn it_serves_when_all_are_ready_and_not_before() {
+    let mut c = cluster(2, None);
+    assert!(join(&mut c, 0, 0).is_empty());
+    assert!(matches!(join(&mut c, 1, 1)[..], [Action::Commit { .. }]));
+    let loads = c.handle(ms(2), Event::Committed { epoch: Epoch(1) });
+    assert!(matches!(loads[..], [Action::Load { .. }, Action::Load { .. }]));
+    assert!(c.handle(ms(3), Event::Ready { worker: id(0), epoch: Epoch(1) }).is_empty());
+    assert!(!c.reason().is_empty());
+    let last = c.handle(ms(4), Event::Ready { worker: id(1), epoch: Epoch(1) });
+    assert!(matches!(last[..], [Action::Serve { .. }]));
+    assert_eq!(c.reason(), "");
+}
+
+fn prepare(c: &mut Cluster<OneEach>, now: u64) -> Vec<Action> {
+    let plan = c.reshape.clone().expect("a plan to come").plan;
+    let mut last = Vec::new();
+    for m in &plan.members {
+        last = c.handle(ms(now), Event::Prepared { worker: m.worker.clone(), epoch: plan.epoch });
+    }
+    last
+}
+
+fn served_by(n: usize) -> Cluster<OneEach> {
+    let mut c = cluster(n, None);
+    (0..n).for_each(|i| drop(join(&mut c, 0, i)));
+    serve(&mut c, 1);
+    assert!(matches!(c.phase(), Phase::Serving(_)));
+    c
+}
+
+#[test]
+fn a_newcomer_is_loaded_before_the_switch() {
+    let mut c = served_by(1);
+    assert!(join(&mut c, 10, 1).is_empty());
+    let actions = c.handle(ms(510), Event::Tick);
+    assert!(matches!(&actions[..], [Action::Prepare { .. }, Action::Prepare { .. }]), "{actions:?}");
+    assert!(c.handle(ms(511), Event::Tick).is_empty() && c.prepares(&id(1)));
+    let actions = prepare(&mut c, 600);
+    assert!(matches!(&actions[..], [Action::Commit { plan }] if plan.epoch == Epoch(2)));
+    assert!(matches!(c.phase(), Phase::Serving(p) if p.epoch == Epoch(1)), "it serves until the store has taken it");
+    let actions = c.handle(ms(601), Event::Committed { epoch: Epoch(2) });
+    assert!(matches!(&actions[..], [Action::Halt { epoch: Epoch(1), .. }, Action::Load { .. }, Action::Load { .. }]));
+    for n in 0..2 {
+        c.handle(ms(602), Event::Ready { worker: id(n), epoch: Epoch(2) });
+    }
+    assert!(matches!(c.phase(), Phase::Serving(p) if p.mesh.ranks() == 2) && c.reason().is_empty());
+}
+
+#[test]
+fn a_draining_worker_serves_until_others_do_and_is_then_let_go() {
+    let mut c = served_by(2);
+    let actions = c.handle(ms(10), Event::Drain { worker: id(1) });
+    assert!(matches!(&actions[..], [Action::Prepare { worker, .. }] if *worker == id(0)), "{actions:?}");
+    assert!(matches!(&prepare(&mut c, 20)[..], [Action::Commit { .. }]));
+    let actions = c.handle(ms(21), Event::Committed { epoch: Epoch(2) });
+    assert!(
+        matches!(&actions[..], [
+        Action::Halt { .. },
+        Action::Release { worker: released, .. },
+        Action::Load { worker: loads, .. },
+        Action::Dismiss { worker: dismissed },
+    ] if *released == id(1) && *loads == id(0) && *dismissed == id(1)),
+        "{actions:?}"
+    );
+    // What a closed stream says afterwards is no death.
+    assert!(c.handle(ms(22), Event::Lost { worker: id(1), why: "closed".into() }).is_empty());
+    assert!(matches!(c.handle(ms(23), Event::Ready { worker: id(0), epoch: Epoch(2) })[..], [Action::Serve { .. }]));
+}
+
+#[test]
+fn a_spare_that_drains_is_let_go_at_once_and_the_last_worker_never() {
+    let mut c = served_by(1);
+    join(&mut c, 10, 1);
+    assert!(matches!(&c.handle(ms(11), Event::Drain { worker: id(1) })[..], [Action::Dismiss { .. }]));
+    c.planner.refuse = true;
+    assert!(c.handle(ms(12), Event::Drain { worker: id(0) }).is_empty());
+    assert!(matches!(c.phase(), Phase::Serving(_)));
+    assert!(c.workers()[&id(0)].drain.as_ref().is_some_and(|why| why.contains("2 GiB")));
+    c.planner.refuse = false;
+    let actions = join(&mut c, 13, 2);
+    assert!(matches!(&actions[..], [Action::Prepare { worker, .. }] if *worker == id(2)), "{actions:?}");
+}
+
+#[test]
+fn a_death_ends_what_was_to_follow() {
+    for victim in [0, 1] {
+        let mut c = served_by(1);
+        join(&mut c, 10, 1);
+        c.handle(ms(510), Event::Tick);
+        let actions = c.handle(ms(520), Event::Lost { worker: id(victim), why: "closed".into() });
+        assert!(c.reshape.is_none());
+        assert_eq!(matches!(c.phase(), Phase::Serving(_)), victim == 1, "{actions:?}");
+        assert!(c.handle(ms(521), Event::Prepared { worker: id(1 - victim), epoch: Epoch(2) }).is_empty());
+    }
+}
+
+#[test]
+fn a_store_that_refuses_the_next_epoch_leaves_the_old_one_serving() {
+    for lost in [true, false] {
+        let mut c = served_by(1);
+        join(&mut c, 10, 1);
+        c.handle(ms(510), Event::Tick);
+        prepare(&mut c, 520);
+        let event = match lost {
+            true => Event::StoreLost { why: "gone".into() },
+            false => Event::CommitFailed { found: Epoch(9), why: "at revision 9".into() },
+        };
+        assert!(c.handle(ms(530), event).is_empty());
+        assert!(matches!(c.phase(), Phase::Serving(p) if p.epoch == Epoch(1)));
+        let mut actions = c.handle(ms(540), Event::StoreRead { epoch: Epoch(9) });
+        actions.extend(c.handle(ms(700), Event::Tick));
+        assert!(matches!(&actions[..], [Action::Prepare { plan, .. }, _] if plan.epoch == Epoch(10)));
+    }
+}
+
+#[test]
+fn a_stale_ready_is_ignored() {
+    let mut c = cluster(1, None);
+    join(&mut c, 0, 0);
+    c.handle(ms(1), Event::Committed { epoch: Epoch(1) });
+    assert!(c.handle(ms(2), Event::Ready { worker: id(0), epoch: Epoch(0) }).is_empty());
+}
+
+#[test]
+fn a_death_halts_releases_the_survivors_and_waits_for_the_newcomer() {
+    let mut c = cluster(2, Some(ms(5000)));
+    join(&mut c, 0, 0);
+    join(&mut c, 0, 1);
+    serve(&mut c, 1);
+    let actions = c.handle(ms(10), Event::Lost { worker: id(0), why: "closed".into() });
+    assert!(matches!(&actions[..], [
+        Action::Expel { .. },
+        Action::Halt { .. },
+        Action::Release { worker, .. },
+    ] if *worker == id(1)));
+    assert!(matches!(&join(&mut c, 20, 2)[..], [Action::Commit { plan }] if plan.epoch == Epoch(2)));
+    assert!(matches!(serve(&mut c, 30)[..], [Action::Serve { .. }]));
+}
+
+#[test]
+fn after_settling_it_plans_on_fewer() {
+    let mut c = cluster(2, Some(ms(5000)));
+    join(&mut c, 0, 0);
+    join(&mut c, 0, 1);
+    serve(&mut c, 1);
+    c.handle(ms(10), Event::Lost { worker: id(0), why: "closed".into() });
+    for t in [1000, 3000] {
+        c.handle(ms(t), Event::Beat { worker: id(1), beat: Beat::default() });
+    }
+    c.handle(ms(4900), Event::Beat { worker: id(1), beat: Beat::default() });
+    assert!(c.handle(ms(5009), Event::Tick).is_empty());
+    assert!(matches!(&c.handle(ms(5011), Event::Tick)[..], [Action::Commit { plan }] if plan.mesh.ranks() == 1));
+}
+
+#[test]
+fn silence_is_a_death() {
+    let mut c = cluster(1, None);
+    join(&mut c, 0, 0);
+    serve(&mut c, 1);
+    assert!(c.handle(ms(900), Event::Tick).is_empty());
+    assert!(matches!(c.handle(ms(1100), Event::Tick)[..], [Action::Expel { .. }, Action::Halt { .. }]));
+    assert!(c.workers().is_empty());
+}
+
+#[test]
+fn a_plan_that_does_not_fit_is_retried_with_growing_pauses_and_a_reason() {
+    let mut c = cluster(1, None);
+    c.planner.refuse = true;
+    join(&mut c, 0, 0);
+    assert_eq!(c.reason(), "rank 0 needs 2 GiB, has 1 GiB");
+    c.planner.refuse = false;
+    assert!(c.handle(ms(99), Event::Tick).is_empty());
+    assert!(matches!(c.handle(ms(100), Event::Tick)[..], [Action::Commit { .. }]));
+}
+
+#[test]
+fn a_failed_load_releases_everyone_and_says_why() {
+    let mut c = cluster(2, None);
+    join(&mut c, 0, 0);
+    join(&mut c, 0, 1);
+    c.handle(ms(1), Event::Committed { epoch: Epoch(1) });
+    let fault = Fault::new(FaultKind::BadCheckpoint, "model.safetensors is 10 bytes short");
+    let actions = c.handle(ms(2), Event::LoadFailed { worker: id(0), epoch: Epoch(1), fault });
+    assert!(matches!(actions[..], [Action::Release { .. }, Action::Release { .. }]));
+    assert!(c.reason().contains("10 bytes short"));
+}
+
+#[test]
+fn a_lost_race_takes_a_higher_epoch() {
+    let mut c = cluster(1, None);
+    join(&mut c, 0, 0);
+    c.handle(ms(1), Event::CommitFailed { found: Epoch(9), why: "at revision 9".into() });
+    let again = c.handle(ms(200), Event::Tick);
+    assert!(matches!(&again[..], [Action::Commit { plan }] if plan.epoch == Epoch(10)));
+}
+
+#[test]
+fn nothing_is_planned_before_the_store_is_read_and_the_reason_is_said() {
+    let mut c = cluster(1, None);
+    c.handle(ms(0), Event::StoreLost { why: "the store is unreachable: refused".into() });
+    assert_eq!(c.reason(), "waiting for 1 workers, 0 joined; the store is unreachable: refused");
+    assert!(join(&mut c, 1, 0).is_empty());
+    assert_eq!(c.reason(), "the store is unreachable: refused");
+    assert!(c.handle(ms(5000), Event::Beat { worker: id(0), beat: Beat::default() }).is_empty());
+    let actions = c.handle(ms(5001), Event::StoreRead { epoch: Epoch(41) });
+    assert!(matches!(&actions[..], [Action::Commit { plan }] if plan.epoch == Epoch(42)));
+    assert_eq!(c.failures(), 0);
+}
+
+#[test]
+fn a_store_that_goes_while_serving_changes_nothing_until_a_plan_is_needed() {
+    let mut c = cluster(1, None);
+    join(&mut c, 0, 0);
+    serve(&mut c, 1);
+    assert!(c.handle(ms(2), Event::StoreLost { why: "gone".into() }).is_empty());
+    assert!(matches!(c.phase(), Phase::Serving(_)));
+    assert_eq!(c.reason(), "");
+    c.handle(ms(3), Event::Lost { worker: id(0), why: "closed".into() });
+    assert!(join(&mut c, 4, 0).is_empty());
+    assert!(c.reason().contains("closed") && c.reason().ends_with("; gone"), "{}", c.reason());
+    let actions = c.handle(ms(5), Event::StoreRead { epoch: Epoch(1) });
+    assert!(matches!(&actions[..], [Action::Commit { plan }] if plan.epoch == Epoch(2)));
+}
+
+#[test]
+fn a_commit_that_got_no_answer_is_planned_again_above_what_the_store_then_says() {
+    let mut c = cluster(1, None);
+    join(&mut c, 0, 0);
+    assert!(c.handle(ms(1), Event::StoreLost { why: "no answer".into() }).is_empty());
+    // It had been written after all.
+    let actions = c.handle(ms(2), Event::StoreRead { epoch: Epoch(1) });
+    assert!(matches!(&actions[..], [Action::Commit { plan }] if plan.epoch == Epoch(2)));
+    assert!(c.handle(ms(3), Event::Committed { epoch: Epoch(1) }).is_empty(), "the first one comes late");
+    assert_eq!(c.failures(), 0);
+}
+
+#[test]
+fn a_fault_of_an_older_epoch_changes_nothing() {
+    let mut c = cluster(1, None);
+    join(&mut c, 0, 0);
+    serve(&mut c, 1);
+    let fault = Fault::new(FaultKind::Internal, "x");
+    assert!(c.handle(ms(2), Event::GroupFault { epoch: Epoch(0), fault: fault.clone() }).is_empty());
+    let actions = c.handle(ms(3), Event::GroupFault { epoch: Epoch(1), fault });
+    assert!(matches!(actions[..], [Action::Halt { .. }, Action::Release { .. }, Action::Commit { .. }]));
+}
