@@ -41,6 +41,17 @@ pub struct Listing {
     pub files: Vec<String>,
 }
 
+impl Listing {
+    /// From the hub's answer. Names that are no plain paths are left out.
+    pub fn parse(answer: &str) -> Result<Listing, String> {
+        let parsed: Value = serde_json::from_str(answer).map_err(|why| format!("not JSON: {why}"))?;
+        let commit = parsed["sha"].as_str().filter(|sha| is_commit(sha)).ok_or("the listing names no commit")?;
+        let files = parsed["siblings"].as_array().ok_or("the listing names no files")?;
+        let files = files.iter().filter_map(|file| file["rfilename"].as_str()).filter(|name| is_plain(name));
+        Ok(Listing { commit: commit.to_string(), files: files.map(str::to_string).collect() })
+    }
+}
+
 /// What a file is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Meta {
@@ -97,17 +108,11 @@ impl Client {
     /// What a revision holds.
     pub fn listing(&self, revision: &str) -> Result<Listing, HubError> {
         let url = format!("{}/api/models/{}/revision/{}", self.endpoint, self.repository, escaped(revision, false));
-        let bad = |why: String| HubError::Answer { url: url.clone(), why };
         self.repeated(|| {
             let mut response = self.follow("GET", &url, None)?;
             let text = response.body_mut().with_config().limit(LISTING_BYTES_MAX).read_to_string();
             let text = text.map_err(|why| HubError::Unreachable { url: url.clone(), why: why.to_string() })?;
-            let parsed: Value = serde_json::from_str(&text).map_err(|why| bad(format!("not JSON: {why}")))?;
-            let commit = parsed["sha"].as_str().filter(|sha| is_commit(sha));
-            let commit = commit.ok_or_else(|| bad("the listing names no commit".into()))?.to_string();
-            let files = parsed["siblings"].as_array().ok_or_else(|| bad("the listing names no files".into()))?;
-            let files = files.iter().filter_map(|file| file["rfilename"].as_str()).filter(|name| is_plain(name));
-            Ok(Listing { commit, files: files.map(str::to_string).collect() })
+            Listing::parse(&text).map_err(|why| HubError::Answer { url: url.clone(), why })
         })
     }
 

@@ -78,7 +78,7 @@ pub fn weights(files: &[String], snapshot: &Path, reference: &Reference) -> Resu
     let refused = |why: String| HubError::NoWeights { id: reference.to_string(), why };
     let has = |name: &str| files.iter().any(|file| file == name);
     if has(INDEX) {
-        let names = indexed(&snapshot.join(INDEX)).map_err(&refused)?;
+        let names = index_of(snapshot).map_err(&refused)?;
         return match names.iter().find(|name| !has(name)) {
             None => Ok(names.into_iter().collect()),
             Some(name) => Err(refused(format!("{INDEX} names {name}, which is not there"))),
@@ -97,10 +97,13 @@ pub fn weights(files: &[String], snapshot: &Path, reference: &Reference) -> Resu
     ))
 }
 
+fn index_of(snapshot: &Path) -> Result<BTreeSet<String>, String> {
+    indexed(&std::fs::read(snapshot.join(INDEX)).map_err(|why| format!("{INDEX}: {why}"))?)
+}
+
 /// The files that an index names; only names, never paths.
-fn indexed(index: &Path) -> Result<BTreeSet<String>, String> {
-    let bytes = std::fs::read(index).map_err(|why| format!("{INDEX}: {why}"))?;
-    let parsed: Value = serde_json::from_slice(&bytes).map_err(|why| format!("{INDEX}: {why}"))?;
+pub fn indexed(index: &[u8]) -> Result<BTreeSet<String>, String> {
+    let parsed: Value = serde_json::from_slice(index).map_err(|why| format!("{INDEX}: {why}"))?;
     let map = parsed["weight_map"].as_object().ok_or_else(|| format!("{INDEX} has no weight_map"))?;
     let names: BTreeSet<String> = map.values().filter_map(|name| name.as_str().map(str::to_string)).collect();
     match names.iter().find(|name| name.contains('/') || !name.ends_with(".safetensors")) {
@@ -125,7 +128,7 @@ pub fn missing(snapshot: &Path, need: Need) -> Vec<String> {
         return missing;
     }
     if has(INDEX) {
-        match indexed(&snapshot.join(INDEX)) {
+        match index_of(snapshot) {
             Ok(names) => missing.extend(names.into_iter().filter(|name| !has(name))),
             Err(why) => missing.push(why),
         }

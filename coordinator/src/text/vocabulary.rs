@@ -21,13 +21,15 @@ pub fn tokenizer(directory: &Path, config: &Value, spec: &Value) -> Result<Token
                 TextError::Tokenizer(why) => TextError::Tokenizer(format!("{file}: {why}")),
                 other => other,
             };
-            return read(file, &bytes, directory, config, spec).map_err(named);
+            let given = given(directory, config)?;
+            return read(file, &bytes, &given, config, spec).map_err(named);
         }
     }
     Err(TextError::NoTokenizer { path: directory.to_path_buf(), why: format!("there is none of {}", FILES.join(", ")) })
 }
 
-fn read(file: &str, bytes: &[u8], directory: &Path, config: &Value, spec: &Value) -> Result<Tokenizer, TextError> {
+/// Reads the tokenizer file of this name. `given` are tokens beside the file's own, ascending by id.
+pub fn read(file: &str, bytes: &[u8], given: &[Added], config: &Value, spec: &Value) -> Result<Tokenizer, TextError> {
     let settings = TokenizerConfig::from_json(config);
     if file == "tokenizer.json" {
         return Tokenizer::from_json(bytes, &settings);
@@ -35,15 +37,14 @@ fn read(file: &str, bytes: &[u8], directory: &Path, config: &Value, spec: &Value
     if file == "tekken.json" {
         return assembled(&tekken::json(bytes)?, with_defaults(settings, true, &tekken::NAMES));
     }
-    let given = given(directory, config)?;
     if file == "tokenizer.model" && !tiktoken::is_ranks(bytes) {
-        let read = sentencepiece::read(bytes, &given)?;
+        let read = sentencepiece::read(bytes, given)?;
         let names: Vec<(&str, &str)> = read.names.iter().map(|(role, text)| (role.as_str(), text.as_str())).collect();
         let settings = TokenizerConfig { margin: Some(read.margin), ..with_defaults(settings, true, &names) };
         return assembled(&read.json, settings);
     }
     let family = tiktoken::Family::of(file, config, spec)?;
-    let json = tiktoken::json(bytes, &family, &given)?;
+    let json = tiktoken::json(bytes, &family, given)?;
     assembled(&json, with_defaults(settings, family.adds_begin, family.names))
 }
 

@@ -274,18 +274,22 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
+/// The safetensors files that an index names, and in which of them it promises which tensors.
+pub fn indexed(index: &str) -> Result<(BTreeSet<String>, BTreeMap<String, String>), Fault> {
+    let parsed: Index = serde_json::from_str(index).map_err(|e| bad(e.to_string()))?;
+    let files: BTreeSet<String> = parsed.weight_map.values().cloned().collect();
+    // A name that leaves the directory is no shard of it.
+    match files.iter().find(|name| Path::new(name).file_name() != Some(name.as_ref())) {
+        None => Ok((files, parsed.weight_map)),
+        Some(name) => Err(bad(format!("{name:?} is not the name of a file beside it"))),
+    }
+}
+
 /// The safetensors files of a directory, and where its index promises which tensors.
 fn shards(directory: &Path) -> Result<(BTreeSet<String>, BTreeMap<String, String>), Fault> {
     let index = directory.join(INDEX);
     if index.is_file() {
-        let parsed: Index =
-            serde_json::from_str(&read(&index)?).map_err(|e| bad(format!("{}: {e}", index.display())))?;
-        let files: BTreeSet<String> = parsed.weight_map.values().cloned().collect();
-        // A name that leaves the directory is no shard of it.
-        if let Some(name) = files.iter().find(|name| Path::new(name).file_name() != Some(name.as_ref())) {
-            return Err(bad(format!("{}: {name:?} is not the name of a file beside it", index.display())));
-        }
-        return Ok((files, parsed.weight_map));
+        return indexed(&read(&index)?).map_err(|f| bad(format!("{}: {}", index.display(), f.text)));
     }
     if directory.join(SINGLE).is_file() {
         return Ok((BTreeSet::from([SINGLE.to_owned()]), BTreeMap::new()));
