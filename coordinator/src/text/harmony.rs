@@ -157,7 +157,8 @@ impl Reader {
         let channel = match (word("channel="), word("to=")) {
             (Some("analysis"), None) => Channel::Analysis,
             (_, Some(recipient)) if recipient != "user" && recipient != "all" => {
-                let name = recipient.strip_prefix("functions.").unwrap_or(recipient).to_string();
+                let bare = recipient.strip_prefix("functions.").filter(|name| !name.is_empty());
+                let name = bare.unwrap_or(recipient).to_string();
                 let index = self.calls;
                 self.calls += 1;
                 self.place = Place::Body(Channel::Call(index));
@@ -233,6 +234,8 @@ pub(crate) mod tests {
         assert_eq!(read(PROMPT, answer), ("I look.".into(), "x".into(), calls.clone(), true));
         let other = "<|channel|>commentary to=functions.get <|constrain|>json<|message|>{\"a\": 1}<|call|>";
         assert_eq!(read(PROMPT, other), (String::new(), String::new(), calls, true));
+        let (_, _, calls, _) = read(PROMPT, "<|channel|>commentary to=functions.<|message|>{}<|call|>");
+        assert_eq!(calls, [("functions.".to_string(), "{}".to_string())], "no call without a name");
         let (_, _, calls, _) = read(PROMPT, "<|channel|>analysis to=python code<|message|>1+1<|call|>");
         assert_eq!(calls, [("python".to_string(), "1+1".to_string())]);
     }

@@ -288,8 +288,9 @@ fn without_generation_marks(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(begin) = rest.find("{%") {
-        let Some(length) = rest[begin..].find("%}") else { break };
-        let tag = &rest[begin + 2..begin + length];
+        // From behind the opening: `{%}` is no tag.
+        let Some(length) = rest[begin + 2..].find("%}") else { break };
+        let (tag, end) = (&rest[begin + 2..][..length], begin + 2 + length);
         let control = |letter: char| letter == '-' || letter == '+';
         let word = tag.trim_start_matches(control).trim_end_matches(control).trim();
         let replacement = match word {
@@ -304,7 +305,7 @@ fn without_generation_marks(source: &str) -> String {
         };
         out.push_str(&rest[..begin + 2]);
         out.push_str(&tag.replacen(word, replacement, 1));
-        rest = &rest[begin + length..];
+        rest = &rest[end..];
     }
     out + rest
 }
@@ -431,6 +432,8 @@ mod tests {
     fn generation_marks_render_as_their_content() {
         let source = "a\n{%- generation -%}\n b {{ '{% generation %}' }}\n{%- endgeneration %}\nc";
         assert_eq!(without_generation_marks("{% if x %}{%generation%}"), "{% if x %}{%if true%}");
+        assert_eq!(without_generation_marks("{%}{%-generation-%}"), "{%}{%-if true-%}");
+        assert_eq!(without_generation_marks("{%%}{%generation%}"), "{%%}{%if true%}");
         let text = render(source, &say(json!(""))).unwrap();
         assert!(text.starts_with("ab ") && text.ends_with("c"), "{text:?}");
     }

@@ -99,10 +99,13 @@ fn library(bytes: &[u8]) -> Result<tokenizers::Tokenizer, TextError> {
     struct File {
         #[serde(default)]
         added_tokens: Vec<Added>,
+        #[serde(default)]
+        post_processor: Value,
     }
     let refused = |why: String| TextError::Tokenizer(why);
     let read = |bytes: &[u8]| tokenizers::Tokenizer::from_bytes(bytes).map_err(|why| refused(why.to_string()));
     let file: File = serde_json::from_slice(bytes).map_err(|why| refused(why.to_string()))?;
+    check_processor(&file.post_processor)?;
     let library = read(bytes)?;
     if file.added_tokens.iter().all(|token| library.token_to_id(&token.content) == Some(token.id)) {
         return Ok(library);
@@ -117,6 +120,24 @@ fn library(bytes: &[u8]) -> Result<tokenizers::Tokenizer, TextError> {
     match file.added_tokens.iter().find(|token| library.token_to_id(&token.content) != Some(token.id)) {
         None => Ok(library),
         Some(token) => Err(refused(format!("token {:?} has the id {} in the vocabulary too", token.content, token.id))),
+    }
+}
+
+/// Refuses a template with a special token that it does not define: the library would find out at the first text.
+fn check_processor(processor: &Value) -> Result<(), TextError> {
+    for inner in processor["processors"].as_array().into_iter().flatten() {
+        check_processor(inner)?;
+    }
+    if processor["type"] != "TemplateProcessing" {
+        return Ok(());
+    }
+    let pieces = ["single", "pair"].into_iter().filter_map(|form| processor[form].as_array()).flatten();
+    let ids = pieces.filter_map(|piece| piece["SpecialToken"]["id"].as_str());
+    match ids.into_iter().find(|id| processor["special_tokens"].get(id).is_none()) {
+        None => Ok(()),
+        Some(id) => {
+            Err(TextError::Tokenizer(format!("the post-processor's template uses {id:?}, which it does not define")))
+        }
     }
 }
 
@@ -274,6 +295,19 @@ impl Tokenizer {
 pub(super) mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn a_template_that_uses_an_undefined_token_is_refused_by_its_name() {
+        for nested in [false, true] {
+            let mut file = byte_level_json();
+            file["post_processor"]["special_tokens"] = json!({});
+            if nested {
+                file["post_processor"] = json!({"type": "Sequence", "processors": [file["post_processor"]]});
+            }
+            let refused = library(file.to_string().as_bytes()).err().map(|why| why.to_string()).unwrap_or_default();
+            assert!(refused.contains("\"<s>\""), "{refused}");
+        }
+    }
 
     fn special(id: u32, content: &str) -> Value {
         json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
