@@ -203,7 +203,7 @@ async fn schedule(
     jobs: Arc<Mutex<Vec<Job>>>,
     cancelled: mpsc::Sender<String>,
 ) {
-    while let Some(Submission { job, accepted, outputs }) = received.recv().await {
+    while let Some(Submission { job, accepted, outputs, enough: _enough }) = received.recv().await {
         jobs.lock().unwrap().push(job.clone());
         let answer = if let Script::Refuse(refusal) = &script { Err(refusal.clone()) } else { Ok(()) };
         let refused = answer.is_err();

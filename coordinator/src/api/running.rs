@@ -5,15 +5,13 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use tokio::sync::mpsc;
-
 use super::State;
 use super::answer::{Answers, Choice, Piece, Prompt, Usage};
 use super::error::ApiError;
 use super::limits;
 use super::request::Ask;
 use crate::metrics;
-use crate::schedule::job::{Door, Job, Output, Refusal};
+use crate::schedule::job::{Door, Job, Outputs, Refusal};
 
 /// All of a request's answers.
 pub struct Whole {
@@ -24,7 +22,7 @@ pub struct Whole {
 
 pub struct Running {
     /// One a prompt; none when all its choices are finished.
-    jobs: Vec<Option<mpsc::Receiver<Output>>>,
+    jobs: Vec<Option<Outputs>>,
     answers: Answers,
     /// Choices not finished.
     open: usize,
@@ -83,7 +81,10 @@ impl Running {
         loop {
             if let Some(piece) = self.answers.take() {
                 self.meter.piece(&piece);
-                self.open -= usize::from(piece.finish.is_some());
+                if piece.finish.is_some() {
+                    self.open -= 1;
+                    self.enough(piece.index);
+                }
                 if self.open == 0 {
                     self.meter.end();
                 }
@@ -101,6 +102,14 @@ impl Running {
                     return Poll::Ready(Some(Err(refusal)));
                 }
             }
+        }
+    }
+
+    /// A choice has ended, perhaps before its sequence: nobody wants more of that.
+    fn enough(&self, index: usize) {
+        let each = self.answers.count() / self.jobs.len().max(1);
+        if let Some(Some(job)) = self.jobs.get(index / each.max(1)) {
+            job.enough((index % each.max(1)) as u32);
         }
     }
 
@@ -140,7 +149,7 @@ impl Running {
     }
 }
 
-async fn submit(door: &Door, job: Job) -> Result<mpsc::Receiver<Output>, ApiError> {
+async fn submit(door: &Door, job: Job) -> Result<Outputs, ApiError> {
     match tokio::time::timeout(limits::SUBMIT_TIME_MAX, door.submit(job)).await {
         Ok(result) => Ok(result?),
         Err(_) => Err(ApiError::NotServing("not serving: the scheduler does not answer".into())),

@@ -29,11 +29,17 @@ pub enum Ended {
 pub struct Driver {
     scheduler: Scheduler,
     submissions: mpsc::Receiver<Submission>,
-    outputs: BTreeMap<JobId, mpsc::Sender<Output>>,
+    outputs: BTreeMap<JobId, Client>,
     load: watch::Sender<Load>,
     clock: fn() -> Instant,
     checked: Instant,
     closed: bool,
+}
+
+/// Whoever waits for a job.
+struct Client {
+    outputs: mpsc::Sender<Output>,
+    enough: mpsc::Receiver<u32>,
 }
 
 impl Driver {
@@ -122,12 +128,12 @@ impl Driver {
     }
 
     fn take(&mut self, submission: Submission) {
-        let Submission { job, accepted, outputs } = submission;
+        let Submission { job, accepted, outputs, enough } = submission;
         match self.scheduler.add((self.clock)(), job) {
             Ok(id) => {
                 // A client that left before the answer needs no job.
                 if accepted.send(Ok(())).is_ok() {
-                    self.outputs.insert(id, outputs);
+                    self.outputs.insert(id, Client { outputs, enough });
                 } else {
                     self.scheduler.cancel(id);
                 }
@@ -139,11 +145,14 @@ impl Driver {
         }
     }
 
-    /// Cancels the jobs whose client hung up. Jobs in work mean steps, so this runs often enough without a wake-up of its own.
+    /// Cancels the jobs whose client hung up, and the choices of which it has enough. Jobs in work mean steps, so this runs often enough without a wake-up of its own.
     fn cancel_closed(&mut self) {
         let scheduler = &mut self.scheduler;
-        self.outputs.retain(|job, outputs| {
-            let closed = outputs.is_closed();
+        self.outputs.retain(|job, client| {
+            while let Ok(choice) = client.enough.try_recv() {
+                scheduler.cancel_choice(*job, choice);
+            }
+            let closed = client.outputs.is_closed();
             if closed {
                 scheduler.cancel(*job);
             }
@@ -154,8 +163,8 @@ impl Driver {
     /// Sends without waiting: a client that does not read must not slow the others.
     fn deliver(&mut self, deliveries: Vec<Delivery>) {
         for Delivery { job, output, last } in deliveries {
-            let Some(outputs) = self.outputs.get(&job) else { continue };
-            let sent = outputs.try_send(output).is_ok();
+            let Some(client) = self.outputs.get(&job) else { continue };
+            let sent = client.outputs.try_send(output).is_ok();
             if !sent {
                 self.scheduler.cancel(job);
             }
@@ -198,7 +207,7 @@ mod tests {
     use model::step::{LaneResult, Sample, Sampling, StepBatch, StepId, StepResult};
 
     use super::*;
-    use crate::schedule::job::{DoneReason, Door, Job};
+    use crate::schedule::job::{DoneReason, Door, Job, Outputs};
 
     const LIMITS: Limits = Limits { model_len_max: 4096, step_tokens_max: 64, step_sequences_max: 4, blocks: 128 };
 
@@ -259,7 +268,7 @@ mod tests {
         (driver, Door::new(sender), load)
     }
 
-    async fn collect(mut outputs: mpsc::Receiver<Output>) -> Vec<Output> {
+    async fn collect(mut outputs: Outputs) -> Vec<Output> {
         let mut all = Vec::new();
         while let Some(output) = outputs.recv().await {
             all.push(output);
@@ -346,14 +355,40 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_choice_of_which_there_is_enough_is_computed_no_further() {
+        let (mut driver, door, load) = driver();
+        let client = async {
+            let mut outputs = door.submit(Job { choices: 2, ..job(40) }).await.unwrap();
+            drop(door);
+            let mut tokens = [0, 0];
+            while let Some(output) = outputs.recv().await {
+                let Output::Token { choice, .. } = output else { continue };
+                tokens[choice as usize] += 1;
+                if tokens[1] == 5 {
+                    outputs.enough(1);
+                }
+            }
+            tokens
+        };
+        let (tokens, _) = tokio::join!(client, async { driver.run(&mut group(200)).await });
+        assert!(tokens[0] == 40 && tokens[1] <= 7, "{tokens:?}");
+        assert_eq!((load.borrow().blocks_used, load.borrow().jobs_finished), (0, 1));
+    }
+
+    #[tokio::test]
     async fn a_client_that_does_not_read_is_cancelled() {
         let (mut driver, door, load) = driver();
-        let (sender, outputs) = mpsc::channel(3);
+        let (sender, mut outputs) = mpsc::channel(3);
         let (accepted, _answer) = tokio::sync::oneshot::channel();
-        driver.take(Submission { job: job(4000), accepted, outputs: sender });
+        let (_enough, enough) = mpsc::channel(1);
+        driver.take(Submission { job: job(4000), accepted, outputs: sender, enough });
         drop(door);
         assert_eq!(driver.run(&mut group(10)).await, Ended::Closed);
-        assert_eq!(collect(outputs).await.len(), 3);
+        let mut count = 0;
+        while outputs.recv().await.is_some() {
+            count += 1;
+        }
+        assert_eq!(count, 3);
         assert_eq!(load.borrow().jobs_cancelled, 1);
     }
 

@@ -2,6 +2,7 @@
 //! sequence of its own, told apart by `choice`.
 
 use model::step::{Sampling, Score};
+use std::task::{Context, Poll};
 use tokio::sync::{mpsc, oneshot};
 
 /// A parsed, bounded, tokenised request.
@@ -75,6 +76,32 @@ pub struct Submission {
     pub accepted: oneshot::Sender<Result<(), Refusal>>,
     /// Outputs. Dropping the receiver cancels the job: its blocks are free within two steps.
     pub outputs: mpsc::Sender<Output>,
+    /// Choices of which no more is wanted.
+    pub enough: mpsc::Receiver<u32>,
+}
+
+/// A job's outputs as they come. Dropping it cancels the job.
+#[derive(Debug)]
+pub struct Outputs {
+    receiver: mpsc::Receiver<Output>,
+    enough: mpsc::Sender<u32>,
+}
+
+impl Outputs {
+    pub async fn recv(&mut self) -> Option<Output> {
+        self.receiver.recv().await
+    }
+
+    pub fn poll_recv(&mut self, context: &mut Context<'_>) -> Poll<Option<Output>> {
+        self.receiver.poll_recv(context)
+    }
+
+    /// No more of this choice is wanted, as after a stop string: its blocks are free within two steps. To be said once a
+    /// choice; what was under way may still come.
+    pub fn enough(&self, choice: u32) {
+        // There is room for each choice; a scheduler that is gone computes nothing.
+        let _ = self.enough.try_send(choice);
+    }
 }
 
 /// The API's handle on the scheduler; cheap to clone.
@@ -92,12 +119,13 @@ impl Door {
     }
 
     /// Hands over a job; the receiver yields its outputs. Refused at once when the queue is full.
-    pub async fn submit(&self, job: Job) -> Result<mpsc::Receiver<Output>, Refusal> {
+    pub async fn submit(&self, job: Job) -> Result<Outputs, Refusal> {
         let (outputs, receiver) = mpsc::channel(OUTPUTS_BUFFERED * job.choices as usize);
+        let (enough, ended) = mpsc::channel(job.choices.max(1) as usize);
         let (accepted, answer) = oneshot::channel();
         let stopped = || Refusal::NotServing("the scheduler has stopped".into());
-        self.submissions.send(Submission { job, accepted, outputs }).await.map_err(|_| stopped())?;
+        self.submissions.send(Submission { job, accepted, outputs, enough: ended }).await.map_err(|_| stopped())?;
         answer.await.map_err(|_| stopped())??;
-        Ok(receiver)
+        Ok(Outputs { receiver, enough })
     }
 }

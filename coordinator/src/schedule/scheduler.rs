@@ -176,6 +176,17 @@ impl Scheduler {
         }
     }
 
+    /// Forgets one choice of a job that has others left; nothing more is told of it.
+    pub fn cancel_choice(&mut self, job: JobId, choice: u32) {
+        let Some(request) = self.requests.get_mut(&job) else { return };
+        let of = |slot: &Slot| self.roster.get(*slot).age.choice == choice;
+        // Others wait for what the first one computes of the prompt.
+        let free = request.started && request.slots.len() > 1;
+        let Some(index) = request.slots.iter().position(of).filter(|_| free) else { return };
+        let slot = request.slots.swap_remove(index);
+        self.drop_slot(slot);
+    }
+
     /// Ends every job with this refusal: nothing can serve them any more.
     pub fn fail_all(&mut self, refusal: &Refusal) -> Vec<Delivery> {
         let jobs: Vec<JobId> = self.requests.keys().copied().collect();
@@ -283,19 +294,24 @@ impl Scheduler {
             self.load.jobs_waiting -= 1;
         }
         for slot in request.slots {
-            let sequence = self.roster.get_mut(slot);
-            self.waiting.remove(&sequence.age);
-            if let Some(place) = &sequence.place {
-                let lane = &mut self.lanes[place.lane];
-                let in_flight = place.chunks_in_flight > 0;
-                lane.dismiss(sequence, Fate::Dropped);
-                if in_flight {
-                    continue;
-                }
-                lane.vacate(sequence);
-            }
-            self.roster.remove(slot);
+            self.drop_slot(slot);
         }
         true
+    }
+
+    /// Removes a sequence; one in flight leaves when answered.
+    fn drop_slot(&mut self, slot: Slot) {
+        let sequence = self.roster.get_mut(slot);
+        self.waiting.remove(&sequence.age);
+        if let Some(place) = &sequence.place {
+            let lane = &mut self.lanes[place.lane];
+            let in_flight = place.chunks_in_flight > 0;
+            lane.dismiss(sequence, Fate::Dropped);
+            if in_flight {
+                return;
+            }
+            lane.vacate(sequence);
+        }
+        self.roster.remove(slot);
     }
 }

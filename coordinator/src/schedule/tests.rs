@@ -323,6 +323,30 @@ fn a_cancelled_jobs_blocks_are_free_when_its_steps_in_flight_are_answered() {
 }
 
 #[test]
+fn a_choice_of_which_there_is_enough_leaves_the_others_alone() {
+    let mut bench = Bench::new(settings());
+    let job_id = bench.add(Job { choices: 3, ..job(1, 20, 9) });
+    bench.scheduler.cancel_choice(job_id, 1);
+    bench.step(1);
+    bench.step(1);
+    let all = bench.scheduler.load().running;
+    assert_eq!(all, 3, "nothing is cancelled before the prompt was computed");
+    for choice in [1, 1, 7] {
+        bench.scheduler.cancel_choice(job_id, choice);
+    }
+    let (batch, outputs) = bench.step(1);
+    assert_eq!((batch.lanes[0].chunks.len(), batch.lanes[0].ended.len()), (2, 1));
+    let told = |output: &Output| !matches!(output, Output::Token { choice: 1, .. } | Output::Done { choice: 1, .. });
+    assert!(!outputs.is_empty() && outputs.iter().all(told), "{outputs:?}");
+    bench.scheduler.cancel_choice(job_id, 0);
+    bench.scheduler.cancel_choice(job_id, 2);
+    assert_eq!(bench.scheduler.load().running, 1, "the last one is the job's");
+    bench.scheduler.cancel(job_id);
+    assert_eq!(bench.scheduler.load().blocks_used, 0);
+    bench.scheduler.check_integrity().unwrap();
+}
+
+#[test]
 fn an_idle_lane_is_part_of_every_step() {
     let mut bench = Bench::new(Settings::new(LIMITS, 3));
     bench.add(job(1, 10, 9));
