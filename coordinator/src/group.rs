@@ -1,6 +1,5 @@
 //! The door to a group of ranks: several steps in flight, answers in the order of submission.
 
-use crate::cluster::service::StepStream;
 use model::fault::{Fault, FaultKind};
 use model::plan::{Plan, WorkerId};
 use model::step::{LaneResult, StepBatch, StepId, StepResult};
@@ -42,6 +41,11 @@ struct Pending {
     /// Lanes that have not answered.
     missing: BTreeSet<usize>,
     result: StepResult,
+}
+
+/// Where a worker's orders go.
+pub struct StepStream {
+    pub orders: mpsc::Sender<Result<wire::StepOrder, tonic::Status>>,
 }
 
 /// What comes up a step stream.

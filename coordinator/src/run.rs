@@ -269,7 +269,7 @@ async fn steps(
         };
         let (plan, mut group) = match turn {
             None => return,
-            Some(Turn::Halt) => continue,
+            Some(Turn::Halt { .. }) => continue,
             Some(Turn::Serve { plan, group }) => (plan, group),
         };
         let mut settings = Settings::new(plan.limits, plan.mesh.data);
@@ -280,6 +280,10 @@ async fn steps(
             outcome = driver.run(&mut group) => outcome,
             turn = turns.recv() => match turn {
                 // Only a halt follows a serve.
+                Some(Turn::Halt { died: true }) => {
+                    driver.died();
+                    continue;
+                }
                 Some(_) => continue,
                 None => return,
             },
@@ -287,6 +291,7 @@ async fn steps(
         match outcome {
             Ended::Closed => return,
             Ended::Faulted(fault) => {
+                driver.died();
                 let _ = ended.send(GroupEnded { epoch: plan.epoch, fault }).await;
             }
         }

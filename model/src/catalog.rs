@@ -95,6 +95,49 @@ pub enum Role {
     PredictorNorm,
 }
 
+impl Role {
+    /// Norms, biases and corrections, which are kept in f32.
+    pub fn is_vector(self) -> bool {
+        use Role::{
+            BranchNorm, BranchNormBias, DownBias, EmbeddingNorm, EmbeddingNormBias, ExpertDownBias, ExpertGateBias,
+            ExpertUpBias, FinalNorm, FinalNormBias, GateBias, KeyBias, KeyNorm, KvDownNorm, MixerNorm, MixerNormBias,
+            OutputBias, PredictorEmbeddingNorm, PredictorHiddenNorm, PredictorNorm, QueryBias, QueryDownNorm,
+            QueryNorm, RouterBias, RouterCorrection, Sinks, UpBias, ValueBias,
+        };
+        matches!(
+            self,
+            FinalNorm
+                | MixerNorm
+                | BranchNorm
+                | QueryBias
+                | KeyBias
+                | ValueBias
+                | OutputBias
+                | QueryNorm
+                | KeyNorm
+                | QueryDownNorm
+                | KvDownNorm
+                | GateBias
+                | UpBias
+                | DownBias
+                | RouterBias
+                | RouterCorrection
+                | EmbeddingNorm
+                | EmbeddingNormBias
+                | FinalNormBias
+                | MixerNormBias
+                | BranchNormBias
+                | Sinks
+                | ExpertGateBias
+                | ExpertUpBias
+                | ExpertDownBias
+                | PredictorEmbeddingNorm
+                | PredictorHiddenNorm
+                | PredictorNorm
+        )
+    }
+}
+
 /// One tensor: where it is in a checkpoint, its full shape, its cut.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TensorDecl {

@@ -194,7 +194,7 @@ pub fn kept_bytes(
     keeping: Keeping<'_>,
 ) -> usize {
     let Some((role, slice)) = slices.first() else { return 0 };
-    if is_vector(*role) {
+    if role.is_vector() {
         return slices.iter().map(|(_, slice)| slice.rows.len() * slice.cols.len() * F32).sum();
     }
     let bytes = |windows: &[Window], segments| keep::bytes(windows, segments, keeping.dtype, keeping.family);
@@ -224,41 +224,6 @@ pub fn kept_bytes(
 
 fn padded(rows: usize) -> usize {
     rows.next_multiple_of(LANES)
-}
-
-/// Norms, biases and corrections, which are kept in f32.
-pub fn is_vector(role: Role) -> bool {
-    matches!(
-        role,
-        Role::FinalNorm
-            | Role::MixerNorm
-            | Role::BranchNorm
-            | Role::QueryBias
-            | Role::KeyBias
-            | Role::ValueBias
-            | Role::OutputBias
-            | Role::QueryNorm
-            | Role::KeyNorm
-            | Role::QueryDownNorm
-            | Role::KvDownNorm
-            | Role::GateBias
-            | Role::UpBias
-            | Role::DownBias
-            | Role::RouterBias
-            | Role::RouterCorrection
-            | Role::EmbeddingNorm
-            | Role::EmbeddingNormBias
-            | Role::FinalNormBias
-            | Role::MixerNormBias
-            | Role::BranchNormBias
-            | Role::Sinks
-            | Role::ExpertGateBias
-            | Role::ExpertUpBias
-            | Role::ExpertDownBias
-            | Role::PredictorEmbeddingNorm
-            | Role::PredictorHiddenNorm
-            | Role::PredictorNorm
-    )
 }
 
 /// One block's bytes of one layer: keys and values of the rank's heads, or the latent, which every slice keeps whole.

@@ -4,7 +4,6 @@
 use crate::catalog::{self, Role, Shape, TensorDecl, TensorId};
 use crate::keep::Stored;
 use crate::quant::{Format, ScaleFormat};
-use crate::size::is_vector;
 use crate::spec::{Layer, ModelSpec};
 use std::collections::BTreeMap;
 
@@ -31,7 +30,7 @@ impl Storage {
             (shape.role, stored)
         };
         let all = |layer, shapes: Vec<Shape>| -> Roles {
-            shapes.iter().filter(|shape| !is_vector(shape.role)).map(|shape| one(layer, shape)).collect()
+            shapes.iter().filter(|shape| !shape.role.is_vector()).map(|shape| one(layer, shape)).collect()
         };
         let layer = |(index, layer): (usize, &Layer)| {
             let mut shapes = catalog::layer_shapes(spec, layer);
@@ -48,7 +47,7 @@ impl Storage {
     /// miss, counts as plain bf16.
     pub fn found(spec: &ModelSpec, format: &dyn Fn(&str) -> Option<Format>) -> Storage {
         let mut storage = Storage { outer: Roles::new(), layers: vec![Roles::new(); spec.all_layers().count()] };
-        for decl in catalog::tensors(spec).iter().filter(|decl| !is_vector(decl.id.role)) {
+        for decl in catalog::tensors(spec).iter().filter(|decl| !decl.id.role.is_vector()) {
             let stored = stored(spec, decl, format);
             let roles = match decl.id.layer {
                 None => &mut storage.outer,

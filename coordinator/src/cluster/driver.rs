@@ -3,11 +3,11 @@
 
 use super::event::{Action, Event};
 use super::ledger::Ledger;
-use super::service::{Notice, Said, StepStream};
+use super::service::{Notice, Said};
 use super::state::{Cluster, Phase, Planner};
 use super::store::Store;
 use crate::api::view::{self, ClusterView, LoadView, MemberView};
-use crate::group::{Answer, GrpcGroup, ORDERS_MAX};
+use crate::group::{Answer, GrpcGroup, ORDERS_MAX, StepStream};
 use crate::metrics;
 use crate::schedule::load::Load;
 use model::fault::{Fault, FaultKind};
@@ -23,8 +23,14 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// What the scheduler's loop is told.
 pub enum Turn {
-    Serve { plan: Arc<Plan>, group: GrpcGroup },
-    Halt,
+    Serve {
+        plan: Arc<Plan>,
+        group: GrpcGroup,
+    },
+    /// Whether something died, or the epoch only ends for the next one's sake.
+    Halt {
+        died: bool,
+    },
 }
 
 /// Told by the scheduler's loop.
@@ -242,12 +248,13 @@ impl<S: Store, P: Planner> Shell<S, P> {
                 self.turn(Turn::Serve { plan, group }).await;
             }
             Action::Halt { epoch, why } => {
-                match self.parts.cluster.phase() {
-                    Phase::Loading(_) => tracing::info!("epoch {} ends: {why}", epoch.0),
-                    _ => tracing::warn!("epoch {} is halted: {why}", epoch.0),
+                let died = !matches!(self.parts.cluster.phase(), Phase::Loading(_));
+                match died {
+                    true => tracing::warn!("epoch {} is halted: {why}", epoch.0),
+                    false => tracing::info!("epoch {} ends: {why}", epoch.0),
                 }
                 self.opening = None;
-                self.turn(Turn::Halt).await;
+                self.turn(Turn::Halt { died }).await;
             }
         }
     }

@@ -1,7 +1,7 @@
 //! The node plane's gRPC service: lets workers in, turns their messages into [`Notice`]s for the driver.
 
 use super::event::Beat;
-use crate::group::{Answer, ORDERS_MAX};
+use crate::group::{Answer, ORDERS_MAX, StepStream};
 use crate::plan::{Device, Offer};
 use model::fault::Fault;
 use model::plan::{Epoch, WorkerId};
@@ -56,11 +56,6 @@ pub enum Said {
     Failed { epoch: Epoch, fault: Fault },
     Leaving,
     Prepared { epoch: Epoch },
-}
-
-/// Where a worker's orders go.
-pub struct StepStream {
-    pub orders: mpsc::Sender<Result<wire::StepOrder, Status>>,
 }
 
 /// The door's rules.

@@ -159,11 +159,16 @@ impl Scheduler {
         if let Some(Sample { token, score, .. }) = sample {
             sequence.tokens.push(token);
             self.load.tokens_generated += 1;
+            let suspect = self.requests.get(&job).is_some_and(|request| request.deaths.count > 0);
             deliveries.push(Delivery { job, output: Output::Token { choice, token, score }, last: false });
             if sequence.end_tokens.contains(&token) {
                 reason = Some(DoneReason::End);
             }
+            if suspect {
+                self.clear(job);
+            }
         }
+        let sequence = self.roster.get(slot);
         if reason.is_none() && sequence.tokens.len() >= sequence.len_max {
             reason = Some(DoneReason::Length);
         }
@@ -180,6 +185,7 @@ impl Scheduler {
         request.slots.retain(|other| *other != slot);
         if request.slots.is_empty() {
             self.requests.remove(&job);
+            self.suspects.remove(&job);
             self.load.jobs_finished += 1;
             deliveries.last_mut().expect("a choice was just done").last = true;
         }

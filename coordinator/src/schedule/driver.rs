@@ -11,6 +11,7 @@ use super::Settings;
 use super::job::{Output, Refusal, Submission};
 use super::load::Load;
 use super::scheduler::{Delivery, JobId, Scheduler};
+use super::suspect::GivenUp;
 use crate::group::ShardGroup;
 
 /// Recounting all blocks takes time that a job arriving just then would wait for.
@@ -105,6 +106,16 @@ impl Driver {
             self.publish();
         }
         self.closed = true;
+    }
+
+    /// To be called when a group died, before [`Self::requeue`]: requests that kill workers again and again are given up.
+    pub fn died(&mut self) {
+        for GivenUp { delivery, deaths, prompt_sha256 } in self.scheduler.died() {
+            tracing::error!(
+                "a request is given up: workers died {deaths} times over it; its prompt's sha256 {prompt_sha256}"
+            );
+            self.deliver(vec![delivery]);
+        }
     }
 
     /// Puts everything that ran back into the queue, for a new group with these settings. Jobs that it can't hold fail.

@@ -11,6 +11,7 @@ pub mod load;
 mod pack;
 pub mod scheduler;
 mod sequence;
+pub mod suspect;
 #[cfg(test)]
 mod tests;
 

@@ -7,7 +7,7 @@ use model::step::{Begin, BlockId, Sampling, SeqId, StepBatch, StepId};
 
 use super::blocks::Parent;
 use super::lane::{Pack, Room};
-use super::scheduler::{Flight, Scheduler};
+use super::scheduler::{Flight, JobId, Scheduler};
 use super::sequence::{Fate, Place, Slot};
 
 /// What one more sequence costs a lane, in tokens to prefill: a prefix hit draws a sequence to its lane, but not past
@@ -32,13 +32,15 @@ impl Scheduler {
         if self.flights.len() >= self.settings.steps_in_flight_max {
             return None;
         }
-        let mut packs: Vec<Pack> = self.lanes.iter().map(|_| Pack::default()).collect();
-        for (lane, pack) in packs.iter_mut().enumerate() {
-            self.pack_decodes(lane, pack);
-            pack.tokens_max = self.tokens_max(lane, pack.tokens);
-            self.pack_prefills(lane, pack);
+        let alone = self.alone();
+        if alone.is_some_and(|job| self.flies_beside(job)) {
+            return None;
         }
-        self.admit(now, &mut packs);
+        let mut packs = self.pack(now, alone);
+        // A suspect that finds no room waits until others have left some.
+        if alone.is_some() && self.flights.is_empty() && packs.iter().all(|pack| pack.flown.is_empty()) {
+            packs = self.pack(now, None);
+        }
         if packs.iter().all(|pack| pack.flown.is_empty()) {
             return None;
         }
@@ -56,9 +58,21 @@ impl Scheduler {
         Some((step, batch))
     }
 
+    /// Each lane's part of a step, of one job alone where one is given.
+    fn pack(&mut self, now: Instant, only: Option<JobId>) -> Vec<Pack> {
+        let mut packs: Vec<Pack> = self.lanes.iter().map(|_| Pack::default()).collect();
+        for (lane, pack) in packs.iter_mut().enumerate() {
+            self.pack_decodes(lane, pack, only);
+            pack.tokens_max = self.tokens_max(lane, pack.tokens);
+            self.pack_prefills(lane, pack, only);
+        }
+        self.admit(now, &mut packs, only);
+        packs
+    }
+
     /// One token for each sequence that is ready, the longest waiting first. With several steps in flight each gets its
     /// share, so that no pipeline stage runs dry while another has everything.
-    fn pack_decodes(&mut self, lane: usize, pack: &mut Pack) {
+    fn pack_decodes(&mut self, lane: usize, pack: &mut Pack, only: Option<JobId>) {
         let share = self.lanes[lane].decoding().div_ceil(self.settings.steps_in_flight_max);
         let rows_max = share.min(self.settings.limits.step_sequences_max).min(self.settings.limits.step_tokens_max);
         let mut preempted = Vec::new();
@@ -66,6 +80,10 @@ impl Scheduler {
         while pack.flown.len() < rows_max {
             let Some((slot, seq)) = self.lanes[lane].ready.pop_front() else { break };
             let Some(sequence) = self.roster.running(slot, seq) else { continue };
+            if only.is_some_and(|job| sequence.age.job != job) {
+                stalled.push((slot, seq));
+                continue;
+            }
             if sequence.tokens.len() > sequence.place().blocks.len() * BLOCK_TOKENS {
                 match self.lanes[lane].make_room(&mut self.roster, slot, &mut preempted) {
                     Room::Made => {}
@@ -111,8 +129,8 @@ impl Scheduler {
     }
 
     /// Chunks of prompts that were begun before, the oldest first.
-    fn pack_prefills(&mut self, lane: usize, pack: &mut Pack) {
-        while let Some((_, &slot)) = self.lanes[lane].prefilling.first_key_value()
+    fn pack_prefills(&mut self, lane: usize, pack: &mut Pack, only: Option<JobId>) {
+        while let Some(slot) = Scheduler::oldest(&self.lanes[lane].prefilling, only)
             && pack.has_room(self.settings.limits.step_sequences_max)
         {
             self.prefill(lane, slot, pack);
@@ -120,8 +138,8 @@ impl Scheduler {
     }
 
     /// Admits waiting sequences, strictly the oldest first: where the head does not fit nobody passes it.
-    fn admit(&mut self, now: Instant, packs: &mut [Pack]) {
-        while let Some((_, &slot)) = self.waiting.first_key_value() {
+    fn admit(&mut self, now: Instant, packs: &mut [Pack], only: Option<JobId>) {
+        while let Some(slot) = Scheduler::oldest(&self.waiting, only) {
             let Some(offer) = self.best_lane(slot, packs) else { break };
             let lane = offer.lane;
             self.place(now, slot, offer, &mut packs[lane]);

@@ -10,7 +10,7 @@
 //! ```
 //! Packing is in `pack.rs`, answers in `answer.rs`.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -23,6 +23,7 @@ use super::lane::{Flown, Lane};
 use super::load::Load;
 pub use super::sequence::JobId;
 use super::sequence::{Age, Fate, Roster, Sequence, Slot};
+use super::suspect::Deaths;
 
 /// Something to tell a job's client.
 #[derive(Debug, Clone, PartialEq)]
@@ -42,6 +43,8 @@ pub struct Scheduler {
     /// Sequences that may be admitted, the oldest first.
     pub(super) waiting: BTreeMap<Age, Slot>,
     pub(super) lanes: Vec<Lane>,
+    /// Jobs that may have killed a group, see [`super::suspect`].
+    pub(super) suspects: BTreeSet<JobId>,
     /// Unanswered steps, the oldest first.
     pub(super) flights: VecDeque<Flight>,
     pub(super) jobs_next: u64,
@@ -67,6 +70,7 @@ pub(super) struct Request {
     /// Choices that live, and those among them that wait for the prompt's blocks.
     pub slots: Vec<Slot>,
     pub held: Vec<Slot>,
+    pub deaths: Deaths,
 }
 
 impl Request {
@@ -95,6 +99,7 @@ impl Scheduler {
             requests: BTreeMap::new(),
             waiting: BTreeMap::new(),
             lanes: (0..settings.lanes).map(|_| Lane::new(settings.limits.blocks)).collect(),
+            suspects: BTreeSet::new(),
             flights: VecDeque::new(),
             jobs_next: 0,
             seqs_next: 0,
@@ -143,6 +148,7 @@ impl Scheduler {
             scores: Vec::new(),
             slots: Vec::new(),
             held: Vec::new(),
+            deaths: Deaths::default(),
         };
         for choice in 1..=others {
             let sequence = Sequence {
@@ -282,7 +288,7 @@ impl Scheduler {
         Ok(())
     }
 
-    fn fail(&mut self, job: JobId, refusal: Refusal) -> Delivery {
+    pub(super) fn fail(&mut self, job: JobId, refusal: Refusal) -> Delivery {
         self.forget(job);
         Delivery { job, output: Output::Failed(refusal), last: true }
     }
@@ -290,6 +296,7 @@ impl Scheduler {
     /// Removes a job and its sequences; those in flight leave when answered.
     fn forget(&mut self, job: JobId) -> bool {
         let Some(request) = self.requests.remove(&job) else { return false };
+        self.suspects.remove(&job);
         if !request.admitted {
             self.load.jobs_waiting -= 1;
         }

@@ -1,5 +1,6 @@
 //! The scheduler through its door, step by step. What only many seeds show is in the simulation.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use model::fault::FaultKind;
@@ -9,6 +10,7 @@ use model::step::{LaneBatch, LaneResult, PromptScores, Sample, Sampling, Score, 
 use super::Settings;
 use super::job::{DoneReason, Job, Output, Refusal};
 use super::scheduler::{Delivery, JobId, Scheduler};
+use super::suspect::GivenUp;
 
 const LIMITS: Limits = Limits { model_len_max: 256, step_tokens_max: 64, step_sequences_max: 4, blocks: 16 };
 
@@ -344,6 +346,66 @@ fn a_choice_of_which_there_is_enough_leaves_the_others_alone() {
     bench.scheduler.cancel(job_id);
     assert_eq!(bench.scheduler.load().blocks_used, 0);
     bench.scheduler.check_integrity().unwrap();
+}
+
+/// Steps until the group dies with some step in flight, which `kills` says of a batch; the deaths, and who was given up.
+fn run_until_given_up(bench: &mut Bench, kills: impl Fn(&StepBatch) -> bool) -> (u32, Vec<GivenUp>) {
+    for deaths in 1..20 {
+        loop {
+            let (step, batch) = bench.next().expect("there is something to compute");
+            if kills(&batch) {
+                break;
+            }
+            bench.answer(step, &batch, 1);
+        }
+        let given_up = bench.scheduler.died();
+        assert_eq!(bench.scheduler.requeue_all(settings()), []);
+        if !given_up.is_empty() {
+            return (deaths, given_up);
+        }
+    }
+    panic!("nobody was given up");
+}
+
+#[test]
+fn a_request_that_kills_twice_is_not_tried_a_third_time() {
+    let kills = |batch: &StepBatch| batch.lanes[0].chunks.iter().any(|chunk| chunk.tokens.contains(&7003));
+    let mut bench = Bench::new(settings());
+    let killer = bench.add(job(7, 10, 9));
+    let (deaths, given_up) = run_until_given_up(&mut bench, kills);
+    assert_eq!((deaths, given_up.len(), given_up[0].delivery.job), (2, 1, killer));
+    assert_eq!(given_up[0].prompt_sha256.len(), 64);
+    assert!(matches!(&given_up[0].delivery.output, Output::Failed(Refusal::Failed(text)) if text.contains("2 times")));
+}
+
+#[test]
+fn among_others_a_killer_is_found_alone_and_the_others_go_on() {
+    let kills = |batch: &StepBatch| batch.lanes[0].chunks.iter().any(|chunk| chunk.tokens.contains(&7003));
+    let mut bench = Bench::new(settings());
+    let before = bench.add(job(1, 10, 30));
+    bench.step(1);
+    let (killer, after) = (bench.add(job(7, 10, 9)), bench.add(job(2, 10, 30)));
+    let (deaths, given_up) = run_until_given_up(&mut bench, kills);
+    assert_eq!((deaths, given_up.len(), given_up[0].delivery.job), (3, 1, killer));
+    let mut done = BTreeSet::new();
+    while let Some((step, batch)) = bench.next() {
+        let ends = bench.answer(step, &batch, 1).into_iter().filter(|delivery| delivery.last);
+        done.extend(ends.map(|delivery| delivery.job));
+    }
+    assert_eq!(done, [before, after].into());
+}
+
+#[test]
+fn deaths_at_different_places_prove_nothing() {
+    let mut bench = Bench::new(settings());
+    bench.add(job(1, 10, 40));
+    for _ in 0..10 {
+        bench.step(1);
+        bench.step(1);
+        let _ = bench.next();
+        assert_eq!(bench.scheduler.died(), []);
+        bench.scheduler.requeue_all(settings());
+    }
 }
 
 #[test]

@@ -12,6 +12,9 @@ use super::random::Random;
 pub const STEP_MAX_US: usize = 4_000;
 pub const PAUSE_MAX_US: usize = 20_000;
 
+/// A group that computes this token dies of it.
+pub const KILLER: u32 = 1 << 20;
+
 /// One seed's world.
 #[derive(Debug)]
 pub struct Profile {
@@ -23,6 +26,8 @@ pub struct Profile {
     /// Prompts start with a part of one of these.
     families: Vec<Vec<u32>>,
     pause_max: usize,
+    /// Which job ends with the killing token, if any.
+    killer: Option<usize>,
 }
 
 impl Profile {
@@ -51,6 +56,7 @@ impl Profile {
             cancel_in: random.word() % 5,
             fault_every: if random.once_in(3) { 60 } else { 0 },
             families,
+            killer: random.once_in(6).then(|| random.within(0..=10)),
             pause_max: if random.once_in(2) { PAUSE_MAX_US } else { PAUSE_MAX_US / 10 },
         }
     }
@@ -68,6 +74,10 @@ impl Profile {
         prompt.extend(tokens(random, tail));
         if random.once_in(40) {
             prompt.resize(model_len_max, 1);
+        }
+        if self.killer == Some(number) {
+            prompt.pop();
+            prompt.push(KILLER);
         }
         let salt = random.word() % 2;
         let sampling = Sampling {

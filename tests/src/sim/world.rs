@@ -12,7 +12,7 @@ use model::plan::BLOCK_TOKENS;
 use model::step::{BlockId, Score, SeqId, StepBatch, StepId, StepResult};
 
 use super::oracle;
-use super::profile::{Profile, STEP_MAX_US};
+use super::profile::{KILLER, Profile, STEP_MAX_US};
 use super::random::Random;
 use super::rank::Rank;
 use super::tally::Tally;
@@ -46,6 +46,8 @@ struct Client {
 /// A step that the ranks have computed but not answered, and the blocks that each sequence of it may touch.
 #[derive(Debug)]
 struct Computed {
+    /// The group dies of it.
+    kills: bool,
     step: StepId,
     result: StepResult,
     touched: Vec<(usize, SeqId, Vec<BlockId>)>,
@@ -157,7 +159,8 @@ impl World {
 
     fn answer(&mut self) {
         let every = self.profile.fault_every;
-        if every > 0 && self.random.once_in(every) {
+        let kills = self.in_flight.front().is_some_and(|computed| computed.kills);
+        if kills || every > 0 && self.random.once_in(every) {
             return self.fault();
         }
         let Computed { step, result, .. } = self.in_flight.pop_front().expect("an answer has a step");
@@ -177,6 +180,11 @@ impl World {
         self.tally.faults += 1;
         self.tally.faults_in_flight += u64::from(self.in_flight.len() > 1);
         self.group += 1;
+        for given_up in self.scheduler.died() {
+            assert!(given_up.deaths > 1 && given_up.delivery.last, "one death proves nothing");
+            let client = self.clients.remove(&given_up.delivery.job).expect("a job that is not cancelled has a client");
+            self.tally.killers_given_up += u64::from(client.job.prompt.ends_with(&[KILLER]));
+        }
         self.in_flight.clear();
         self.profile.replan(&mut self.random);
         let settings = self.profile.settings;
@@ -196,7 +204,8 @@ impl World {
             });
             let touched = touched.collect();
             let lanes = self.ranks.iter_mut().zip(&batch.lanes).map(|(rank, part)| rank.step(part)).collect();
-            self.in_flight.push_back(Computed { step, result: StepResult { lanes }, touched });
+            let kills = batch.lanes.iter().flat_map(|part| &part.chunks).any(|chunk| chunk.tokens.contains(&KILLER));
+            self.in_flight.push_back(Computed { kills, step, result: StepResult { lanes }, touched });
             let delay = self.random.within(0..=STEP_MAX_US) as u64;
             self.answer_last_us = self.answer_last_us.max(self.now_us + delay);
             self.at(self.answer_last_us - self.now_us, Event::Answer { group: self.group });
