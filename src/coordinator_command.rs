@@ -3,6 +3,7 @@
 use crate::{checksums, signals};
 use anyhow::{Context, Result};
 use coordinator::config::Config;
+use proto::tls::guard;
 use std::path::PathBuf;
 use tokio::net::TcpListener;
 
@@ -38,6 +39,8 @@ pub fn run(args: Args) -> Result<()> {
             node_address.ip().is_loopback() || !config.token.is_empty(),
             "the node plane on {node_address} needs a token: others than this host can reach it"
         );
+        let guarded = (config.tls.is_some(), "give it certificates under [tls]");
+        guard("the node plane", &node_address.to_string(), guarded, config.insecure)?;
         let coordinator = coordinator::run::start(config, api, node, crate::build())?;
         tokio::select! {
             stopped = signals::asked_to_stop() => stopped?,

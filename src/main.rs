@@ -6,6 +6,7 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 mod bench;
+mod certs;
 mod checksums;
 mod client;
 mod coordinator_command;
@@ -44,6 +45,8 @@ enum Command {
     Status(status::Args),
     /// Let a worker end as soon as others can do without it
     Drain(drain::Args),
+    /// Certificates for the processes of a cluster
+    Certs(certs::Args),
     /// Measure a running server
     Bench(bench::Args),
 }
@@ -67,6 +70,7 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan::run(args),
         Command::Status(args) => status::run(args),
         Command::Drain(args) => drain::run(args),
+        Command::Certs(args) => certs::run(args),
         Command::Bench(args) => bench::run(args),
     };
     match outcome {

@@ -30,6 +30,9 @@ pub struct Args {
     /// Memory to offer in bytes, all devices together
     #[arg(long)]
     memory_bytes: Option<u64>,
+    /// Speak to other hosts in the clear
+    #[arg(long)]
+    insecure: bool,
     /// Seconds to go on serving after SIGTERM while others take over
     #[arg(long)]
     drain_seconds: Option<u64>,
@@ -54,6 +57,7 @@ fn config(args: &Args) -> Result<Config> {
     set(&mut config.data_listen, &args.data_listen);
     config.devices = args.devices.unwrap_or(config.devices);
     config.threads = args.threads.unwrap_or(config.threads);
+    config.insecure |= args.insecure;
     config.drain_seconds = args.drain_seconds.unwrap_or(config.drain_seconds);
     config.memory_bytes = args.memory_bytes.unwrap_or(config.memory_bytes);
     if let Ok(token) = std::env::var("CONCLAVE_TOKEN") {

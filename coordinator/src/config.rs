@@ -1,6 +1,7 @@
 //! What a coordinator is told: one struct, one file, one page. Flags and environment are read by the command, not here.
 
 use model::quant::Dtype;
+use proto::tls::Tls;
 use serde::{Deserialize, Deserializer};
 use std::path::PathBuf;
 
@@ -25,6 +26,12 @@ pub struct Config {
     /// The cluster's shared secret; better in the environment variable `CONCLAVE_TOKEN`.
     #[serde(default)]
     pub token: String,
+    /// Mutual TLS of the node plane; needed where it is not on loopback.
+    #[serde(default)]
+    pub tls: Option<Tls>,
+    /// Lets the node plane be reached from other hosts without TLS.
+    #[serde(default)]
+    pub insecure: bool,
     /// Keys that the API accepts; none opens it to whoever reaches the address.
     #[serde(default)]
     pub api_keys: Vec<String>,

@@ -20,10 +20,12 @@ use crate::source::{Source, SourceError};
 use crate::text::{Text, TextError};
 use model::plan::{Epoch, Plan};
 use proto::cluster::v1::cluster_server::ClusterServer;
+use proto::tls::Tls;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
+use tonic::transport::ServerTlsConfig;
 
 /// How often workers say that they live; five silent intervals are a death.
 const BEAT: Duration = Duration::from_millis(300);
@@ -52,6 +54,8 @@ pub enum StartError {
     Plan(#[from] plan::PlanError),
     #[error("[store]: {0}")]
     Store(String),
+    #[error(transparent)]
+    Tls(#[from] proto::tls::TlsError),
     #[error("metrics can't be recorded: {0}")]
     Metrics(String),
     #[error("the engine's thread ended: {0}")]
@@ -136,6 +140,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
         store,
         queue,
         asks,
+        tls: config.tls.as_ref().map(Tls::server).transpose()?,
         view: view_writer,
         config: config.clone(),
     };
@@ -208,6 +213,7 @@ struct Engine {
     store: AnyStore,
     queue: mpsc::Receiver<Submission>,
     asks: mpsc::Receiver<Ask>,
+    tls: Option<ServerTlsConfig>,
     view: watch::Sender<ClusterView>,
     config: Config,
 }
@@ -222,10 +228,12 @@ impl Engine {
                 .max_decoding_message_size(proto::MESSAGE_BYTES_MAX)
                 .max_encoding_message_size(proto::MESSAGE_BYTES_MAX);
             let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
-            let server = tonic::transport::Server::builder()
-                .http2_keepalive_interval(Some(Duration::from_secs(5)))
-                .add_service(service)
-                .serve_with_incoming(incoming);
+            let mut builder =
+                tonic::transport::Server::builder().http2_keepalive_interval(Some(Duration::from_secs(5)));
+            if let Some(tls) = self.tls {
+                builder = builder.tls_config(tls).map_err(std::io::Error::other)?;
+            }
+            let server = builder.add_service(service).serve_with_incoming(incoming);
             let (turns, turn_queue) = mpsc::channel(8);
             let (ended, ended_queue) = mpsc::channel(8);
             let before = Settings::without_plan(self.config.max_waiting);

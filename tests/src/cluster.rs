@@ -2,9 +2,11 @@
 
 use crate::process::{Served, kill, until};
 use anyhow::{Context, Result};
+use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
 
 /// A child that ends with the test.
 pub struct Ending(Child);
@@ -90,6 +92,23 @@ impl Place {
         let served = Served::command(&self.program, &["coordinator", "--config", settings], &self.api)?;
         until("the API listens", || served.get("/livez").is_ok_and(|a| a.status == 200))?;
         Ok(served)
+    }
+
+    /// A worker told by a file with these further lines, and what it says on standard error.
+    pub fn worker_with(&self, name: &str, settings: &str) -> Result<(Ending, Receiver<String>)> {
+        let file = self.folder.join(format!("{name}.toml"));
+        let common =
+            format!("coordinator = {:?}\nname = {name:?}\ntoken = \"t\"\nmemory_bytes = 268435456\n", self.node);
+        std::fs::write(&file, common + settings)?;
+        let mut command = Command::new(&self.program);
+        command.arg("worker").arg("--config").arg(file).stdin(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn()?;
+        let stderr = BufReader::new(child.stderr.take().context("piped")?);
+        let (sender, lines) = channel();
+        std::thread::spawn(move || {
+            stderr.lines().map_while(std::result::Result::ok).try_for_each(|line| sender.send(line))
+        });
+        Ok((Ending(child), lines))
     }
 
     pub fn worker(&self, name: &str) -> Result<Ending> {

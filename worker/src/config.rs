@@ -1,5 +1,6 @@
 //! What a worker is told: one struct, one file, one page. Flags and environment are read by the command, not here.
 
+use proto::tls::Tls;
 use serde::Deserialize;
 use std::path::PathBuf;
 
@@ -18,6 +19,13 @@ pub struct Config {
     /// The cluster's shared secret; better in the environment variable `CONCLAVE_TOKEN`.
     #[serde(default)]
     pub token: String,
+    /// Mutual TLS to the coordinator; needed where it is not on loopback.
+    #[serde(default)]
+    pub tls: Option<Tls>,
+    /// Lets this worker speak to other hosts in the clear: to the coordinator without TLS, and to peers, whose numbers are
+    /// never encrypted.
+    #[serde(default)]
+    pub insecure: bool,
     /// Devices to offer; 0 offers one for each... one CPU device of all its threads.
     #[serde(default = "one")]
     pub devices: usize,

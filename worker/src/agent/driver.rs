@@ -10,6 +10,7 @@ use model::plan::{Epoch, WorkerId};
 use model::step::StepId;
 use proto::cluster::v1 as wire;
 use proto::cluster::v1::cluster_client::ClusterClient;
+use proto::tls::{TlsError, guard};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -32,6 +33,8 @@ pub enum AgentError {
     Refused(String),
     #[error("{0}")]
     Fault(#[from] Fault),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("{address} is not an address: {why}")]
     Address { address: String, why: String },
 }
@@ -66,9 +69,18 @@ pub async fn run(
     identity: Identity,
     stop: Stop<impl Future<Output = ()>, impl Future<Output = ()>>,
 ) -> Result<(), AgentError> {
+    guard(
+        "the coordinator",
+        &config.coordinator,
+        (config.tls.is_some(), "give this worker certificates under [tls]"),
+        config.insecure,
+    )?;
+    let unguarded = (false, "its numbers are not encrypted");
+    guard("the ranks' data", &config.data_listen, unguarded, config.insecure)?;
     let plane = Arc::new(DataPlane::bind(&config.data_listen)?);
     let shelves = Arc::new(Shelves::default());
-    let endpoint = Endpoint::from_shared(format!("http://{}", config.coordinator))
+    let scheme = if config.tls.is_some() { "https" } else { "http" };
+    let endpoint = Endpoint::from_shared(format!("{scheme}://{}", config.coordinator))
         .map_err(|e| AgentError::Address { address: config.coordinator.clone(), why: e.to_string() })?
         .tcp_nodelay(true)
         .connect_timeout(Duration::from_secs(5))
@@ -87,11 +99,19 @@ pub async fn run(
     let mut said_waiting = false;
     loop {
         let session = async {
+            // Read anew for each connection: certificates are renewed in place.
+            let endpoint = match &config.tls {
+                None => endpoint.clone(),
+                Some(tls) => endpoint.clone().tls_config(tls.client()?).map_err(|e| AgentError::Address {
+                    address: config.coordinator.clone(),
+                    why: format!("[tls]: {e}"),
+                })?,
+            };
             let channel = match endpoint.connect().await {
                 Ok(channel) => channel,
                 Err(e) => {
                     if !said_waiting {
-                        tracing::info!("waiting for the coordinator at {}: {e}", config.coordinator);
+                        tracing::info!("waiting for the coordinator at {}: {}", config.coordinator, causes(&e));
                         said_waiting = true;
                     }
                     return Ok(Ended::Gone);
@@ -417,6 +437,12 @@ async fn next_order(
         Some(stream) => stream.next().await,
         None => None,
     }
+}
+
+/// An error and what it comes from.
+fn causes(error: &dyn std::error::Error) -> String {
+    let more = std::iter::successors(error.source(), |error| error.source());
+    more.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// A coordinator that says no ends the worker; one that is gone is waited for.
