@@ -9,6 +9,7 @@ use model::catalog;
 use model::plan::{KernelFamily, WorkerId};
 use model::quant::Format;
 use model::spec::{Branch, ModelSpec};
+use model::storage::Storage;
 
 fn offers(hosts: usize, devices: usize, memory_bytes: u64) -> Vec<Offer> {
     let offer = |host: usize| Offer {
@@ -38,6 +39,6 @@ fuzz_target!(|input: &[u8]| {
         }
     }
     for (hosts, devices, memory) in [(1, 1, 64 << 30), (2, 4, 80 << 30), (3, 2, 1 << 20)] {
-        let _ = plan::plan(&spec, &[Format::Bf16], &offers(hosts, devices, memory), &Policy::default(), None);
+        let _ = plan::plan(&spec, &Storage::stated(&spec, Format::Bf16), &offers(hosts, devices, memory), &Policy::default(), None);
     }
 });

@@ -117,6 +117,10 @@ fn a_cluster_grows_and_shrinks_under_load() -> Result<()> {
         ensure!(a.wait()? == Some(0), "a worker that was asked to end drains first");
         until_served_by(&served, &["b", "d"])
     })?;
+    let status = served.get("/status")?.json()?;
+    let epoch = format!("epoch {}", status["epoch"]);
+    let plan = status["plan"].as_str().context("a plan")?;
+    ensure!(plan.contains(&epoch) && plan.contains(" b ") && !plan.contains(" c "), "not of {epoch}: {plan}");
     println!("2 to 4 to 3 to 2 workers: {count} answers, none changed; the longest pause {} ms", pause.as_millis());
     let unknown = served.send("POST", "/drain/nobody", b"")?;
     let said = String::from_utf8_lossy(&unknown.body).into_owned();

@@ -320,7 +320,8 @@ impl<S: Store, P: Planner> Shell<S, P> {
             })
             .collect();
         self.parts.view.send_if_modified(|view| {
-            let epoch = cluster.epoch().0;
+            // What is prepared for the next epoch is not served yet.
+            let epoch = plan.map_or(cluster.epoch(), |plan| plan.epoch).0;
             if view.epoch != epoch || view.mesh.is_empty() {
                 view.mesh = plan.map(|p| p.mesh.to_string()).unwrap_or_default();
                 view.plan = plan.map(|p| (self.parts.explain)(p)).unwrap_or_default();
