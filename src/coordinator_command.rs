@@ -5,6 +5,7 @@ use anyhow::{Context, Result};
 use coordinator::config::Config;
 use proto::tls::guard;
 use std::path::PathBuf;
+use std::time::Duration;
 use tokio::net::TcpListener;
 
 #[derive(clap::Args)]
@@ -20,6 +21,12 @@ pub fn run(args: Args) -> Result<()> {
     let mut config: Config = toml::from_str(&text).with_context(|| format!("{file} is wrong"))?;
     if let Ok(token) = std::env::var("CONCLAVE_TOKEN") {
         config.token = token;
+    }
+    if let Ok(key) = std::env::var("CONCLAVE_API_KEY") {
+        config.api_keys.push(key);
+    }
+    if let Ok(address) = std::env::var("CONCLAVE_NODE_ADVERTISE") {
+        config.node_advertise = Some(address);
     }
     if config.verify_checksums {
         checksums::verify(&config.model)?;
@@ -41,12 +48,17 @@ pub fn run(args: Args) -> Result<()> {
         );
         let guarded = (config.tls.is_some(), "give it certificates under [tls]");
         guard("the node plane", &node_address.to_string(), guarded, config.insecure)?;
+        let patience = Duration::from_secs(config.drain_seconds);
         let coordinator = coordinator::run::start(config, api, node, crate::build())?;
         tokio::select! {
             stopped = signals::asked_to_stop() => stopped?,
             ended = coordinator.ended() => ended?,
         }
-        coordinator.stop().await;
+        tracing::info!("ending: open requests have {} s; a second signal ends it at once", patience.as_secs());
+        tokio::select! {
+            () = coordinator.stop(patience) => {}
+            () = signals::asked_or_never() => {}
+        }
         Ok(())
     })
 }

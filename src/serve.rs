@@ -10,6 +10,7 @@ use model::plan::WorkerId;
 use model::quant::Dtype;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 use tokio::net::TcpListener;
 
 #[derive(clap::Args)]
@@ -189,7 +190,7 @@ pub async fn serve<F: Future<Output = Result<()>>>(
         stopped = signals::asked_to_stop() => stopped.map_err(Into::into),
         ended = coordinator.ended() => ended.map_err(Into::into),
     };
-    coordinator.stop().await;
+    coordinator.stop(Duration::ZERO).await;
     workers.stop().await;
     outcome
 }

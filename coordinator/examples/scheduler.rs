@@ -75,6 +75,7 @@ fn job(number: usize) -> Job {
         tokens_max: 20_000,
         end_tokens: vec![0],
         salt: 0,
+        resumed: None,
     }
 }
 

@@ -23,6 +23,13 @@ pub struct Config {
     /// Node plane, `ip:port`; workers connect here.
     #[serde(default = "node_listen")]
     pub node_listen: String,
+    /// Where workers and other coordinators reach the node plane, `ip:port`; by default where it listens. Better in the
+    /// environment variable `CONCLAVE_NODE_ADVERTISE` where addresses are given late.
+    #[serde(default)]
+    pub node_advertise: Option<String>,
+    /// How long open requests may go on after SIGTERM.
+    #[serde(default = "half_a_minute")]
+    pub drain_seconds: u64,
     /// The cluster's shared secret; better in the environment variable `CONCLAVE_TOKEN`.
     #[serde(default)]
     pub token: String,
@@ -135,6 +142,10 @@ fn api_listen() -> String {
 
 fn node_listen() -> String {
     "127.0.0.1:7070".into()
+}
+
+fn half_a_minute() -> u64 {
+    30
 }
 
 fn one() -> usize {

@@ -5,6 +5,7 @@
 //! * [`api`]: OpenAI over HTTP; [`text`]: templates, tokens, stop strings.
 //! * [`schedule`]: from requests to steps; [`group`]: the door to the ranks.
 //! * [`plan`]: how the model is cut; [`cluster`]: who is there, and under which epoch.
+//! * [`lead`]: several coordinators, of which one leads.
 //! * [`metrics`]: every metric's name and meaning.
 
 #![forbid(unsafe_code)]
@@ -14,6 +15,7 @@ pub mod cluster;
 pub mod config;
 pub mod group;
 pub mod hub;
+pub mod lead;
 pub mod metrics;
 pub mod plan;
 pub mod run;

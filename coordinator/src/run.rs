@@ -3,14 +3,21 @@
 
 use crate::api::auth::Keys;
 use crate::api::request::ModelFacts;
-use crate::api::view::ClusterView;
+use crate::api::view::{ClusterView, Phase};
 use crate::api::{self, State};
 use crate::cluster::driver::{Ask, GroupEnded, Parts, Shell, Turn};
 use crate::cluster::ledger::Ledger;
+use crate::cluster::role::{Lead, Role};
 use crate::cluster::service::{Door as NodeDoor, Service};
 use crate::cluster::state::{Cluster, Planner, Rules};
+use crate::cluster::store::Revision;
 use crate::cluster::store::any::AnyStore;
 use crate::config::Config;
+use crate::lead::campaign::{Campaign, Standing};
+use crate::lead::follow::{Follower, pass_asks};
+use crate::lead::peer::Introduction;
+use crate::lead::relay::{Route, carry_all};
+use crate::lead::service::PeerService;
 use crate::metrics;
 use crate::plan::{self, Offer, Policy};
 use crate::schedule::Settings;
@@ -20,6 +27,7 @@ use crate::source::{Source, SourceError};
 use crate::text::{Text, TextError};
 use model::plan::{Epoch, Plan};
 use proto::cluster::v1::cluster_server::ClusterServer;
+use proto::cluster::v1::peer_server::PeerServer;
 use proto::tls::Tls;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -65,7 +73,12 @@ pub enum StartError {
 /// A running coordinator.
 pub struct Coordinator {
     view: watch::Receiver<ClusterView>,
+    /// Ends everything.
     stop: watch::Sender<bool>,
+    /// Lets the API finish what is under way.
+    close: watch::Sender<bool>,
+    /// Lets another coordinator lead.
+    resign: watch::Sender<bool>,
     engine_ended: oneshot::Receiver<String>,
     api: tokio::task::JoinHandle<()>,
 }
@@ -82,11 +95,17 @@ impl Coordinator {
         Err(StartError::Engine("unasked".into()))
     }
 
-    /// Ends API and engine; open requests get an error.
-    pub async fn stop(self) {
+    /// Ends API and engine. Nothing new is taken; what is open may end within `patience`, under another coordinator that
+    /// leads, if there is one. What is open still gets an error.
+    pub async fn stop(mut self, patience: Duration) {
+        let _ = self.resign.send(true);
+        let _ = self.close.send(true);
+        let ended = tokio::time::timeout(patience, &mut self.api).await.is_ok();
         let _ = self.stop.send(true);
         let _ = tokio::time::timeout(Duration::from_secs(2), self.engine_ended).await;
-        let _ = tokio::time::timeout(Duration::from_secs(2), self.api).await;
+        if !ended {
+            let _ = tokio::time::timeout(Duration::from_secs(2), self.api).await;
+        }
     }
 }
 
@@ -117,13 +136,21 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
     let source = Arc::new(Source::open(&config.model)?);
     let text = Text::load(&source.path, config.chat_template.as_deref())?;
     let maker = PlanMaker { source: source.clone(), policy: policy(&config) };
-    let store = AnyStore::open(&config.store).map_err(StartError::Store)?;
+    let store = Arc::new(AnyStore::open(&config.store).map_err(StartError::Store)?);
+    let no_node_plane = |source| StartError::Io { what: "the node plane", source };
+    let address = match &config.node_advertise {
+        Some(address) => address.clone(),
+        None => node.local_addr().map_err(no_node_plane)?.to_string(),
+    };
     let (view_writer, view) = watch::channel(ClusterView::default());
     let (ask, asks) = mpsc::channel(ASKS_MAX);
     let (submissions, queue) = mpsc::channel(SUBMISSIONS_MAX);
     let (stop, stopping) = watch::channel(false);
-    let node = node.into_std().map_err(|source| StartError::Io { what: "the node plane", source })?;
-    let node_door = NodeDoor { token: config.token.clone(), build, beat_interval: BEAT };
+    let (close, closing) = watch::channel(false);
+    let (resign, resigning) = watch::channel(false);
+    let node = node.into_std().map_err(no_node_plane)?;
+    let introduction =
+        Introduction { token: config.token.clone(), build: build.clone(), identity: source.identity.clone() };
     let rules = Rules {
         workers: config.workers,
         settle: (config.settle_ms > 0).then(|| Duration::from_millis(config.settle_ms)),
@@ -131,21 +158,53 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
         retry: Duration::from_millis(500),
         grow: GROW,
     };
+    let (role, roles) = watch::channel(Role::Unknown("starting".into()));
+    let (deposed, told) = mpsc::channel(1);
+    let door = Door::new(submissions);
+    let mut queues = Some((queue, asks));
+    let standing = match store.is_shared() {
+        // Who is alone leads, and requests go straight to the scheduler.
+        false => watch::channel(Standing::Leads(None)).1,
+        true => {
+            let (campaign, standing) = Campaign::new(store.clone(), address.clone(), random_token());
+            tokio::spawn(campaign.run(told, resigning));
+            let (queue, asks) = queues.take().expect("nobody took them yet");
+            let (routes, route) = watch::channel(Route::Nowhere);
+            tokio::spawn(carry_all(queue, route.clone(), view.clone(), config.max_waiting));
+            tokio::spawn(pass_asks(asks, route));
+            let follower = Follower {
+                introduction: introduction.clone(),
+                tls: config.tls.clone(),
+                address: address.clone(),
+                role: roles.clone(),
+                standing: standing.clone(),
+                routes,
+                view: view_writer.clone(),
+            };
+            tokio::spawn(follower.run());
+            standing
+        }
+    };
     let engine = Engine {
         source: source.clone(),
         maker,
         rules,
-        node_door,
-        node,
+        node_door: Some(NodeDoor { token: config.token.clone(), build, beat_interval: BEAT }),
+        peers: Some(PeerService { introduction, role: roles, view: view.clone(), deposed }),
+        node: Some(node),
+        address,
         store,
-        queue,
-        asks,
+        standing,
+        role,
+        door: door.clone(),
+        ask: ask.clone(),
+        queues,
         tls: config.tls.as_ref().map(Tls::server).transpose()?,
         view: view_writer,
         config: config.clone(),
     };
     let (ended, engine_ended) = oneshot::channel();
-    let (stop_of_engine, stopped) = (stopping.clone(), stop.clone());
+    let (stop_of_engine, stopped, closed) = (stopping, stop.clone(), close.clone());
     std::thread::Builder::new()
         .name("engine".into())
         .spawn(move || {
@@ -157,21 +216,22 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
                 tracing::error!("the engine's thread ended: {why}");
             }
             let _ = stopped.send(true);
+            let _ = closed.send(true);
             let _ = ended.send(why);
         })
         .map_err(|source| StartError::Io { what: "the engine's thread", source })?;
     let facts = ModelFacts::new(&config, &source, &text);
     metrics::install(&facts.names[0]).map_err(|e| StartError::Metrics(e.to_string()))?;
     let keys = Keys::new(config.api_keys.iter().map(String::as_str));
-    let state = State::new(Door::new(submissions), text, facts, keys, view.clone(), config.body_bytes_max).asking(ask);
-    let mut stop_of_api = stopping;
+    let state = State::new(door, text, facts, keys, view.clone(), config.body_bytes_max).asking(ask);
+    let mut closing = closing;
     let api = tokio::spawn(async move {
         let shutdown = async move {
-            let _ = stop_of_api.wait_for(|&stop| stop).await;
+            let _ = closing.wait_for(|&close| close).await;
         };
         api::serve(api, Arc::new(state), shutdown).await;
     });
-    Ok(Coordinator { view, stop, engine_ended, api })
+    Ok(Coordinator { view, stop, close, resign, engine_ended, api })
 }
 
 fn policy(config: &Config) -> Policy {
@@ -191,6 +251,7 @@ fn policy(config: &Config) -> Policy {
 }
 
 /// The planner with what it is always given.
+#[derive(Clone)]
 pub struct PlanMaker {
     source: Arc<Source>,
     policy: Policy,
@@ -208,58 +269,130 @@ struct Engine {
     source: Arc<Source>,
     maker: PlanMaker,
     rules: Rules,
-    node_door: NodeDoor,
-    node: std::net::TcpListener,
-    store: AnyStore,
-    queue: mpsc::Receiver<Submission>,
-    asks: mpsc::Receiver<Ask>,
+    node_door: Option<NodeDoor>,
+    peers: Option<PeerService>,
+    node: Option<std::net::TcpListener>,
+    /// Where others reach the node plane.
+    address: String,
+    store: Arc<AnyStore>,
+    standing: watch::Receiver<Standing>,
+    role: watch::Sender<Role>,
+    /// Of one that is alone: where requests and operators' wishes come in, and where they come out.
+    door: Door,
+    ask: mpsc::Sender<Ask>,
+    queues: Option<(mpsc::Receiver<Submission>, mpsc::Receiver<Ask>)>,
     tls: Option<ServerTlsConfig>,
     view: watch::Sender<ClusterView>,
     config: Config,
 }
 
 impl Engine {
-    fn run(self, mut stopping: watch::Receiver<bool>) -> std::io::Result<()> {
+    fn run(mut self, mut stopping: watch::Receiver<bool>) -> std::io::Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
-            let listener = TcpListener::from_std(self.node)?;
-            let (notices, notice_queue) = mpsc::channel(NOTICES_MAX);
-            let service = ClusterServer::new(Service::new(self.node_door, notices))
+            let listener = TcpListener::from_std(self.node.take().expect("run once"))?;
+            let door = self.node_door.take().expect("run once");
+            let service = ClusterServer::new(Service::new(door, self.role.subscribe()))
                 .max_decoding_message_size(proto::MESSAGE_BYTES_MAX)
                 .max_encoding_message_size(proto::MESSAGE_BYTES_MAX);
+            let peers = self.peers.take().filter(|_| self.store.is_shared()).map(|peers| {
+                PeerServer::new(peers)
+                    .max_decoding_message_size(proto::MESSAGE_BYTES_MAX)
+                    .max_encoding_message_size(proto::MESSAGE_BYTES_MAX)
+            });
             let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
             let mut builder =
                 tonic::transport::Server::builder().http2_keepalive_interval(Some(Duration::from_secs(5)));
-            if let Some(tls) = self.tls {
+            if let Some(tls) = self.tls.take() {
                 builder = builder.tls_config(tls).map_err(std::io::Error::other)?;
             }
-            let server = builder.add_service(service).serve_with_incoming(incoming);
-            let (turns, turn_queue) = mpsc::channel(8);
-            let (ended, ended_queue) = mpsc::channel(8);
-            let before = Settings::without_plan(self.config.max_waiting);
-            let (driver, load) = Driver::new(before, self.queue, Instant::now);
-            let source = self.source.clone();
-            let shell = Shell::new(Parts {
-                ledger: Ledger::new(self.store),
-                cluster: Cluster::new(self.rules, self.maker, Epoch(0)),
-                notices: notice_queue,
-                turns,
-                ended: ended_queue,
-                asks: self.asks,
-                view: self.view,
-                load,
-                model_path: source.path.to_string_lossy().into_owned(),
-                identity: source.identity.clone(),
-                explain: Box::new(move |plan| plan::explain::table(&source.spec, &source.storage, plan)),
-            });
+            let server = builder.add_service(service).add_optional_service(peers).serve_with_incoming(incoming);
             tokio::select! {
                 served = server => served.map_err(std::io::Error::other)?,
-                () = shell.run() => {}
-                () = steps(driver, turn_queue, ended, self.config.max_waiting) => {}
+                () = self.live() => {}
                 _ = stopping.wait_for(|&stop| stop) => {}
             }
             Ok(())
         })
+    }
+
+    /// Leads whenever it is this coordinator's turn.
+    async fn live(mut self) {
+        loop {
+            let standing = self.standing.borrow_and_update().clone();
+            let changed = match standing {
+                Standing::Leads(term) => self.lead(term).await,
+                Standing::Follows { address, .. } => {
+                    self.role.send_replace(Role::Follows { address });
+                    self.standing.changed().await.is_ok()
+                }
+                Standing::Unknown(why) => {
+                    self.role.send_replace(Role::Unknown(why));
+                    self.standing.changed().await.is_ok()
+                }
+            };
+            if !changed {
+                return;
+            }
+        }
+    }
+
+    /// Leads until another does; false when there is nothing left to lead.
+    async fn lead(&mut self, term: Option<Revision>) -> bool {
+        let (notices, notice_queue) = mpsc::channel(NOTICES_MAX);
+        let (door, ask, (queue, asks)) = match self.queues.take() {
+            Some(queues) => (self.door.clone(), self.ask.clone(), queues),
+            None => {
+                let (submissions, queue) = mpsc::channel(SUBMISSIONS_MAX);
+                let (ask, asks) = mpsc::channel(ASKS_MAX);
+                (Door::new(submissions), ask, (queue, asks))
+            }
+        };
+        let (turns, turn_queue) = mpsc::channel(8);
+        let (ended, ended_queue) = mpsc::channel(8);
+        let waiting_max = self.config.max_waiting;
+        let (driver, load) = Driver::new(Settings::without_plan(waiting_max), queue, Instant::now);
+        let source = self.source.clone();
+        let (fence, fences) = watch::channel(term);
+        // What the one before served goes on: requests wait for it.
+        let served = matches!(self.view.borrow().phase, Phase::Serving | Phase::Recovering);
+        let shell = Shell::new(Parts {
+            ledger: Ledger::new(self.store.clone(), fences, served),
+            cluster: Cluster::new(self.rules.clone(), self.maker.clone(), Epoch(0)),
+            notices: notice_queue,
+            turns,
+            ended: ended_queue,
+            asks,
+            view: self.view.clone(),
+            load,
+            model_path: source.path.to_string_lossy().into_owned(),
+            identity: source.identity.clone(),
+            explain: Box::new(move |plan| plan::explain::table(&source.spec, &source.storage, plan)),
+        });
+        if term.is_some() {
+            let leader = self.address.clone();
+            self.view.send_modify(|view| (view.leader, view.stands_by) = (leader, false));
+        }
+        self.role.send_replace(Role::Leads(Lead { notices, door, asks: ask }));
+        tokio::select! {
+            () = shell.run() => false,
+            () = steps(driver, turn_queue, ended, waiting_max) => false,
+            changed = deposed(&mut self.standing, &fence) => changed,
+        }
+    }
+}
+
+/// Waits until this coordinator leads no more. A lead that was lost and taken again unseen goes on.
+async fn deposed(standing: &mut watch::Receiver<Standing>, fence: &watch::Sender<Option<Revision>>) -> bool {
+    loop {
+        if standing.changed().await.is_err() {
+            // Nobody else can lead.
+            return std::future::pending().await;
+        }
+        match &*standing.borrow_and_update() {
+            Standing::Leads(term) => drop(fence.send_replace(*term)),
+            Standing::Follows { .. } | Standing::Unknown(_) => return true,
+        }
     }
 }
 

@@ -91,7 +91,7 @@ fn chunk_from_wire(chunk: wire::Chunk) -> Chunk {
     }
 }
 
-fn sampling_to_wire(s: &Sampling) -> wire::Sampling {
+pub fn sampling_to_wire(s: &Sampling) -> wire::Sampling {
     wire::Sampling {
         temperature: s.temperature,
         top_p: s.top_p,
@@ -111,7 +111,7 @@ fn sampling_to_wire(s: &Sampling) -> wire::Sampling {
     }
 }
 
-fn sampling_from_wire(s: wire::Sampling) -> Sampling {
+pub fn sampling_from_wire(s: wire::Sampling) -> Sampling {
     let count = |n: u32| n.min(u8::MAX.into()) as u8;
     Sampling {
         temperature: s.temperature,
@@ -139,12 +139,12 @@ fn sample_from_wire(sample: wire::Sample) -> Sample {
     Sample { seq: SeqId(sample.seq), token: sample.token, score: sample.score.map(score_from_wire) }
 }
 
-fn score_to_wire(score: Score) -> wire::Score {
+pub fn score_to_wire(score: Score) -> wire::Score {
     let (best_ids, best_logprobs) = score.best.into_iter().unzip();
     wire::Score { logprob: score.logprob, rank: score.rank, best_ids, best_logprobs }
 }
 
-fn score_from_wire(score: wire::Score) -> Score {
+pub fn score_from_wire(score: wire::Score) -> Score {
     let best = score.best_ids.into_iter().zip(score.best_logprobs).collect();
     Score { logprob: score.logprob, rank: score.rank, best }
 }

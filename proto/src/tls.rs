@@ -26,6 +26,8 @@ pub enum TlsError {
     Read { path: PathBuf, why: std::io::Error },
     #[error("{} holds no PEM block", path.display())]
     Empty { path: PathBuf },
+    #[error("{address} is no address that can be spoken to: {why}")]
+    Address { address: String, why: String },
     #[error("{what} on {address} would be open to other hosts: {remedy}, keep to loopback, or say `insecure`")]
     Exposed { what: &'static str, address: String, remedy: &'static str },
 }

@@ -111,8 +111,19 @@ impl Place {
         Ok((Ending(child), lines))
     }
 
+    /// Where its node plane listens.
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
     pub fn worker(&self, name: &str) -> Result<Ending> {
-        let arguments = ["--coordinator", &self.node, "--threads", "1", "--memory-bytes", "268435456", "--name", name];
+        self.worker_at(name, &self.node)
+    }
+
+    /// A worker that looks for a coordinator at these addresses.
+    pub fn worker_at(&self, name: &str, coordinators: &str) -> Result<Ending> {
+        let arguments =
+            ["--coordinator", coordinators, "--threads", "1", "--memory-bytes", "268435456", "--name", name];
         Ending::spawn(Command::new(&self.program).arg("worker").args(arguments).env("CONCLAVE_TOKEN", "t"))
     }
 }

@@ -8,7 +8,8 @@ use std::path::PathBuf;
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// The coordinator's node plane, `host:port`.
+    /// The coordinators' node planes: `host:port`, several with commas between them. Whoever of all the addresses that a name
+    /// stands for leads is joined.
     pub coordinator: String,
     /// This worker's name, unique in the cluster; by default host name and process id.
     #[serde(default)]

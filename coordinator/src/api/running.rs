@@ -53,6 +53,7 @@ impl Running {
                 tokens_max,
                 end_tokens: ask.end_tokens.clone(),
                 salt,
+                resumed: None,
             };
             jobs.push(Some(submit(&state.door, job).await?));
         }

@@ -3,12 +3,12 @@
 
 use std::time::Instant;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::schedule::load::Load;
 
 /// Where a group is in its life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
     /// Waiting for enough workers.
@@ -37,7 +37,7 @@ impl Phase {
 }
 
 /// The cluster as of the last change.
-#[derive(Debug, Clone, PartialEq, Serialize, Default)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
 pub struct ClusterView {
     pub phase: Phase,
     /// 0 before the first plan.
@@ -54,13 +54,19 @@ pub struct ClusterView {
     pub failures: u32,
     /// Longest sequence under the plan, 0 where only the model's own bound is known.
     pub model_len_max: usize,
+    /// Where the leader's node plane is, of several coordinators; empty for one alone.
+    #[serde(default)]
+    pub leader: String,
+    /// This coordinator forwards to that one.
+    #[serde(default)]
+    pub stands_by: bool,
     /// When a step, or an idle heartbeat, last completed under the current epoch; none leaves it to the phase alone.
     #[serde(skip)]
     pub progress: Option<Instant>,
 }
 
 /// A worker, as people want to see it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
 pub struct MemberView {
     pub id: String,
     pub host: String,
@@ -77,7 +83,7 @@ pub struct MemberView {
 }
 
 /// What the scheduler has to do.
-#[derive(Debug, Clone, PartialEq, Serialize, Default)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
 pub struct LoadView {
     pub running: usize,
     pub waiting: usize,

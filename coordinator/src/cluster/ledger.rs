@@ -2,16 +2,20 @@
 //! knows, commits plans by compare-and-swap, and notices when the store goes and comes back; serving goes on without.
 
 use super::event::Event;
-use super::store::{Entry, Expect, Revision, Store, StoreError};
+use super::store::{Entry, Expect, Fence, Revision, Store, StoreError, Write};
 use crate::metrics;
 use model::plan::Epoch;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 /// Where the store keeps the group's plan: its epoch, eight bytes, little-endian.
 const PLAN_KEY: &str = "groups/0/plan";
+
+/// Who leads: a leased key, see [`crate::lead`].
+pub const LEADER_KEY: &str = "leader";
 
 /// Between two looks at the store while it answers, and while it does not.
 const LOOK: Duration = Duration::from_secs(2);
@@ -19,9 +23,11 @@ const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 pub struct Ledger<S> {
     store: Arc<S>,
+    /// Of several coordinators the one that leads writes, while this key stands as it was written.
+    leads: watch::Receiver<Option<Revision>>,
     /// Which revision wrote the plan, as far as known.
     at: Option<Revision>,
-    /// Whether this coordinator ever committed a plan.
+    /// Whether this coordinator, or the one that led before, ever committed a plan.
     committed: bool,
     /// To be committed once what is pending is over.
     wanted: Option<Epoch>,
@@ -47,9 +53,12 @@ enum Answer {
 }
 
 impl<S: Store> Ledger<S> {
-    pub fn new(store: S) -> Ledger<S> {
-        let (store, look_at) = (Arc::new(store), Instant::now());
-        Ledger { store, at: None, committed: false, wanted: None, pending: None, down: None, asked: false, look_at }
+    /// `leads`: the revision of the key [`LEADER_KEY`], where several coordinators share the store. `committed`: whether
+    /// the cluster served under the leader before.
+    pub fn new(store: Arc<S>, leads: watch::Receiver<Option<Revision>>, committed: bool) -> Ledger<S> {
+        let look_at = Instant::now();
+        let (at, wanted, pending, down) = (None, None, None, None);
+        Ledger { store, leads, at, committed, wanted, pending, down, asked: false, look_at }
     }
 
     pub fn has_committed(&self) -> bool {
@@ -91,8 +100,11 @@ impl<S: Store> Ledger<S> {
             return Pending { commits: false, answer: Box::pin(read) };
         };
         let expect = self.at.map_or(Expect::Absent, Expect::At);
+        let fence = self.leads.borrow().map(|revision| Fence { key: LEADER_KEY, revision });
         let write = async move {
-            match store.put_if(PLAN_KEY, &epoch.0.to_le_bytes(), expect).await {
+            let value = epoch.0.to_le_bytes();
+            let write = Write { key: PLAN_KEY, value: &value, expect, lease: None, fence };
+            match store.write(write).await {
                 Ok(revision) => Answer::Committed(epoch, revision),
                 Err(StoreError::Conflict { .. }) => match store.get(PLAN_KEY).await {
                     Ok(entry) => Answer::Lost(epoch, entry),
@@ -219,6 +231,10 @@ mod tests {
         }
     }
 
+    fn alone() -> watch::Receiver<Option<Revision>> {
+        watch::channel(None).1
+    }
+
     fn read(epoch: u64) -> Event {
         Event::StoreRead { epoch: Epoch(epoch) }
     }
@@ -230,7 +246,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn an_empty_store_is_read_once_and_takes_plans() {
         let store = Arc::new(Flaky::default());
-        let mut ledger = Ledger::new(store.clone());
+        let mut ledger = Ledger::new(Arc::new(store.clone()), alone(), false);
         assert_eq!(ledger.next().await, read(0));
         for epoch in 1..4 {
             ledger.commit(Epoch(epoch));
@@ -239,14 +255,18 @@ mod tests {
         // Nothing more to say, however long it looks.
         assert!(tokio::time::timeout(Duration::from_secs(60), ledger.next()).await.is_err());
         assert!(store.reads.load(Ordering::Relaxed) > 20);
-        assert_eq!(Ledger::new(store).next().await, read(3), "who comes later learns the epoch");
+        assert_eq!(
+            Ledger::new(Arc::new(store), alone(), false).next().await,
+            read(3),
+            "who comes later learns the epoch"
+        );
     }
 
     #[tokio::test(start_paused = true)]
     async fn an_outage_is_told_once_and_its_end_soon() {
         let store = Arc::new(Flaky::default());
         store.gone.store(true, Ordering::Relaxed);
-        let mut ledger = Ledger::new(store.clone());
+        let mut ledger = Ledger::new(Arc::new(store.clone()), alone(), false);
         assert_eq!(ledger.next().await, lost("cut"));
         assert!(tokio::time::timeout(Duration::from_secs(600), ledger.next()).await.is_err());
         store.gone.store(false, Ordering::Relaxed);
@@ -258,7 +278,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_commit_without_an_answer_is_looked_up() {
         let store = Arc::new(Flaky::default());
-        let mut ledger = Ledger::new(store.clone());
+        let mut ledger = Ledger::new(Arc::new(store.clone()), alone(), false);
         assert_eq!(ledger.next().await, read(0));
         store.answers_lost.store(true, Ordering::Relaxed);
         ledger.commit(Epoch(1));
@@ -271,7 +291,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn of_two_commits_the_later_one_counts() {
         let store = Arc::new(Flaky::default());
-        let mut ledger = Ledger::new(store.clone());
+        let mut ledger = Ledger::new(Arc::new(store.clone()), alone(), false);
         assert_eq!(ledger.next().await, read(0));
         ledger.commit(Epoch(1));
         // The shell has other things to do meanwhile; the write goes on where it was.
@@ -284,7 +304,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn another_coordinators_plan_is_noticed() {
         let store = Arc::new(Flaky::default());
-        let (mut one, mut two) = (Ledger::new(store.clone()), Ledger::new(store));
+        let (mut one, mut two) =
+            (Ledger::new(Arc::new(store.clone()), alone(), false), Ledger::new(Arc::new(store), alone(), false));
         assert_eq!(one.next().await, read(0));
         assert_eq!(two.next().await, read(0));
         one.commit(Epoch(7));
@@ -295,5 +316,20 @@ mod tests {
         two.commit(Epoch(8));
         assert_eq!(two.next().await, Event::Committed { epoch: Epoch(8) });
         assert_eq!(one.next().await, read(8), "while it looks now and then");
+    }
+    #[tokio::test(start_paused = true)]
+    async fn who_leads_no_more_commits_nothing() {
+        let store = Arc::new(Flaky::default());
+        let leads = store.memory.put_if(LEADER_KEY, b"one", Expect::Absent).await.unwrap();
+        let mut ledger = Ledger::new(Arc::new(store.clone()), watch::channel(Some(leads)).1, false);
+        assert_eq!(ledger.next().await, read(0));
+        ledger.commit(Epoch(1));
+        assert_eq!(ledger.next().await, Event::Committed { epoch: Epoch(1) });
+        store.memory.put_if(LEADER_KEY, b"two", Expect::At(leads)).await.unwrap();
+        ledger.commit(Epoch(2));
+        let Event::StoreLost { why } = ledger.next().await else { panic!("a deposed leader wrote") };
+        assert!(why.contains("fenced off"), "{why}");
+        let kept = store.memory.get(PLAN_KEY).await.unwrap().unwrap();
+        assert_eq!(epoch_of(&kept), Epoch(1));
     }
 }

@@ -1,6 +1,7 @@
 //! The node plane's gRPC service: lets workers in, turns their messages into [`Notice`]s for the driver.
 
 use super::event::Beat;
+use super::role::Role;
 use crate::group::{Answer, ORDERS_MAX, StepStream};
 use crate::plan::{Device, Offer};
 use model::fault::Fault;
@@ -11,7 +12,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
@@ -67,13 +68,22 @@ pub struct Door {
 
 pub struct Service {
     door: Arc<Door>,
-    notices: mpsc::Sender<Notice>,
+    role: watch::Receiver<Role>,
     connections: AtomicU64,
 }
 
 impl Service {
-    pub fn new(door: Door, notices: mpsc::Sender<Notice>) -> Service {
-        Service { door: Arc::new(door), notices, connections: AtomicU64::new(0) }
+    pub fn new(door: Door, role: watch::Receiver<Role>) -> Service {
+        Service { door: Arc::new(door), role, connections: AtomicU64::new(0) }
+    }
+
+    /// Where workers' words go, if this coordinator leads.
+    fn notices(&self) -> Result<mpsc::Sender<Notice>, Status> {
+        match &*self.role.borrow() {
+            Role::Leads(lead) => Ok(lead.notices.clone()),
+            Role::Follows { address } => Err(Status::unavailable(format!("the coordinator at {address} leads"))),
+            Role::Unknown(why) => Err(Status::unavailable(format!("no coordinator leads: {why}"))),
+        }
     }
 
     fn admit(&self, offer: wire::Offer) -> Result<Offer, Status> {
@@ -108,11 +118,11 @@ impl Service {
 }
 
 /// Compares without telling by its time where the difference is.
-fn same_secret(a: &str, b: &str) -> bool {
+pub fn same_secret(a: &str, b: &str) -> bool {
     a.len() == b.len() && a.bytes().zip(b.bytes()).fold(0, |acc, (x, y)| acc | (x ^ y)) == 0
 }
 
-type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+pub type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl wire::cluster_server::Cluster for Service {
@@ -128,12 +138,12 @@ impl wire::cluster_server::Cluster for Service {
             return Err(Status::invalid_argument("the first message must be an offer"));
         };
         let offer = self.admit(offer)?;
+        let notices = self.notices()?;
         let (worker, connection) = (offer.worker.clone(), self.connections.fetch_add(1, Ordering::Relaxed));
         let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
         let welcome = wire::Welcome { beat_interval_ms: self.door.beat_interval.as_millis() as u32 };
         let welcome = wire::Command { body: Some(wire::command::Body::Welcome(welcome)) };
         commands.try_send(Ok(welcome)).expect("the channel is empty");
-        let notices = self.notices.clone();
         let stopped = |_| Status::unavailable("the coordinator is stopping");
         notices.send(Notice::Joined { connection, offer, commands }).await.map_err(stopped)?;
         tokio::spawn(async move {
@@ -168,7 +178,7 @@ impl wire::cluster_server::Cluster for Service {
         let (accept, accepted) = tokio::sync::oneshot::channel();
         let notice = Notice::StepsOpened { worker: worker.clone(), epoch, stream: StepStream { orders }, accept };
         let stopped = Status::unavailable("the coordinator is stopping");
-        self.notices.send(notice).await.map_err(|_| stopped)?;
+        self.notices()?.send(notice).await.map_err(|_| stopped)?;
         let stale = Status::failed_precondition(format!("epoch {} is not being loaded by {}", epoch.0, worker.0));
         let answers = accepted.await.map_err(|_| stale)?;
         tokio::spawn(async move {
@@ -188,7 +198,8 @@ impl wire::cluster_server::Cluster for Service {
     }
 }
 
-async fn first<T>(messages: &mut Streaming<T>) -> Result<T, Status> {
+/// A stream's first message, which must come soon.
+pub async fn first<T>(messages: &mut Streaming<T>) -> Result<T, Status> {
     let message = tokio::time::timeout(INTRODUCTION, messages.next()).await;
     let message = message.map_err(|_| Status::deadline_exceeded("no introduction within 5 s"))?;
     message.ok_or_else(|| Status::invalid_argument("the stream ended before its first message"))?

@@ -3,7 +3,7 @@
 use model::plan::{BLOCK_TOKENS, Limits};
 
 use super::blocks::{BlockHash, chained_hash};
-use super::job::{Job, Refusal};
+use super::job::{Begun, Job, Refusal};
 
 /// What a scheduler works within. All but the hash may change with a new plan.
 #[derive(Debug, Clone, Copy)]
@@ -68,7 +68,15 @@ impl Settings {
             return Err(Refusal::Failed("no choice is wanted".into()));
         }
         let prompt = job.prompt.len();
-        self.check_length(prompt, prompt + job.tokens_max.min(1) as usize, self.len_max(prompt, job.tokens_max))
+        let len_max = self.len_max(prompt, job.tokens_max);
+        self.check_length(prompt, prompt + job.tokens_max.min(1) as usize, len_max)?;
+        let Some(resumed) = &job.resumed else { return Ok(()) };
+        let room = |begun: &Begun| begun.done || prompt + begun.tokens.len() < len_max;
+        let whole = resumed.len() == job.choices as usize && resumed.iter().all(room);
+        if !whole || resumed.iter().all(|begun| begun.done) {
+            return Err(Refusal::Failed("nothing is left to draw of what was begun elsewhere".into()));
+        }
+        Ok(())
     }
 
     /// `least` tokens there will be whatever is drawn, up to `most` may be. The last token drawn is not cached.

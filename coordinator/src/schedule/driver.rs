@@ -270,6 +270,7 @@ mod tests {
             tokens_max,
             end_tokens: Vec::new(),
             salt: 0,
+            resumed: None,
         }
     }
 

@@ -21,6 +21,17 @@ pub struct Job {
     pub end_tokens: Vec<u32>,
     /// Keeps prefix-cache blocks of different tenants apart; set by the server, never by the client.
     pub salt: u64,
+    /// What the client has already, a choice, where another scheduler began the job: [`Output::Started`] and these tokens
+    /// are not told again.
+    pub resumed: Option<Vec<Begun>>,
+}
+
+/// An answer as far as its client has it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Begun {
+    pub tokens: Vec<u32>,
+    /// It has ended, or nobody wants more of it.
+    pub done: bool,
 }
 
 /// What happens to a job, in order. For every choice the last event is `Done`; after the last choice's `Done`, or a
@@ -88,6 +99,11 @@ pub struct Outputs {
 }
 
 impl Outputs {
+    /// Of a job that runs elsewhere.
+    pub fn new(receiver: mpsc::Receiver<Output>, enough: mpsc::Sender<u32>) -> Outputs {
+        Outputs { receiver, enough }
+    }
+
     pub async fn recv(&mut self) -> Option<Output> {
         self.receiver.recv().await
     }

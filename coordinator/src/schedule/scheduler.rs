@@ -18,7 +18,7 @@ use model::fault::{Fault, FaultKind};
 use model::step::{Sampling, Score, StepId};
 
 use super::admit::Settings;
-use super::job::{Job, Output, Refusal};
+use super::job::{Begun, Job, Output, Refusal};
 use super::lane::{Flown, Lane};
 use super::load::Load;
 pub use super::sequence::JobId;
@@ -136,41 +136,43 @@ impl Scheduler {
         // The other choices find the prompt in the cache once the first has computed it. With nothing to share they need not
         // wait, but for the prompt's scores, which come before any token; with nothing to draw they need not run.
         let shares = self.settings.prefix_cache && first.blocks_reusable() > 0;
-        let hold = shares || job.sampling.prompt_logprobs.is_some();
-        let others = if job.tokens_max == 0 { 0 } else { job.choices - 1 };
+        let resumes = job.resumed.is_some();
+        let hold = !resumes && (shares || job.sampling.prompt_logprobs.is_some());
+        let runs = if job.tokens_max == 0 { 1 } else { job.choices };
+        let begun = job.resumed.unwrap_or_else(|| vec![Begun::default(); runs as usize]);
         let mut request = Request {
             sampling: job.sampling,
             choices: job.choices,
             added: now,
             admitted: false,
-            started: false,
+            started: resumes,
             cached_tokens: 0,
             scores: Vec::new(),
             slots: Vec::new(),
             held: Vec::new(),
             deaths: Deaths::default(),
         };
-        for choice in 1..=others {
-            let sequence = Sequence {
-                age: Age { job: id, choice },
-                tokens: first.tokens.clone(),
+        for (choice, begun) in (0..).zip(begun).filter(|(_, begun)| !begun.done) {
+            let age = Age { job: id, choice };
+            let mut sequence = Sequence {
+                age,
+                tokens: [first.tokens.as_slice(), &begun.tokens].concat(),
                 end_tokens: end_tokens.clone(),
                 hashes: first.hashes.clone(),
                 place: None,
                 ..first
             };
+            if self.settings.prefix_cache {
+                sequence.extend_hashes(self.settings.block_hash);
+            }
             let slot = self.roster.insert(sequence);
             request.slots.push(slot);
-            if hold {
+            if hold && choice > 0 {
                 request.held.push(slot);
             } else {
-                self.waiting.insert(Age { job: id, choice }, slot);
+                self.waiting.insert(age, slot);
             }
         }
-        let age = first.age;
-        let slot = self.roster.insert(first);
-        request.slots.push(slot);
-        self.waiting.insert(age, slot);
         self.requests.insert(id, request);
         Ok(id)
     }

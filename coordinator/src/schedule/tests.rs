@@ -8,7 +8,7 @@ use model::plan::{BLOCK_TOKENS, Limits};
 use model::step::{LaneBatch, LaneResult, PromptScores, Sample, Sampling, Score, StepBatch, StepId, StepResult};
 
 use super::Settings;
-use super::job::{DoneReason, Job, Output, Refusal};
+use super::job::{Begun, DoneReason, Job, Output, Refusal};
 use super::scheduler::{Delivery, JobId, Scheduler};
 use super::suspect::GivenUp;
 
@@ -63,6 +63,7 @@ fn job(first: u32, prompt_len: u32, tokens_max: u32) -> Job {
         tokens_max,
         end_tokens: vec![99],
         salt: 0,
+        resumed: None,
     }
 }
 
@@ -528,4 +529,35 @@ fn jobs_wait_for_the_first_plan_and_then_those_that_fit_run() {
         drawn += bench.step(1).1.iter().filter(|output| **output == token(1)).count();
     }
     assert_eq!(drawn, 6, "the model's length ends the second job");
+}
+
+#[test]
+fn a_job_that_was_begun_elsewhere_goes_on_where_it_was() {
+    let begun = |tokens: &[u32], done| Begun { tokens: tokens.to_vec(), done };
+    let resumed = Some(vec![begun(&[5, 6], false), begun(&[7], true), begun(&[], false)]);
+    let mut bench = Bench::new(settings());
+    bench.add(Job { choices: 3, resumed, ..job(1, 40, 4) });
+    let (step, batch) = bench.next().unwrap();
+    let lengths: Vec<usize> = batch.lanes[0].chunks.iter().map(|chunk| chunk.tokens.len()).collect();
+    assert_eq!(lengths, [42, 22], "both choices that are left, without waiting for each other");
+    assert_eq!(batch.lanes[0].chunks[0].tokens, [job(1, 40, 4).prompt, vec![5, 6]].concat());
+    let mut outputs: Vec<Output> = bench.answer(step, &batch, 8).into_iter().map(|d| d.output).collect();
+    while !bench.scheduler.is_idle() {
+        outputs.extend(bench.step(8).1);
+    }
+    let of = |choice| outputs.iter().filter(|o| matches!(o, Output::Token { choice: c, .. } if *c == choice)).count();
+    assert_eq!([of(0), of(1), of(2)], [2, 0, 4]);
+    assert!(!outputs.iter().any(|o| matches!(o, Output::Started { .. })), "that was told before");
+    assert_eq!(outputs.iter().filter(|o| matches!(o, Output::Done { reason: DoneReason::Length, .. })).count(), 2);
+}
+
+#[test]
+fn what_was_begun_elsewhere_must_fit_the_job() {
+    let mut bench = Bench::new(settings());
+    let begun = |tokens, done| Begun { tokens: vec![1; tokens], done };
+    for resumed in [vec![], vec![begun(1, false); 2], vec![begun(1, true)], vec![begun(9, false)]] {
+        let refused = bench.scheduler.add(bench.now, Job { resumed: Some(resumed), ..job(1, 40, 9) });
+        assert!(matches!(refused, Err(Refusal::Failed(_))));
+    }
+    assert!(bench.scheduler.is_idle());
 }

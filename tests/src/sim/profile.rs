@@ -95,6 +95,7 @@ impl Profile {
             tokens_max: if random.once_in(12) { 0 } else { random.within(1..=90) as u32 },
             end_tokens: if random.once_in(2) { vec![7] } else { Vec::new() },
             salt,
+            resumed: None,
         }
     }
 

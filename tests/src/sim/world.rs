@@ -319,6 +319,7 @@ impl World {
             tokens_max: 0,
             end_tokens: Vec::new(),
             salt: 0,
+            resumed: None,
         };
         self.profile.jobs = 0;
         self.profile.fault_every = 0;

@@ -1,5 +1,6 @@
 //! The agent's shell: the control stream, the step stream, beats and the rank threads.
 
+use super::door::Door;
 use super::rank::{Counters, Order, Preparation, Ranks, Report};
 use super::state::{Action, Agent, Event, Phase};
 use crate::collective::connect::DataPlane;
@@ -18,13 +19,10 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 /// Messages waiting to go up; a coordinator that reads so slowly is dead.
 const OUTBOX_MAX: usize = 256;
-
-/// Pause between tries to reach the coordinator.
-const RECONNECT: Duration = Duration::from_millis(300);
 
 /// Why a worker ended.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +57,8 @@ pub struct Stop<L, N> {
 /// How a connection to the coordinator ended.
 enum Ended {
     Gone,
+    /// It takes no workers now, with its reason: another one may lead.
+    NotHere(String),
     /// Nothing needs this worker any more.
     Drained,
 }
@@ -69,22 +69,14 @@ pub async fn run(
     identity: Identity,
     stop: Stop<impl Future<Output = ()>, impl Future<Output = ()>>,
 ) -> Result<(), AgentError> {
-    guard(
-        "the coordinator",
-        &config.coordinator,
-        (config.tls.is_some(), "give this worker certificates under [tls]"),
-        config.insecure,
-    )?;
+    for address in config.coordinator.split(',') {
+        let guarded = (config.tls.is_some(), "give this worker certificates under [tls]");
+        guard("the coordinator", address.trim(), guarded, config.insecure)?;
+    }
     let unguarded = (false, "its numbers are not encrypted");
     guard("the ranks' data", &config.data_listen, unguarded, config.insecure)?;
     let plane = Arc::new(DataPlane::bind(&config.data_listen)?);
     let shelves = Arc::new(Shelves::default());
-    let scheme = if config.tls.is_some() { "https" } else { "http" };
-    let endpoint = Endpoint::from_shared(format!("{scheme}://{}", config.coordinator))
-        .map_err(|e| AgentError::Address { address: config.coordinator.clone(), why: e.to_string() })?
-        .tcp_nodelay(true)
-        .connect_timeout(Duration::from_secs(5))
-        .http2_keep_alive_interval(Duration::from_secs(5));
     let (leave, leaving) = watch::channel(false);
     let (asked, seconds) = (stop.leave, config.drain_seconds);
     let overdue = async move {
@@ -96,31 +88,17 @@ pub async fn run(
     let shutdown = stop.now;
     tokio::pin!(shutdown, overdue);
     let mut agent = Agent::default();
-    let mut said_waiting = false;
+    let mut door = Door::new(&config);
     loop {
         let session = async {
-            // Read anew for each connection: certificates are renewed in place.
-            let endpoint = match &config.tls {
-                None => endpoint.clone(),
-                Some(tls) => endpoint.clone().tls_config(tls.client()?).map_err(|e| AgentError::Address {
-                    address: config.coordinator.clone(),
-                    why: format!("[tls]: {e}"),
-                })?,
-            };
-            let channel = match endpoint.connect().await {
-                Ok(channel) => channel,
-                Err(e) => {
-                    if !said_waiting {
-                        tracing::info!("waiting for the coordinator at {}: {}", config.coordinator, causes(&e));
-                        said_waiting = true;
-                    }
-                    return Ok(Ended::Gone);
-                }
-            };
-            said_waiting = false;
-            Session::new(&config, &identity, (plane.clone(), shelves.clone()), channel)
-                .run(&mut agent, leaving.clone())
-                .await
+            let Some(channel) = door.next().await? else { return Ok::<Ended, AgentError>(Ended::Gone) };
+            let session = Session::new(&config, &identity, (plane.clone(), shelves.clone()), channel);
+            let ended = session.run(&mut agent, leaving.clone()).await?;
+            match &ended {
+                Ended::NotHere(why) => door.closed(why),
+                Ended::Gone | Ended::Drained => door.opened(),
+            }
+            Ok(ended)
         };
         let ended = tokio::select! {
             () = &mut shutdown => return Ok(()),
@@ -137,7 +115,7 @@ pub async fn run(
         tokio::select! {
             () = &mut shutdown => return Ok(()),
             () = &mut overdue => return Ok(()),
-            () = tokio::time::sleep(RECONNECT) => {}
+            () = tokio::time::sleep(door.pause()) => {}
         }
     }
 }
@@ -212,6 +190,9 @@ impl<'a> Session<'a> {
         self.say(offer);
         let mut commands = match self.client.join(ReceiverStream::new(messages)).await {
             Ok(response) => response.into_inner(),
+            Err(status) if status.code() == tonic::Code::Unavailable => {
+                return Ok(Ended::NotHere(status.message().into()));
+            }
             Err(status) => return refused_or_gone(&status),
         };
         if *leaving.borrow_and_update() {
@@ -437,12 +418,6 @@ async fn next_order(
         Some(stream) => stream.next().await,
         None => None,
     }
-}
-
-/// An error and what it comes from.
-fn causes(error: &dyn std::error::Error) -> String {
-    let more = std::iter::successors(error.source(), |error| error.source());
-    more.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// A coordinator that says no ends the worker; one that is gone is waited for.

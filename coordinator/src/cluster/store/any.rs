@@ -39,6 +39,13 @@ impl AnyStore {
     }
 }
 
+impl AnyStore {
+    /// Whether other coordinators may write there too.
+    pub fn is_shared(&self) -> bool {
+        matches!(self, AnyStore::Etcd(_))
+    }
+}
+
 /// The same call on whichever it is.
 macro_rules! each {
     ($self:ident, $store:ident => $call:expr) => {

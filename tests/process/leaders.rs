@@ -1,0 +1,195 @@
+//! Several coordinators over one etcd: one leads, the others forward. A leader that is killed, stopped or asked to end
+//! takes no request with it that another coordinator holds.
+
+use anyhow::{Context, Result, ensure};
+use conclave_tests::cluster::{Ending, Place, free_address};
+use conclave_tests::process::{Served, answer, demo, until};
+use serde_json::{Value, json};
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_conclave");
+
+fn etcd(address: &str, data: &Path) -> Result<Option<Ending>> {
+    if Command::new("etcd").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_err() {
+        let line = b"SKIPPED: no etcd in PATH (Debian, Ubuntu: apt-get install etcd-server)\n";
+        std::io::stderr().write_all(line)?;
+        return Ok(None);
+    }
+    let (client, peer) = (format!("http://{address}"), format!("http://{}", free_address()?));
+    let mut command = Command::new("etcd");
+    command
+        .args(["--listen-client-urls", &client, "--advertise-client-urls", &client, "--listen-peer-urls", &peer])
+        .arg("--data-dir")
+        .arg(data)
+        .stderr(Stdio::null());
+    Ending::spawn(&mut command).map(Some)
+}
+
+fn question(seed: u64) -> Value {
+    let temperature = if seed.is_multiple_of(2) { 0.0 } else { 0.8 };
+    json!({
+        "model": "m", "messages": [{"role": "user", "content": "Tell me a story about a fox."}], "seed": seed,
+        "temperature": temperature, "max_tokens": 120, "stream": true, "n": 1 + seed % 3, "logprobs": seed % 4 == 1,
+        "stream_options": {"include_usage": true},
+    })
+}
+
+/// What a whole stream said, each choice's text and log-probabilities and the usage, and its longest pause.
+fn streamed(served: &Served, seed: u64) -> Result<(Vec<String>, Duration)> {
+    let body = question(seed).to_string();
+    let mut stream = served.open("POST", "/v1/chat/completions", body.as_bytes())?;
+    let (mut bytes, mut part) = (Vec::new(), [0; 4096]);
+    let (mut last, mut pause) = (Instant::now(), Duration::ZERO);
+    loop {
+        let count = stream.read(&mut part)?;
+        (pause, last) = (pause.max(last.elapsed()), Instant::now());
+        if count == 0 {
+            break;
+        }
+        bytes.extend_from_slice(&part[..count]);
+    }
+    let answer = answer(&bytes)?;
+    ensure!(answer.status == 200, "{}: {}", answer.status, String::from_utf8_lossy(&answer.body));
+    let mut said = vec![String::new(); 4];
+    for line in std::str::from_utf8(&answer.body)?.lines().filter_map(|line| line.strip_prefix("data: ")) {
+        if line == "[DONE]" {
+            return Ok((said, pause));
+        }
+        let event: Value = serde_json::from_str(line)?;
+        ensure!(event.get("error").is_none(), "{event}");
+        if let Some(usage) = event["usage"].as_object() {
+            said[3] = format!("{} {}", usage["prompt_tokens"], usage["completion_tokens"]);
+        }
+        for choice in event["choices"].as_array().context("choices")? {
+            let text = &mut said[choice["index"].as_u64().context("an index")? as usize];
+            *text += choice["delta"]["content"].as_str().unwrap_or_default();
+            for scored in choice["logprobs"]["content"].as_array().into_iter().flatten() {
+                *text += &format!("[{}]", scored["logprob"]);
+            }
+            *text += choice["finish_reason"].as_str().unwrap_or_default();
+        }
+    }
+    anyhow::bail!("the stream ended without [DONE]")
+}
+
+/// Asks through all of `doors` while `change` goes on, and for so long after: every answer is the one given before. How
+/// many there were, and the longest pause.
+fn under_load(doors: &[&Served], change: impl FnOnce() -> Result<()>) -> Result<(usize, Duration)> {
+    let expected: Vec<_> = (0..4).map(|seed| Ok(streamed(doors[0], seed)?.0)).collect::<Result<Vec<_>>>()?;
+    let done = AtomicBool::new(false);
+    let ask = |served: &Served, first: usize| -> Result<(usize, Duration)> {
+        let (mut count, mut longest) = (0, Duration::ZERO);
+        while !done.load(Ordering::Relaxed) {
+            let seed = (first + count) % 4;
+            let (said, pause) = streamed(served, seed as u64).with_context(|| format!("answer {count}"))?;
+            ensure!(said == expected[seed], "answer {count} to {seed}: {said:?}, not {:?}", expected[seed]);
+            (count, longest) = (count + 1, longest.max(pause));
+        }
+        Ok((count, longest))
+    };
+    std::thread::scope(|scope| {
+        let ask = &ask;
+        let askers: Vec<_> =
+            doors.iter().flat_map(|door| (0..2).map(move |n| scope.spawn(move || ask(door, n)))).collect();
+        std::thread::sleep(Duration::from_millis(300));
+        let changed = change();
+        std::thread::sleep(Duration::from_millis(500));
+        done.store(true, Ordering::Relaxed);
+        let (mut count, mut longest) = (0, Duration::ZERO);
+        for asker in askers {
+            let (asked, pause) = asker.join().map_err(|_| anyhow::anyhow!("an asker panicked"))??;
+            (count, longest) = (count + asked, longest.max(pause));
+        }
+        changed.map(|()| (count, longest))
+    })
+}
+
+fn ready(served: &Served) -> bool {
+    served.get("/readyz").is_ok_and(|answer| answer.status == 200)
+}
+
+fn leads(served: &Served) -> Result<bool> {
+    let status = served.get("/status")?.json()?;
+    Ok(status["stands_by"] == false && status["phase"] == "serving")
+}
+
+/// Which of two leads, once both are ready.
+fn leader(pair: &[Served; 2]) -> Result<usize> {
+    until("both are ready", || pair.iter().all(ready))?;
+    Ok(usize::from(!leads(&pair[0])?))
+}
+
+#[test]
+fn whoever_leads_dies_and_no_request_of_another_coordinator_notices() -> Result<()> {
+    let address = free_address()?;
+    let settings = format!(
+        "workers = 2\nsettle_ms = 100\nkv_cache_memory_bytes = 8388608\n[store]\nkind = \"etcd\"\nendpoints = [{address:?}]\n"
+    );
+    let places =
+        [Place::new(PROGRAM, "leaders-0", &demo(), &settings)?, Place::new(PROGRAM, "leaders-1", &demo(), &settings)?];
+    let Some(mut store) = etcd(&address, &places[0].folder().join("etcd"))? else { return Ok(()) };
+    let mut pair = [places[0].coordinator()?, places[1].coordinator()?];
+    let both = format!("{},{}", places[0].node(), places[1].node());
+    let _workers = [places[0].worker_at("w0", &both)?, places[0].worker_at("w1", &both)?];
+    let mut report = String::new();
+
+    for round in 0..4 {
+        let leading = leader(&pair)?;
+        let standing = 1 - leading;
+        let before = pair[leading].get("/status")?.json()?;
+        let shown = pair[standing].get("/status")?.json()?;
+        ensure!(shown["stands_by"] == true && shown["epoch"] == before["epoch"], "{shown}");
+        ensure!(shown["leader"] == before["leader"] && shown["leader"] == places[leading].node(), "{shown}");
+        let mut since = None;
+        let mut regained = Duration::ZERO;
+        // Killed, stopped for a while, and asked to end; that one finishes what its own clients wait for.
+        let (how, doors) = match round {
+            0 | 3 => ("killed", vec![&pair[standing]]),
+            1 => ("stopped", vec![&pair[standing]]),
+            _ => ("asked to end", vec![&pair[standing]]),
+        };
+        let signal = ["KILL", "STOP", "TERM", "KILL"][round];
+        let (answers, pause) = under_load(&doors, || {
+            since = Some(Instant::now());
+            pair[leading].signal(signal)?;
+            until("the other one leads", || leads(&pair[standing]).unwrap_or(false))?;
+            regained = since.map(|s| s.elapsed()).unwrap_or_default();
+            Ok(())
+        })?;
+        report += &format!("{how}: another serves after {regained:?}; {answers} answers, longest pause {pause:?}\n");
+        match round {
+            1 => {
+                pair[leading].signal("CONT")?;
+                until("the old one stands by", || {
+                    pair[leading].get("/status").and_then(|a| a.json()).is_ok_and(|s| s["stands_by"] == true)
+                })?;
+                ensure!(leads(&pair[standing])?, "the one that was stopped took the lead back");
+            }
+            _ => {
+                pair[leading].wait()?;
+                pair[leading] = places[leading].coordinator()?;
+            }
+        }
+    }
+
+    // The store goes: the lead stays where it is, and comes to no harm when the store is back.
+    let leading = leader(&pair)?;
+    let epoch = pair[leading].get("/status")?.json()?["epoch"].clone();
+    let (answers, pause) = under_load(&[&pair[0], &pair[1]], || {
+        store.kill()?;
+        std::thread::sleep(Duration::from_secs(4));
+        let again = etcd(&address, &places[0].folder().join("etcd"))?.context("it was there before")?;
+        std::thread::sleep(Duration::from_secs(4));
+        store = again;
+        Ok(())
+    })?;
+    report += &format!("etcd gone for 4 s: {answers} answers, longest pause {pause:?}\n");
+    ensure!(leader(&pair)? == leading, "the lead changed");
+    ensure!(pair[leading].get("/status")?.json()?["epoch"] == epoch, "the epoch changed");
+    std::io::stderr().write_all(report.as_bytes())?;
+    Ok(())
+}
