@@ -13,7 +13,7 @@ use crate::cluster::state::{Cluster, Planner, Rules};
 use crate::cluster::store::Revision;
 use crate::cluster::store::any::AnyStore;
 use crate::config::Config;
-use crate::lead::campaign::{Campaign, Standing};
+use crate::lead::campaign::{Campaign, Standing, Wish};
 use crate::lead::follow::{Follower, pass_asks};
 use crate::lead::peer::Introduction;
 use crate::lead::relay::{Route, carry_all};
@@ -77,8 +77,9 @@ pub struct Coordinator {
     stop: watch::Sender<bool>,
     /// Lets the API finish what is under way.
     close: watch::Sender<bool>,
-    /// Lets another coordinator lead.
-    resign: watch::Sender<bool>,
+    /// Lets another coordinator lead, and the election's task where there is one.
+    wish: watch::Sender<Wish>,
+    campaign: Option<tokio::task::JoinHandle<()>>,
     engine_ended: oneshot::Receiver<String>,
     api: tokio::task::JoinHandle<()>,
 }
@@ -98,13 +99,17 @@ impl Coordinator {
     /// Ends API and engine. Nothing new is taken; what is open may end within `patience`, under another coordinator that
     /// leads, if there is one. What is open still gets an error.
     pub async fn stop(mut self, patience: Duration) {
-        let _ = self.resign.send(true);
+        let _ = self.wish.send(Wish::Resign);
         let _ = self.close.send(true);
         let ended = tokio::time::timeout(patience, &mut self.api).await.is_ok();
         let _ = self.stop.send(true);
         let _ = tokio::time::timeout(Duration::from_secs(2), self.engine_ended).await;
         if !ended {
             let _ = tokio::time::timeout(Duration::from_secs(2), self.api).await;
+        }
+        let _ = self.wish.send(Wish::End);
+        if let Some(campaign) = self.campaign {
+            let _ = tokio::time::timeout(Duration::from_secs(1), campaign).await;
         }
     }
 }
@@ -147,7 +152,8 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
     let (submissions, queue) = mpsc::channel(SUBMISSIONS_MAX);
     let (stop, stopping) = watch::channel(false);
     let (close, closing) = watch::channel(false);
-    let (resign, resigning) = watch::channel(false);
+    let (wish, wished) = watch::channel(Wish::Lead);
+    let mut elects = None;
     let node = node.into_std().map_err(no_node_plane)?;
     let introduction =
         Introduction { token: config.token.clone(), build: build.clone(), identity: source.identity.clone() };
@@ -167,7 +173,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
         false => watch::channel(Standing::Leads(None)).1,
         true => {
             let (campaign, standing) = Campaign::new(store.clone(), address.clone(), random_token());
-            tokio::spawn(campaign.run(told, resigning));
+            elects = Some(tokio::spawn(campaign.run(told, wished)));
             let (queue, asks) = queues.take().expect("nobody took them yet");
             let (routes, route) = watch::channel(Route::Nowhere);
             tokio::spawn(carry_all(queue, route.clone(), view.clone(), config.max_waiting));
@@ -231,7 +237,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
         };
         api::serve(api, Arc::new(state), shutdown).await;
     });
-    Ok(Coordinator { view, stop, close, resign, engine_ended, api })
+    Ok(Coordinator { view, stop, close, wish, campaign: elects, engine_ended, api })
 }
 
 fn policy(config: &Config) -> Policy {

@@ -29,6 +29,16 @@ pub enum Standing {
     Follows { address: String, term: Revision },
 }
 
+/// What a coordinator wants of the election.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wish {
+    Lead,
+    /// Once others are there it leads no more, and only watches who does.
+    Resign,
+    /// It is there no more.
+    End,
+}
+
 /// Said by the one that leads now, in case the store can't be asked: its address and term.
 pub type Deposed = (String, Revision);
 
@@ -50,8 +60,8 @@ impl<S: Store> Campaign<S> {
         (Campaign { store, address, id, lease: None, resigned: false, standing }, watched)
     }
 
-    /// Runs for ever. Once `resign` turns true and others are there it leads no more, and only watches who does.
-    pub async fn run(mut self, mut deposed: mpsc::Receiver<Deposed>, mut resign: watch::Receiver<bool>) {
+    /// Runs until it shall end, or nobody wishes any more.
+    pub async fn run(mut self, mut deposed: mpsc::Receiver<Deposed>, mut wish: watch::Receiver<Wish>) {
         let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut said = String::new();
@@ -59,9 +69,17 @@ impl<S: Store> Campaign<S> {
             tokio::select! {
                 _ = look.tick() => {}
                 Some((address, term)) = deposed.recv() => self.depose(address, term),
-                Ok(()) = resign.changed() => {}
+                changed = wish.changed() => if changed.is_err() { return },
             }
-            let resigns = *resign.borrow_and_update() && !self.resigned;
+            let wish = *wish.borrow_and_update();
+            if wish == Wish::End {
+                // Others need not wait for it to lapse; if the store can't be asked they do.
+                if let Some(lease) = self.lease.take() {
+                    let _ = self.store.revoke(&lease).await;
+                }
+                return;
+            }
+            let resigns = wish == Wish::Resign && !self.resigned;
             let looked = async {
                 if resigns {
                     self.resign().await?;
@@ -192,7 +210,7 @@ mod tests {
 
     struct Candidate {
         standing: watch::Receiver<Standing>,
-        resign: watch::Sender<bool>,
+        wish: watch::Sender<Wish>,
         deposed: mpsc::Sender<Deposed>,
         task: tokio::task::JoinHandle<()>,
     }
@@ -205,9 +223,9 @@ mod tests {
 
         fn candidate(&self, name: &str) -> Candidate {
             let (campaign, standing) = Campaign::new(self.store.clone(), format!("{name}:1"), name.into());
-            let (resign, resigning) = watch::channel(false);
+            let (wish, wished) = watch::channel(Wish::Lead);
             let (deposed, told) = mpsc::channel(1);
-            Candidate { standing, resign, deposed, task: tokio::spawn(campaign.run(told, resigning)) }
+            Candidate { standing, wish, deposed, task: tokio::spawn(campaign.run(told, wished)) }
         }
     }
 
@@ -257,7 +275,7 @@ mod tests {
         }
         let before = one.leads().await;
         let began = tokio::time::Instant::now();
-        one.resign.send(true).expect("it runs");
+        one.wish.send(Wish::Resign).expect("it runs");
         assert!(two.leads().await > before);
         assert!(began.elapsed() <= 2 * LOOK, "{:?}", began.elapsed());
         one.until(|s| matches!(s, Standing::Follows { .. })).await;
@@ -268,9 +286,22 @@ mod tests {
         let election = Election::new();
         let mut one = election.candidate("one");
         let term = one.leads().await;
-        one.resign.send(true).expect("it runs");
+        one.wish.send(Wish::Resign).expect("it runs");
         tokio::time::sleep(TTL * 3).await;
         assert_eq!(*one.standing.borrow(), Standing::Leads(Some(term)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_ends_keeps_nobody_waiting() {
+        let election = Election::new();
+        let mut one = election.candidate("one");
+        one.leads().await;
+        one.wish.send(Wish::End).expect("it runs");
+        one.task.await.expect("it ended");
+        assert!(election.store.get(LEADER_KEY).await.unwrap().is_none());
+        let began = tokio::time::Instant::now();
+        election.candidate("two").leads().await;
+        assert!(began.elapsed() < LOOK, "{:?}", began.elapsed());
     }
 
     #[tokio::test(start_paused = true)]

@@ -9,21 +9,24 @@ use tonic::transport::{Channel, Endpoint};
 /// Between two rounds through all addresses.
 const RECONNECT: Duration = Duration::from_millis(300);
 
-/// A coordinator that does not answer pings for so long is gone, or stands still.
-const SILENCE: Duration = Duration::from_secs(4);
+/// Between two pings, and how long their answers may take: a coordinator that is silent for longer stands still.
+const PING: Duration = Duration::from_millis(500);
+pub const SILENCE: Duration = Duration::from_secs(2);
 
 pub struct Door<'a> {
     config: &'a Config,
     /// What is left of this round, and how many there were.
     left: Vec<SocketAddr>,
     round: usize,
+    /// Tried last of the next round: if it was left for its silence, another one leads now.
+    last: Option<SocketAddr>,
     /// What was last said of why there is no coordinator; nothing new is worth a line.
     said: String,
 }
 
 impl<'a> Door<'a> {
     pub fn new(config: &'a Config) -> Door<'a> {
-        Door { config, left: Vec::new(), round: 1, said: String::new() }
+        Door { config, left: Vec::new(), round: 1, last: None, said: String::new() }
     }
 
     /// A connection to the next address, if it answers.
@@ -33,6 +36,7 @@ impl<'a> Door<'a> {
             self.round = self.left.len().max(1);
         }
         let Some(address) = self.left.pop() else { return Ok(None) };
+        self.last = Some(address);
         match self.endpoint(address)?.connect().await {
             Ok(channel) => Ok(Some(channel)),
             Err(error) => {
@@ -71,6 +75,7 @@ impl<'a> Door<'a> {
             }
         }
         all.reverse();
+        all.sort_by_key(|address| self.last != Some(*address));
         all
     }
 
@@ -83,7 +88,7 @@ impl<'a> Door<'a> {
             .tcp_nodelay(true)
             .connect_timeout(Duration::from_secs(5))
             .keep_alive_while_idle(true)
-            .http2_keep_alive_interval(Duration::from_secs(1))
+            .http2_keep_alive_interval(PING)
             .keep_alive_timeout(SILENCE);
         // Read anew for each connection: certificates are renewed in place.
         match tls {
@@ -113,5 +118,8 @@ mod tests {
         // Nobody listens there.
         assert!(door.next().await.unwrap().is_none());
         assert!(door.pause() <= RECONNECT / 3);
+        door.opened();
+        let again: Vec<u16> = door.resolve().await.iter().rev().map(|a| a.port()).collect();
+        assert_eq!((again[0], again.last()), (2, Some(&1)), "the one that was left is tried last");
     }
 }

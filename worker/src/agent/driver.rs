@@ -1,6 +1,6 @@
 //! The agent's shell: the control stream, the step stream, beats and the rank threads.
 
-use super::door::Door;
+use super::door::{Door, SILENCE};
 use super::rank::{Counters, Order, Preparation, Ranks, Report};
 use super::state::{Action, Agent, Event, Phase};
 use crate::collective::connect::DataPlane;
@@ -188,7 +188,11 @@ impl<'a> Session<'a> {
         let mut reports = self.report_queue.take().expect("taken once");
         let offer = self.offer();
         self.say(offer);
-        let mut commands = match self.client.join(ReceiverStream::new(messages)).await {
+        let joined = tokio::time::timeout(SILENCE, self.client.join(ReceiverStream::new(messages)));
+        let Ok(joined) = joined.await else {
+            return Ok(Ended::NotHere(format!("it takes no worker within {} s", SILENCE.as_secs())));
+        };
+        let mut commands = match joined {
             Ok(response) => response.into_inner(),
             Err(status) if status.code() == tonic::Code::Unavailable => {
                 return Ok(Ended::NotHere(status.message().into()));
