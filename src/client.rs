@@ -20,6 +20,13 @@ pub async fn post(url: &str, key: Option<&str>) -> Result<()> {
     send(request("POST", url, key, Bytes::new())?, url).await.map(|_| ())
 }
 
+/// `POST`s JSON and reads JSON.
+pub async fn ask(url: &str, key: Option<&str>, body: &Value) -> Result<Value> {
+    let response = send(request("POST", url, key, serde_json::to_vec(body)?.into())?, url).await?;
+    let body = response.into_body().collect().await.context("the answer broke off")?.to_bytes();
+    serde_json::from_slice(&body).context("the answer is not JSON")
+}
+
 /// `POST`s JSON and hands over each event of the answer's stream.
 pub async fn stream(url: &str, key: Option<&str>, body: &Value, mut each: impl FnMut(&Value)) -> Result<()> {
     let mut response = send(request("POST", url, key, serde_json::to_vec(body)?.into())?, url).await?.into_body();

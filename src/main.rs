@@ -18,6 +18,7 @@ mod quickstart;
 mod serve;
 mod signals;
 mod status;
+mod verify;
 mod worker_command;
 mod workers;
 
@@ -43,6 +44,8 @@ enum Command {
     Plan(plan::Args),
     /// Show a running cluster: members, epoch, mesh, memory, load
     Status(status::Args),
+    /// Compare a running cluster with a one-rank reference: weights, tokens and log-probabilities
+    Verify(verify::Args),
     /// Let a worker end as soon as others can do without it
     Drain(drain::Args),
     /// Certificates for the processes of a cluster
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Command::Worker(args) => worker_command::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Status(args) => status::run(args),
+        Command::Verify(args) => verify::run(args),
         Command::Drain(args) => drain::run(args),
         Command::Certs(args) => certs::run(args),
         Command::Bench(args) => bench::run(args),

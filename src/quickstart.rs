@@ -1,7 +1,7 @@
 //! `conclave quickstart`: the built-in demo model on two workers, and an answer, in seconds and with no download.
 
 use crate::client;
-use crate::serve::{Options, serve};
+use crate::serve::{After, Options, serve};
 use anyhow::{Context, Result};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -33,7 +33,9 @@ pub fn run(args: Args) -> Result<()> {
     let model = unpack()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let key = options.api_key.clone();
-    runtime.block_on(serve(model, options, |address| async move {
+    runtime.block_on(serve(model, options, |serving| async move {
+        serving.announce();
+        let address = serving.address;
         println!("\n> {QUESTION}\n");
         let body = serde_json::json!({
             "model": "demo",
@@ -47,7 +49,7 @@ pub fn run(args: Args) -> Result<()> {
         })
         .await?;
         println!("\n\nask more: curl {url} -d '{{\"model\":\"demo\",\"messages\":[{{\"role\":\"user\",\"content\":\"What does an owl eat?\"}}]}}'");
-        Ok(())
+        Ok(After::GoOn)
     }))
 }
 

@@ -155,14 +155,36 @@ pub fn run(args: Args) -> Result<()> {
         checksums::verify(&model.path)?;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(serve(model.path, options, |_| async { Ok(()) }))
+    runtime.block_on(serve(model.path, options, |serving| async move {
+        serving.announce();
+        Ok(After::GoOn)
+    }))
 }
 
-/// Serves until told to stop; `ready` runs once when the API answers, with its address.
-pub async fn serve<F: Future<Output = Result<()>>>(
+/// A cluster that answers.
+pub struct Serving {
+    pub address: SocketAddr,
+    plan: String,
+}
+
+impl Serving {
+    pub fn announce(&self) {
+        println!("{}", self.plan);
+        println!("serving on http://{} (API under /v1, chat page at /); Ctrl-C ends it", self.address);
+    }
+}
+
+/// What is wanted of a cluster whose first work is done.
+pub enum After {
+    GoOn,
+    End,
+}
+
+/// Serves until told to stop; `ready` runs once when the API answers.
+pub async fn serve<F: Future<Output = Result<After>>>(
     model: PathBuf,
     options: Options,
-    ready: impl FnOnce(SocketAddr) -> F,
+    ready: impl FnOnce(Serving) -> F,
 ) -> Result<()> {
     let layout = options.layout()?;
     let token = coordinator::run::random_token();
@@ -180,10 +202,11 @@ pub async fn serve<F: Future<Output = Result<()>>>(
     let view = coordinator.view();
     let life = async {
         progress::until_serving(view.clone()).await?;
-        println!("{}", view.borrow().plan);
-        println!("serving on http://{api_address} (API under /v1, chat page at /); Ctrl-C ends it");
-        ready(api_address).await?;
-        std::future::pending::<Result<()>>().await
+        let plan = view.borrow().plan.clone();
+        match ready(Serving { address: api_address, plan }).await? {
+            After::GoOn => std::future::pending().await,
+            After::End => Ok(()),
+        }
     };
     let outcome = tokio::select! {
         outcome = life => outcome,

@@ -7,6 +7,7 @@ use crate::api::view::{ClusterView, Phase};
 use crate::api::{self, State};
 use crate::cluster::driver::{Ask, GroupEnded, Parts, Shell, Turn};
 use crate::cluster::ledger::Ledger;
+use crate::cluster::proof::Reference;
 use crate::cluster::role::{Lead, Role};
 use crate::cluster::service::{Door as NodeDoor, Service};
 use crate::cluster::state::{Cluster, Planner, Rules};
@@ -26,9 +27,11 @@ use crate::schedule::job::{Door, Submission};
 use crate::source::{Source, SourceError};
 use crate::text::{Text, TextError};
 use model::plan::{Epoch, Plan};
+use model::proof::{Digest, SegmentId};
 use proto::cluster::v1::cluster_server::ClusterServer;
 use proto::cluster::v1::peer_server::PeerServer;
 use proto::tls::Tls;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
@@ -140,6 +143,7 @@ pub fn rehearse(config: &Config, members: &[Offer]) -> Result<Source, StartError
 pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String) -> Result<Coordinator, StartError> {
     let source = Arc::new(Source::open(&config.model)?);
     let text = Text::load(&source.path, config.chat_template.as_deref())?;
+    let list = source.list_of_digests()?;
     let maker = PlanMaker { source: source.clone(), policy: policy(&config) };
     let store = Arc::new(AnyStore::open(&config.store).map_err(StartError::Store)?);
     let no_node_plane = |source| StartError::Io { what: "the node plane", source };
@@ -202,6 +206,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
         store,
         standing,
         role,
+        list,
         door: door.clone(),
         ask: ask.clone(),
         queues,
@@ -283,6 +288,8 @@ struct Engine {
     store: Arc<AnyStore>,
     standing: watch::Receiver<Standing>,
     role: watch::Sender<Role>,
+    /// The model's own digests, if there is a list of them.
+    list: Option<BTreeMap<SegmentId, Digest>>,
     /// Of one that is alone: where requests and operators' wishes come in, and where they come out.
     door: Door,
     ask: mpsc::Sender<Ask>,
@@ -373,6 +380,7 @@ impl Engine {
             load,
             model_path: source.path.to_string_lossy().into_owned(),
             identity: source.identity.clone(),
+            reference: Reference::new(Arc::new(source.spec.clone()), self.list.clone()),
             explain: Box::new(move |plan| plan::explain::table(&source.spec, &source.storage, plan)),
         });
         if term.is_some() {

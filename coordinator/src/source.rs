@@ -3,6 +3,7 @@
 use model::gguf::split::Split;
 use model::gguf::{self, Gguf};
 use model::identity::identity;
+use model::proof::{self, Digest, SegmentId};
 use model::quant::Format;
 use model::storage::Storage;
 use model::{ModelSpec, SpecError, catalog, hf};
@@ -80,6 +81,26 @@ impl Source {
         let storage = Storage::stated(&spec, plain);
         let identity = identity(text.as_bytes(), Vec::new());
         Ok(Source { path: path.into(), spec, storage, identity, bytes: 0 })
+    }
+
+    /// Where the list of this model's digests is, if it has one: beside its files.
+    pub fn list_path(&self) -> PathBuf {
+        match self.path.is_dir() {
+            true => self.path.join("conclave.segments"),
+            false => self.path.with_extension("segments"),
+        }
+    }
+
+    /// The digests of the model's own list (see [`model::proof`]).
+    pub fn list_of_digests(&self) -> Result<Option<BTreeMap<SegmentId, Digest>>, SourceError> {
+        let path = self.list_path();
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let text = std::fs::read_to_string(&path).map_err(|e| bad(&path, e.to_string()))?;
+        let plain = self.spec.predicting(0).map_err(|source| SourceError::Spec { path: path.clone(), source })?;
+        let digests = proof::parse(&plain, &self.identity, &text).map_err(|e| bad(&path, e.to_string()))?;
+        Ok(Some(digests))
     }
 
     fn from_directory(path: PathBuf) -> Result<Source, SourceError> {

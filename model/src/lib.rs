@@ -14,6 +14,7 @@
 //! * [`size`]: bytes of weights, cache and workspace a rank.
 //! * [`parameters`]: how many weights a model has, in all and for one token.
 //! * [`plan`]: what a coordinator decided for an epoch (data only).
+//! * [`proof`]: what ranks prove of the weights that they loaded.
 //! * [`step`]: what one forward pass of a group is asked and answers (data only).
 //! * [`fault`]: the kinds of failure that recovery matches on.
 
@@ -31,6 +32,7 @@ pub mod keep;
 pub mod mesh;
 pub mod parameters;
 pub mod plan;
+pub mod proof;
 pub mod quant;
 pub mod quantisation;
 pub mod rope;

@@ -25,7 +25,7 @@ pub mod etcd {
 }
 
 /// Raised with every change that an older peer would misread. Peers of another version are refused at the door.
-pub const WIRE_VERSION: u32 = 2;
+pub const WIRE_VERSION: u32 = 3;
 
 /// Largest message either side accepts: a step of many long prompts' chunks fits many times over.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 20;

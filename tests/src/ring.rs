@@ -287,7 +287,7 @@ fn communicators(mesh: &Mesh) -> Result<BTreeMap<RankId, Communicators>> {
 }
 
 /// A plan for a setting; stages as equal as they come.
-fn plan(spec: &ModelSpec, setting: Setting) -> Plan {
+pub fn plan(spec: &ModelSpec, setting: Setting) -> Plan {
     let (layers, stages) = (spec.layers.len(), setting.mesh.pipeline);
     let at = |stage: usize| stage * layers / stages;
     Plan {

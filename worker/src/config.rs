@@ -2,7 +2,7 @@
 
 use proto::tls::Tls;
 use serde::Deserialize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A worker's settings (`deploy/config/worker.toml` has every key).
 #[derive(Debug, Clone, Deserialize)]
@@ -40,9 +40,21 @@ pub struct Config {
     /// longer (Kubernetes' `terminationGracePeriodSeconds`).
     #[serde(default = "minute")]
     pub drain_seconds: u64,
-    /// Where this host keeps models, for plans that name one by a relative path.
+    /// Where this host keeps models, if not where the coordinator does.
     #[serde(default)]
     pub model_root: PathBuf,
+}
+
+impl Config {
+    /// Where this host has the model that the coordinator keeps at `path`: there too, or under [`Config::model_root`] by
+    /// the path's last part.
+    pub fn model(&self, path: &str) -> PathBuf {
+        let path = Path::new(path);
+        match path.file_name() {
+            Some(name) if !self.model_root.as_os_str().is_empty() => self.model_root.join(name),
+            _ => path.into(),
+        }
+    }
 }
 
 fn loopback() -> String {

@@ -54,6 +54,14 @@ pub struct ClusterView {
     pub failures: u32,
     /// Longest sequence under the plan, 0 where only the model's own bound is known.
     pub model_len_max: usize,
+    /// One digest for all weights that workers have proven to hold; empty before the first epoch serves.
+    #[serde(default)]
+    pub weights: String,
+    /// What the plan computes in, and the kernels that it names; empty without a plan.
+    #[serde(default)]
+    pub dtype: String,
+    #[serde(default)]
+    pub kernel_family: String,
     /// Where the leader's node plane is, of several coordinators; empty for one alone.
     #[serde(default)]
     pub leader: String,

@@ -3,6 +3,7 @@
 
 use super::event::{Action, Event};
 use super::ledger::Ledger;
+use super::proof::Reference;
 use super::service::{Notice, Said};
 use super::state::{Cluster, Phase, Planner};
 use super::store::Store;
@@ -59,6 +60,7 @@ pub struct Parts<S, P> {
     /// Where workers find the model, and what proves that they read the same.
     pub model_path: String,
     pub identity: Vec<u8>,
+    pub reference: Reference,
     /// The plan as people read it.
     pub explain: Box<dyn Fn(&Plan) -> String + Send>,
 }
@@ -185,18 +187,31 @@ impl<S: Store, P: Planner> Shell<S, P> {
                 Event::Drain { worker }
             }
             Said::Prepared { epoch } => Event::Prepared { worker, epoch },
-            Said::Loaded { epoch, identity } => {
-                if identity == self.parts.identity {
+            Said::Loaded { epoch, identity, digests } => match self.proven(&worker, epoch, &identity, &digests) {
+                Ok(()) => {
                     if let Some(connection) = self.connections.get_mut(&worker) {
                         connection.proven = Some(epoch);
                     }
                     return;
                 }
-                let text = "its model files differ from the coordinator's".to_string();
-                Event::LoadFailed { worker, epoch, fault: Fault::new(FaultKind::Incompatible, text) }
-            }
+                Err(text) => {
+                    tracing::error!("{}: {text}", worker.0);
+                    Event::LoadFailed { worker, epoch, fault: Fault::new(FaultKind::Incompatible, text) }
+                }
+            },
         };
         self.feed(event).await;
+    }
+
+    /// Whether a worker holds what everyone else does: the model with this identity, and its own weights.
+    fn proven(&mut self, worker: &WorkerId, epoch: Epoch, identity: &[u8], digests: &[u8]) -> Result<(), String> {
+        if identity != self.parts.identity {
+            return Err("its model files differ from the coordinator's".into());
+        }
+        match self.opening.as_ref().filter(|opening| opening.plan.epoch == epoch) {
+            Some(opening) => self.parts.reference.take(&opening.plan, worker, digests),
+            None => Err(format!("epoch {} is not being loaded", epoch.0)),
+        }
     }
 
     fn is_current(&self, worker: &WorkerId, connection: u64) -> bool {
@@ -244,6 +259,8 @@ impl<S: Store, P: Planner> Shell<S, P> {
                 let streams = std::mem::take(&mut opening.streams);
                 let queue = opening.queue.take().expect("an epoch is served once");
                 let group = GrpcGroup::new(plan.clone(), streams, queue);
+                let weights = self.parts.reference.root().unwrap_or_default();
+                self.parts.view.send_modify(|view| view.weights = weights);
                 tracing::info!("serving epoch {}: {}", plan.epoch.0, plan.mesh);
                 self.turn(Turn::Serve { plan, group }).await;
             }
@@ -306,6 +323,7 @@ impl<S: Store, P: Planner> Shell<S, P> {
                 progress: w.beat.progress,
                 steps_pending: w.beat.steps_pending,
                 phase: match (w.loading, w.ready) {
+                    _ if w.unfit.is_some() => format!("set aside: {}", w.unfit.as_deref().unwrap_or_default()),
                     _ if w.drain.as_ref().is_some_and(|why| !why.is_empty()) => {
                         format!("draining: {}", w.drain.as_deref().unwrap_or_default())
                     }
@@ -325,6 +343,8 @@ impl<S: Store, P: Planner> Shell<S, P> {
             if view.epoch != epoch || view.mesh.is_empty() {
                 view.mesh = plan.map(|p| p.mesh.to_string()).unwrap_or_default();
                 view.plan = plan.map(|p| (self.parts.explain)(p)).unwrap_or_default();
+                view.dtype = plan.map(|p| p.dtype.to_string()).unwrap_or_default();
+                view.kernel_family = plan.map(|p| format!("{:?}", p.family).to_lowercase()).unwrap_or_default();
             }
             let reasons: Vec<String> =
                 Some(cluster.reason().to_string()).filter(|r| !r.is_empty()).into_iter().collect();

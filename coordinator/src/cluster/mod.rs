@@ -5,6 +5,7 @@
 pub mod driver;
 pub mod event;
 pub mod ledger;
+pub mod proof;
 pub mod role;
 pub mod service;
 pub mod state;

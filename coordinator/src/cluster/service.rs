@@ -53,7 +53,7 @@ pub enum Notice {
 pub enum Said {
     Beat(Beat),
     Loading { epoch: Epoch, bytes_done: u64, bytes_total: u64 },
-    Loaded { epoch: Epoch, identity: Vec<u8> },
+    Loaded { epoch: Epoch, identity: Vec<u8>, digests: Vec<u8> },
     Failed { epoch: Epoch, fault: Fault },
     Leaving,
     Prepared { epoch: Epoch },
@@ -217,7 +217,7 @@ fn understand(message: wire::WorkerMessage) -> Option<Said> {
         Body::Loading(l) => {
             Said::Loading { epoch: Epoch(l.epoch), bytes_done: l.bytes_done, bytes_total: l.bytes_total }
         }
-        Body::Loaded(l) => Said::Loaded { epoch: Epoch(l.epoch), identity: l.model_identity },
+        Body::Loaded(l) => Said::Loaded { epoch: Epoch(l.epoch), identity: l.model_identity, digests: l.digests },
         Body::Failed(f) => Said::Failed { epoch: Epoch(f.epoch), fault: proto::fault::from_wire(f) },
         Body::Leaving(_) => Said::Leaving,
         Body::Prepared(p) => Said::Prepared { epoch: Epoch(p.epoch) },

@@ -16,7 +16,7 @@ mod reshape;
 
 use super::event::{Action, Beat, Event};
 use crate::plan::Offer;
-use model::fault::Fault;
+use model::fault::{Fault, FaultKind};
 use model::plan::{Epoch, Plan, WorkerId};
 use reshape::Reshape;
 use std::collections::{BTreeMap, BTreeSet};
@@ -50,6 +50,8 @@ pub struct Worker {
     pub ready: Option<Epoch>,
     /// It shall end; with why it can't yet.
     pub drain: Option<String>,
+    /// What it loads is not what the others have: it is planned with no more, until it joins anew.
+    pub unfit: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -166,6 +168,7 @@ impl<P: Planner> Cluster<P> {
             Event::LoadFailed { worker, epoch, fault } => {
                 if epoch == self.epoch {
                     self.failed(now, format!("{} could not load: {fault}", worker.0), &mut actions);
+                    self.set_aside(now, &worker, &fault);
                 }
             }
             Event::Ready { worker, epoch } => self.ready(now, &worker, epoch, &mut actions),
@@ -215,8 +218,8 @@ impl<P: Planner> Cluster<P> {
             // The same name twice: the newer process is the real one (the older's socket is about to close).
             self.lost(now, &id, "joined again", actions);
         }
-        let worker =
-            Worker { offer, heard: now, beat: Beat::default(), moved: now, loading: None, ready: None, drain: None };
+        let (beat, heard, moved) = (Beat::default(), now, now);
+        let worker = Worker { offer, heard, beat, moved, loading: None, ready: None, drain: None, unfit: None };
         self.workers.insert(id, worker);
         self.since = now;
         self.retry_at = now;
@@ -263,7 +266,10 @@ impl<P: Planner> Cluster<P> {
         let (have, want) = (offers.len(), self.rules.workers);
         let settled = self.rules.settle.is_some_and(|s| now >= self.since + s) && have > 0;
         let few = (have < want && !settled).then(|| format!("waiting for {want} workers, {have} joined"));
-        let obstacles: Vec<String> = few.into_iter().chain(self.store_lost.clone()).collect();
+        let unfit =
+            self.workers.iter().filter_map(|(id, w)| Some(format!("{} is set aside: {}", id.0, w.unfit.as_ref()?)));
+        let unfit: Vec<String> = if few.is_some() { unfit.collect() } else { Vec::new() };
+        let obstacles: Vec<String> = few.into_iter().chain(unfit).chain(self.store_lost.clone()).collect();
         if !obstacles.is_empty() {
             self.reason = self.after_cause(&obstacles.join("; "));
             return;
@@ -328,6 +334,17 @@ impl<P: Planner> Cluster<P> {
             self.previous = Some(plan.clone());
             self.phase = Phase::Serving(plan.clone());
             actions.push(Action::Serve { plan });
+        }
+    }
+
+    /// One whose model is another than everyone's fails every epoch that it is part of: the next does without.
+    fn set_aside(&mut self, now: Duration, worker: &WorkerId, fault: &Fault) {
+        if fault.kind != FaultKind::Incompatible {
+            return;
+        }
+        if let Some(w) = self.workers.get_mut(worker).filter(|w| w.unfit.is_none()) {
+            w.unfit = Some(fault.text.clone());
+            self.retry_at = now;
         }
     }
 

@@ -279,7 +279,9 @@ impl<'a> Session<'a> {
 
     fn report(&mut self, report: Report) -> Option<Event> {
         match report {
-            Report::Loaded { epoch, identity } => return Some(Event::RanksLoaded { epoch, identity }),
+            Report::Loaded { epoch, identity, proof } => {
+                return Some(Event::RanksLoaded { epoch, identity, proof });
+            }
             Report::Prepared { epoch } => {
                 self.say(message(wire::worker_message::Body::Prepared(wire::Prepared { epoch: epoch.0 })));
             }
@@ -316,7 +318,7 @@ impl<'a> Session<'a> {
         use wire::worker_message::Body;
         match action {
             Action::StartRanks { plan, model_path } => {
-                self.model = self.config.model_root.join(model_path);
+                self.model = self.config.model(&model_path);
                 let me = self.identity.name.clone();
                 tracing::info!("loading epoch {} of {}: {}", plan.epoch.0, self.model.display(), plan.mesh);
                 let (model, plane, reports) = (self.model.clone(), self.plane.clone(), self.reports.clone());
@@ -324,7 +326,7 @@ impl<'a> Session<'a> {
                     Some(Ranks::start(plan, me, model, (plane, self.shelves.clone()), &self.counters, reports));
             }
             Action::Prepare { plan, model_path } => {
-                let model = self.config.model_root.join(model_path);
+                let model = self.config.model(&model_path);
                 tracing::info!("preparing epoch {} of {}: {}", plan.epoch.0, model.display(), plan.mesh);
                 let offered: u64 = self.identity.devices.iter().map(|device| device.memory_bytes).sum();
                 let room = offered.saturating_sub(resident_bytes());
@@ -339,12 +341,13 @@ impl<'a> Session<'a> {
                     joined.expect("dropping ranks does not panic");
                 }
             }
-            Action::SayLoaded { epoch, identity } => {
+            Action::SayLoaded { epoch, identity, proof } => {
                 let resident_bytes = resident_bytes();
                 self.say(message(Body::Loaded(wire::Loaded {
                     epoch: epoch.0,
                     model_identity: identity,
                     resident_bytes,
+                    digests: proof,
                 })));
             }
             Action::SayFailed { epoch, fault } => self.say(message(Body::Failed(proto::fault::to_wire(&fault, epoch)))),

@@ -30,6 +30,8 @@ pub enum Report {
     Loaded {
         epoch: Epoch,
         identity: Vec<u8>,
+        /// Of their weights, see [`model::proof`].
+        proof: Vec<u8>,
     },
     /// What a plan to come needs is at hand, as far as there was room.
     Prepared {
@@ -249,9 +251,10 @@ fn run_ranks(setting: &Setting, seats: Vec<(RankId, channel::Receiver<Order>)>) 
         }
         drop(loaded);
         if (0..count).all(|_| all_loaded.recv().is_ok()) {
-            let _ = setting
-                .reports
-                .blocking_send(Report::Loaded { epoch: setting.plan.epoch, identity: checkpoint.identity() });
+            let proof = setting.shelves.proof(&predicting, &setting.plan, &ranks)?;
+            let loaded = Report::Loaded { epoch: setting.plan.epoch, identity: checkpoint.identity(), proof };
+            // The agent may be gone already.
+            let _ = setting.reports.blocking_send(loaded);
         }
         Ok(())
     })

@@ -28,6 +28,8 @@ pub enum Event {
     RanksLoaded {
         epoch: Epoch,
         identity: Vec<u8>,
+        /// Of their weights, see [`model::proof`].
+        proof: Vec<u8>,
     },
     /// A rank failed, while loading or in a step.
     RankFailed {
@@ -60,6 +62,7 @@ pub enum Action {
     SayLoaded {
         epoch: Epoch,
         identity: Vec<u8>,
+        proof: Vec<u8>,
     },
     SayFailed {
         epoch: Epoch,
@@ -109,7 +112,7 @@ impl Agent {
             Event::Prepare { plan, .. } if plan.epoch <= self.seen => Vec::new(),
             Event::Prepare { plan, model_path } => vec![Action::Prepare { plan, model_path }],
             Event::Release { epoch } | Event::StepsClosed { epoch } => self.stop(epoch),
-            Event::RanksLoaded { epoch, identity } => self.loaded(epoch, identity),
+            Event::RanksLoaded { epoch, identity, proof } => self.loaded(epoch, identity, proof),
             Event::RankFailed { epoch, fault } => {
                 if self.epoch() != Some(epoch) {
                     return Vec::new();
@@ -139,7 +142,7 @@ impl Agent {
         actions
     }
 
-    fn loaded(&mut self, epoch: Epoch, identity: Vec<u8>) -> Vec<Action> {
+    fn loaded(&mut self, epoch: Epoch, identity: Vec<u8>, proof: Vec<u8>) -> Vec<Action> {
         let Phase::Loading { epoch: loading, expected } = &self.phase else { return Vec::new() };
         if *loading != epoch {
             return Vec::new();
@@ -149,7 +152,7 @@ impl Agent {
             return self.handle(Event::RankFailed { epoch, fault: Fault::new(FaultKind::Incompatible, text) });
         }
         self.phase = Phase::Ready { epoch };
-        vec![Action::SayLoaded { epoch, identity }, Action::OpenSteps { epoch }]
+        vec![Action::SayLoaded { epoch, identity, proof }, Action::OpenSteps { epoch }]
     }
 
     fn stop(&mut self, epoch: Epoch) -> Vec<Action> {
@@ -186,7 +189,7 @@ mod tests {
     fn a_loaded_worker_says_so_and_opens_its_steps() {
         let mut agent = Agent::default();
         assert!(matches!(agent.handle(load(1))[..], [Action::StartRanks { .. }]));
-        let actions = agent.handle(Event::RanksLoaded { epoch: Epoch(1), identity: vec![1] });
+        let actions = agent.handle(Event::RanksLoaded { epoch: Epoch(1), identity: vec![1], proof: Vec::new() });
         assert!(matches!(actions[..], [Action::SayLoaded { .. }, Action::OpenSteps { epoch: Epoch(1) }]));
     }
 
@@ -201,14 +204,14 @@ mod tests {
             agent.handle(load(6))[..],
             [Action::StopRanks { epoch: Epoch(5) }, Action::StartRanks { .. }]
         ));
-        assert!(agent.handle(Event::RanksLoaded { epoch: Epoch(5), identity: vec![1] }).is_empty());
+        assert!(agent.handle(Event::RanksLoaded { epoch: Epoch(5), identity: vec![1], proof: Vec::new() }).is_empty());
     }
 
     #[test]
     fn another_model_is_refused() {
         let mut agent = Agent::default();
         agent.handle(load(1));
-        let actions = agent.handle(Event::RanksLoaded { epoch: Epoch(1), identity: vec![2] });
+        let actions = agent.handle(Event::RanksLoaded { epoch: Epoch(1), identity: vec![2], proof: Vec::new() });
         assert!(matches!(&actions[..], [Action::SayFailed { fault, .. }, Action::StopRanks { .. }]
             if fault.kind == FaultKind::Incompatible));
     }

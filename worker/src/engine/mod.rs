@@ -132,7 +132,7 @@ pub fn prepare<B: Backend>(
     tick: impl Fn() -> bool,
 ) -> Result<(), Fault> {
     let Preparation { spec, plan, rank, checkpoint, shelf } = *assignment;
-    let loader = Loader::new(checkpoint, spec, plan, rank, &|_, _| {}, shelf.pieces())?;
+    let loader = Loader::new(checkpoint, spec, plan, rank, &|_, _| {}, shelf.kept())?;
     let place = plan.mesh.place(rank);
     let kinds = Kinds::of(spec.layers[plan.stages[place.stage].clone()].iter());
     let (loader, hidden) = (&loader, spec.hidden);
@@ -158,7 +158,7 @@ impl<B: Backend> Engine<B> {
         check_members(&communicators, &plan.mesh, place)?;
         let asked = spec.predicting(plan.predictors);
         let spec = Arc::new(asked.map_err(|e| Fault::new(FaultKind::Incompatible, e.to_string()))?);
-        let loader = Loader::new(checkpoint, &spec, plan, rank, loading, shelf.pieces())?;
+        let loader = Loader::new(checkpoint, &spec, plan, rank, loading, shelf.kept())?;
         let range = plan.stages[place.stage].clone();
         let foreseen = if place.stage + 1 == plan.mesh.pipeline { &spec.predictors[..] } else { &[] };
         let kinds = Kinds::of(spec.layers[range.clone()].iter().chain(foreseen.iter().map(|p| &p.layer)));

@@ -49,6 +49,11 @@ impl Shelves {
         self.cpu.keep(&setting(identity, plan), &shelf::needed(spec, plan, ranks));
     }
 
+    /// What `ranks` of `plan`, all loaded, prove of their weights (see [`model::proof`]).
+    pub fn proof(&self, spec: &ModelSpec, plan: &Plan, ranks: &[RankId]) -> Result<Vec<u8>, Fault> {
+        self.cpu.proofs().of(spec, plan, ranks)
+    }
+
     /// Bytes that are still to be loaded for `ranks` of `plan`, at most: all of them counted as plain numbers.
     pub fn lacking(&self, identity: &[u8], spec: &ModelSpec, plan: &Plan, ranks: &[RankId]) -> u64 {
         let mut needed = shelf::needed(spec, plan, ranks);

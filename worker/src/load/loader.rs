@@ -4,7 +4,7 @@ use super::ahead::Ahead;
 use super::beside::{Beside, Packing};
 use super::checkpoint::Checkpoint;
 use super::find::{find, stored_cols};
-use super::shelf::Piece;
+use super::shelf::{Kept, Piece};
 use super::{bad, values};
 use crate::backend::MatrixView;
 use model::catalog::{self, TensorDecl, TensorId};
@@ -32,20 +32,20 @@ pub struct Loader<'a> {
     total: u64,
     progress: Progress<'a>,
     ahead: Ahead,
-    /// What need not be read.
-    held: BTreeSet<Piece>,
+    /// What need not be read, and the digests of what is.
+    kept: Kept,
 }
 
 impl<'a> Loader<'a> {
     /// Checks the whole checkpoint against the catalogue (see [`check`]) and prepares to read `rank`'s part without what is
-    /// `held`.
+    /// `kept`.
     pub fn new(
         checkpoint: &'a Checkpoint,
         spec: &ModelSpec,
         plan: &Plan,
         rank: RankId,
         progress: Progress<'a>,
-        held: BTreeSet<Piece>,
+        kept: Kept,
     ) -> Result<Loader<'a>, Fault> {
         cut::check(spec, &plan.mesh).map_err(|e| Fault::new(FaultKind::Incompatible, e.to_string()))?;
         let declared = catalog::tensors(spec);
@@ -58,7 +58,7 @@ impl<'a> Loader<'a> {
         }
         let (mut total, mut windows) = (0, Vec::new());
         for decl in declared.iter().filter(|d| catalog::on_stage(spec, &d.id, &plan.stages, stage)) {
-            let lacks = |view: &MatrixView<'_>| !held.contains(&piece_of(decl.id, view));
+            let lacks = |view: &MatrixView<'_>| !kept.pieces.contains(&piece_of(decl.id, view));
             if let Some(view) = window(checkpoint, spec, decl, &plan.mesh, rank)?.filter(lacks) {
                 total += view_bytes(&view);
                 windows.extend(checkpoint.span(span(&view)).map(|span| (decl.id, span)));
@@ -76,7 +76,7 @@ impl<'a> Loader<'a> {
             total,
             progress,
             ahead: Ahead::new(windows),
-            held,
+            kept,
         })
     }
 
@@ -97,7 +97,8 @@ impl<'a> Loader<'a> {
         let view = window(self.checkpoint, &self.spec, decl, &self.mesh, self.rank)?.ok_or_else(|| {
             Fault::new(FaultKind::Internal, format!("rank {} holds nothing of {}", self.rank.0, decl.source.name))
         })?;
-        if !self.held.contains(&piece_of(id, &view)) {
+        self.kept.proofs.take(decl, &view);
+        if !self.kept.pieces.contains(&piece_of(id, &view)) {
             self.done.set(self.done.get() + view_bytes(&view));
             (self.progress)(self.done.get(), self.total);
         }

@@ -8,6 +8,7 @@
 //! * [`ahead`]: windows asked for before they are needed.
 //! * [`manifest`]: files compared with a list of their digests.
 //! * [`loader`]: what a rank reads: the windows of the declared tensors that its place in the mesh holds.
+//! * [`proof`]: digests of what was read, by canonical segment.
 //! * [`shelf`]: what was packed of them, for the next epoch.
 
 pub mod ahead;
@@ -19,6 +20,7 @@ pub mod find;
 pub mod gguf;
 pub mod loader;
 pub mod manifest;
+pub mod proof;
 pub mod safetensors;
 pub mod shelf;
 pub mod widen;

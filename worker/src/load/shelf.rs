@@ -1,6 +1,7 @@
 //! Packed matrices that outlive the epoch that they were loaded for: what the next epoch's ranks of this worker hold too
 //! is neither read nor packed again, and ranks of one process that hold the same share one copy.
 
+use super::proof::Proofs;
 use model::catalog::{self, TensorId};
 use model::cut::Slice;
 use model::mesh::RankId;
@@ -22,6 +23,10 @@ impl Piece {
     pub fn new(id: TensorId, slice: &Slice) -> Piece {
         let (rows, cols) = (&slice.rows, &slice.cols);
         Piece { id, rows: (rows.start, rows.end), cols: (cols.start, cols.end) }
+    }
+
+    pub fn tensor(&self) -> &TensorId {
+        &self.id
     }
 
     pub fn values(&self) -> usize {
@@ -57,6 +62,14 @@ pub fn needed(spec: &ModelSpec, plan: &Plan, ranks: &[RankId]) -> BTreeSet<Piece
 /// Matrices of type `M`, whose clones share what they hold.
 pub struct Shelf<M> {
     shelved: Mutex<Shelved<M>>,
+    /// Of what is shelved, and of all else that was read for the same plan.
+    proofs: Arc<Proofs>,
+}
+
+/// What a loader finds: pieces that need not be read again, and where it leaves the digests of those that it reads.
+pub struct Kept {
+    pub pieces: BTreeSet<Piece>,
+    pub proofs: Arc<Proofs>,
 }
 
 struct Shelved<M> {
@@ -69,7 +82,8 @@ struct Shelved<M> {
 
 impl<M> Default for Shelf<M> {
     fn default() -> Shelf<M> {
-        Shelf { shelved: Mutex::new(Shelved { setting: None, generation: 0, matrices: BTreeMap::new() }) }
+        let shelved = Shelved { setting: None, generation: 0, matrices: BTreeMap::new() };
+        Shelf { shelved: Mutex::new(shelved), proofs: Arc::default() }
     }
 }
 
@@ -85,10 +99,21 @@ impl<M: Clone> Shelf<M> {
         let mut shelved = lock(&self.shelved);
         if shelved.setting.as_ref() != Some(setting) {
             shelved.matrices.clear();
+            self.proofs.keep(|_| false);
             shelved.setting = Some(setting.clone());
         }
         shelved.generation += 1;
         shelved.matrices.retain(|label, _| label.pieces.iter().all(|piece| needed.contains(piece)));
+        let tensors: BTreeSet<&TensorId> = needed.iter().map(Piece::tensor).collect();
+        self.proofs.keep(|tensor| tensors.contains(tensor));
+    }
+
+    pub fn kept(&self) -> Kept {
+        Kept { pieces: self.pieces(), proofs: self.proofs.clone() }
+    }
+
+    pub fn proofs(&self) -> &Proofs {
+        &self.proofs
     }
 
     /// Whether matrices under `setting` may be added; they may not after another call of [`Shelf::keep`], which changes

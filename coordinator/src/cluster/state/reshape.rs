@@ -21,7 +21,7 @@ pub(super) struct Reshape {
 impl<P: Planner> Cluster<P> {
     /// Those that may be planned with.
     pub(super) fn offers(&self) -> Vec<Offer> {
-        self.workers.values().filter(|w| w.drain.is_none()).map(|w| w.offer.clone()).collect()
+        self.workers.values().filter(|w| w.drain.is_none() && w.unfit.is_none()).map(|w| w.offer.clone()).collect()
     }
 
     pub(super) fn epoch_next(&self) -> Epoch {

@@ -317,3 +317,27 @@ fn a_fault_of_an_older_epoch_changes_nothing() {
     let actions = c.handle(ms(3), Event::GroupFault { epoch: Epoch(1), fault });
     assert!(matches!(actions[..], [Action::Halt { .. }, Action::Release { .. }, Action::Commit { .. }]));
 }
+
+#[test]
+fn a_worker_with_another_model_is_set_aside_and_the_others_serve_on() {
+    let mut c = served_by(1);
+    join(&mut c, 10, 1);
+    c.handle(ms(510), Event::Tick);
+    prepare(&mut c, 520);
+    let epoch = c.epoch();
+    c.handle(ms(530), Event::Committed { epoch });
+    let fault = Fault::new(FaultKind::Incompatible, "its weights are not those of w0");
+    let actions = c.handle(ms(540), Event::LoadFailed { worker: id(1), epoch, fault: fault.clone() });
+    let commits =
+        |actions: &[Action]| actions.iter().any(|a| matches!(a, Action::Commit { plan } if plan.members.len() == 1));
+    assert!(commits(&actions), "at once, without it: {actions:?}");
+    serve(&mut c, 550);
+    assert!(
+        c.handle(ms(5000), Event::Tick).iter().all(|a| !matches!(a, Action::Prepare { .. })),
+        "nor is it grown onto"
+    );
+    // Alone it is not taken either, and the reason names it.
+    c.handle(ms(1901), Event::Lost { worker: id(0), why: "killed".into() });
+    assert!(c.reason().contains("w1 is set aside: its weights are not those of w0"), "{}", c.reason());
+    assert!(commits(&join(&mut c, 1902, 1)), "anew it is given another chance");
+}
