@@ -3,6 +3,7 @@
 
 use super::event::{Action, Event};
 use super::ledger::Ledger;
+use super::links::Links;
 use super::service::{Notice, Said};
 use super::state::{Cluster, Phase, Planner};
 use super::store::Store;
@@ -10,10 +11,9 @@ use crate::api::view::{self, ClusterView, LoadView, MemberView};
 use crate::group::{Answer, GrpcGroup, ORDERS_MAX, StepStream};
 use crate::metrics;
 use crate::schedule::load::Load;
-use model::fault::{Fault, FaultKind};
+use model::fault::Fault;
 use model::plan::{Epoch, Plan, WorkerId};
 use proto::cluster::v1 as wire;
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
@@ -66,21 +66,15 @@ pub struct Parts<S, P> {
 pub struct Shell<S, P> {
     parts: Parts<S, P>,
     began: Instant,
-    connections: BTreeMap<WorkerId, Connection>,
-    opening: Option<Opening>,
+    links: Links<Commands, StepStream>,
+    answers: Option<Answers>,
 }
 
-struct Connection {
-    number: u64,
-    commands: mpsc::Sender<Result<wire::Command, tonic::Status>>,
-    proven: Option<Epoch>,
-}
+type Commands = mpsc::Sender<Result<wire::Command, tonic::Status>>;
 
-/// The step streams of the epoch that is being loaded.
-struct Opening {
-    plan: Arc<Plan>,
-    streams: BTreeMap<WorkerId, StepStream>,
-    answers: mpsc::Sender<Answer>,
+/// What comes up the step streams of the epoch that is being loaded or served.
+struct Answers {
+    sender: mpsc::Sender<Answer>,
     queue: Option<mpsc::Receiver<Answer>>,
 }
 
@@ -89,7 +83,8 @@ impl<S: Store, P: Planner> Shell<S, P> {
         let unread = Event::StoreLost { why: "the store was not read yet".into() };
         let actions = parts.cluster.handle(Duration::ZERO, unread);
         assert!(actions.is_empty(), "nobody joined yet");
-        Shell { parts, began: Instant::now(), connections: BTreeMap::new(), opening: None }
+        let links = Links::new(parts.identity.clone());
+        Shell { parts, began: Instant::now(), links, answers: None }
     }
 
     /// Runs until the service is gone.
@@ -121,28 +116,26 @@ impl<S: Store, P: Planner> Shell<S, P> {
                 let id = offer.worker.clone();
                 // Feed first: a worker of the same name is expelled from its old connection before the new one counts.
                 let actions = self.parts.cluster.handle(self.began.elapsed(), Event::Joined { offer });
-                self.connections.remove(&id);
-                self.connections.insert(id, Connection { number: connection, commands, proven: None });
+                self.links.add(id, connection, commands);
                 self.perform(actions).await;
             }
             Notice::Gone { connection, worker, why } => {
-                if self.is_current(&worker, connection) {
+                if self.links.is_current(&worker, connection) {
                     tracing::warn!("{} is gone: {why}", worker.0);
                     self.feed(Event::Lost { worker, why }).await;
                 }
             }
             Notice::Said { connection, worker, message } => {
-                if self.is_current(&worker, connection) {
+                if self.links.is_current(&worker, connection) {
                     self.said(worker, message).await;
                 }
             }
             Notice::StepsOpened { worker, epoch, stream, accept } => {
-                let proven = self.connections.get(&worker).is_some_and(|c| c.proven == Some(epoch));
-                let Some(opening) = self.opening.as_mut().filter(|o| proven && o.plan.epoch == epoch) else {
+                let Some(answers) = self.answers.as_ref().filter(|_| self.links.may_open(&worker, epoch)) else {
                     return; // dropping `accept` refuses the stream
                 };
-                if accept.send(opening.answers.clone()).is_ok() {
-                    opening.streams.insert(worker.clone(), stream);
+                if accept.send(answers.sender.clone()).is_ok() {
+                    self.links.opened(worker.clone(), stream);
                     self.feed(Event::Ready { worker, epoch }).await;
                 }
             }
@@ -170,37 +163,18 @@ impl<S: Store, P: Planner> Shell<S, P> {
     }
 
     async fn said(&mut self, worker: WorkerId, message: Said) {
-        let event = match message {
-            Said::Beat(beat) => Event::Beat { worker, beat },
-            Said::Loading { epoch, bytes_done, bytes_total } => {
-                Event::Loading { worker, epoch, bytes_done, bytes_total }
-            }
-            Said::Failed { epoch, fault } => {
-                tracing::error!("{}: {fault}", worker.0);
-                let serving = matches!(self.parts.cluster.phase(), Phase::Serving(p) if p.epoch == epoch);
-                if serving { Event::GroupFault { epoch, fault } } else { Event::LoadFailed { worker, epoch, fault } }
-            }
-            Said::Leaving => {
-                tracing::info!("{} wants to leave", worker.0);
-                Event::Drain { worker }
-            }
-            Said::Prepared { epoch } => Event::Prepared { worker, epoch },
-            Said::Loaded { epoch, identity } => {
-                if identity == self.parts.identity {
-                    if let Some(connection) = self.connections.get_mut(&worker) {
-                        connection.proven = Some(epoch);
-                    }
-                    return;
-                }
-                let text = "its model files differ from the coordinator's".to_string();
-                Event::LoadFailed { worker, epoch, fault: Fault::new(FaultKind::Incompatible, text) }
-            }
+        match &message {
+            Said::Failed { fault, .. } => tracing::error!("{}: {fault}", worker.0),
+            Said::Leaving => tracing::info!("{} wants to leave", worker.0),
+            _ => {}
+        }
+        let serving = match self.parts.cluster.phase() {
+            Phase::Serving(plan) => Some(plan.epoch),
+            _ => None,
         };
-        self.feed(event).await;
-    }
-
-    fn is_current(&self, worker: &WorkerId, connection: u64) -> bool {
-        self.connections.get(worker).is_some_and(|c| c.number == connection)
+        if let Some(event) = self.links.said(worker, message, serving) {
+            self.feed(event).await;
+        }
     }
 
     async fn feed(&mut self, event: Event) {
@@ -219,10 +193,9 @@ impl<S: Store, P: Planner> Shell<S, P> {
         match action {
             Action::Commit { plan } => self.parts.ledger.commit(plan.epoch),
             Action::Load { worker, plan } => {
-                if self.opening.as_ref().is_none_or(|o| o.plan.epoch != plan.epoch) {
-                    let (answers, queue) = mpsc::channel(ORDERS_MAX * plan.members.len());
-                    self.opening =
-                        Some(Opening { plan: plan.clone(), streams: BTreeMap::new(), answers, queue: Some(queue) });
+                if self.links.open(&plan) {
+                    let (sender, queue) = mpsc::channel(ORDERS_MAX * plan.members.len());
+                    self.answers = Some(Answers { sender, queue: Some(queue) });
                 }
                 self.command(&worker, Body::Load(self.load(&plan)));
             }
@@ -230,20 +203,19 @@ impl<S: Store, P: Planner> Shell<S, P> {
             Action::Dismiss { worker } => {
                 tracing::info!("{} is drained", worker.0);
                 self.command(&worker, Body::Drained(wire::Drained {}));
-                self.connections.remove(&worker);
+                self.links.remove(&worker);
             }
             Action::Release { worker, epoch } => {
                 self.command(&worker, Body::Release(wire::Release { epoch: epoch.0 }));
             }
             Action::Expel { worker, why } => {
                 tracing::warn!("{} is no member any more: {why}", worker.0);
-                self.connections.remove(&worker);
+                self.links.remove(&worker);
             }
             Action::Serve { plan } => {
-                let opening = self.opening.as_mut().expect("ready workers opened their streams");
-                let streams = std::mem::take(&mut opening.streams);
-                let queue = opening.queue.take().expect("an epoch is served once");
-                let group = GrpcGroup::new(plan.clone(), streams, queue);
+                let answers = self.answers.as_mut().expect("ready workers opened their streams");
+                let queue = answers.queue.take().expect("an epoch is served once");
+                let group = GrpcGroup::new(plan.clone(), self.links.streams(), queue);
                 tracing::info!("serving epoch {}: {}", plan.epoch.0, plan.mesh);
                 self.turn(Turn::Serve { plan, group }).await;
             }
@@ -253,7 +225,8 @@ impl<S: Store, P: Planner> Shell<S, P> {
                     true => tracing::warn!("epoch {} is halted: {why}", epoch.0),
                     false => tracing::info!("epoch {} ends: {why}", epoch.0),
                 }
-                self.opening = None;
+                self.links.close();
+                self.answers = None;
                 self.turn(Turn::Halt { died }).await;
             }
         }
@@ -273,9 +246,9 @@ impl<S: Store, P: Planner> Shell<S, P> {
     }
 
     fn command(&self, worker: &WorkerId, body: wire::command::Body) {
-        if let Some(connection) = self.connections.get(worker) {
+        if let Some(commands) = self.links.commands(worker) {
             // A worker that does not read its commands goes silent, and silence is noticed.
-            let _ = connection.commands.try_send(Ok(wire::Command { body: Some(body) }));
+            let _ = commands.try_send(Ok(wire::Command { body: Some(body) }));
         }
     }
 
