@@ -1,7 +1,7 @@
 //! The door to a group of ranks: several steps in flight, answers in the order of submission.
 
 use model::fault::{Fault, FaultKind};
-use model::plan::{Plan, WorkerId};
+use model::plan::{Epoch, Plan, WorkerId};
 use model::step::{LaneResult, StepBatch, StepId, StepResult};
 use proto::cluster::v1 as wire;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -27,20 +27,13 @@ pub struct GrpcGroup {
     plan: Arc<Plan>,
     workers: Vec<Worker>,
     answers: mpsc::Receiver<Answer>,
-    pending: VecDeque<Pending>,
+    pending: Pending,
 }
 
 struct Worker {
     id: WorkerId,
     lanes: BTreeSet<usize>,
     orders: mpsc::Sender<Result<wire::StepOrder, tonic::Status>>,
-}
-
-struct Pending {
-    step: StepId,
-    /// Lanes that have not answered.
-    missing: BTreeSet<usize>,
-    result: StepResult,
 }
 
 /// Where a worker's orders go.
@@ -64,7 +57,8 @@ impl GrpcGroup {
         };
         let workers =
             streams.into_iter().map(|(id, s)| Worker { lanes: lanes_of(&id), id, orders: s.orders }).collect();
-        GrpcGroup { plan, workers, answers, pending: VecDeque::new() }
+        let pending = Pending::new(plan.epoch, plan.mesh.data);
+        GrpcGroup { plan, workers, answers, pending }
     }
 
     fn take(&mut self, answer: Answer) -> Result<(), Fault> {
@@ -75,25 +69,67 @@ impl GrpcGroup {
             }
             Answer::Step { worker, answer } => (worker, answer),
         };
-        if answer.epoch != self.plan.epoch.0 {
-            return Ok(()); // an older epoch's last words
+        let told = match answer.fault {
+            Some(fault) => Err(proto::fault::from_wire(fault)),
+            None => Ok((StepId(answer.step), answer.lanes.into_iter().map(proto::step::result_from_wire).collect())),
+        };
+        self.pending.take(&worker, Epoch(answer.epoch), told)
+    }
+}
+
+/// A worker's answer: the lanes of a step whose leaders it has, or why its ranks can't go on.
+pub type Told = Result<(StepId, Vec<(usize, LaneResult)>), Fault>;
+
+/// The steps of an epoch that are not answered whole. Pure.
+#[derive(Debug)]
+pub struct Pending {
+    epoch: Epoch,
+    lanes: usize,
+    /// The oldest first.
+    steps: VecDeque<Step>,
+}
+
+#[derive(Debug)]
+struct Step {
+    step: StepId,
+    /// Lanes that have not answered.
+    missing: BTreeSet<usize>,
+    result: StepResult,
+}
+
+impl Pending {
+    pub fn new(epoch: Epoch, lanes: usize) -> Pending {
+        Pending { epoch, lanes, steps: VecDeque::new() }
+    }
+
+    pub fn submit(&mut self, step: StepId) {
+        let result = StepResult { lanes: vec![LaneResult::default(); self.lanes] };
+        self.steps.push_back(Step { step, missing: (0..self.lanes).collect(), result });
+    }
+
+    /// Takes what a worker answered. An older epoch's last words change nothing; whatever else was not asked for is a fault.
+    pub fn take(&mut self, worker: &WorkerId, epoch: Epoch, told: Told) -> Result<(), Fault> {
+        if epoch != self.epoch {
+            return Ok(());
         }
-        if let Some(fault) = answer.fault {
-            return Err(proto::fault::from_wire(fault));
-        }
-        let step = StepId(answer.step);
+        let (step, lanes) = told?;
         let diverged = |what: String| Err(Fault::new(FaultKind::Diverged, format!("{} {what}", worker.0)));
-        let Some(pending) = self.pending.iter_mut().find(|p| p.step == step) else {
+        let Some(pending) = self.steps.iter_mut().find(|p| p.step == step) else {
             return diverged(format!("answered step {}, which is not in flight", step.0));
         };
-        for lane in answer.lanes {
-            let (lane, result) = proto::step::result_from_wire(lane);
+        for (lane, result) in lanes {
             if !pending.missing.remove(&lane) {
                 return diverged(format!("answered lane {lane} of step {} out of turn", step.0));
             }
             pending.result.lanes[lane] = result;
         }
         Ok(())
+    }
+
+    /// The oldest step, once it is answered whole.
+    pub fn done(&mut self) -> Option<(StepId, StepResult)> {
+        let done = self.steps.pop_front_if(|step| step.missing.is_empty())?;
+        Some((done.step, done.result))
     }
 }
 
@@ -109,16 +145,14 @@ impl ShardGroup for GrpcGroup {
                 .try_send(Ok(order))
                 .map_err(|e| Fault::new(FaultKind::RankLost, format!("{} takes no more orders: {e}", worker.id.0)))?;
         }
-        let result = StepResult { lanes: vec![LaneResult::default(); lanes] };
-        self.pending.push_back(Pending { step, missing: (0..lanes).collect(), result });
+        self.pending.submit(step);
         Ok(())
     }
 
     async fn next(&mut self) -> Result<(StepId, StepResult), Fault> {
         loop {
-            if self.pending.front().is_some_and(|p| p.missing.is_empty()) {
-                let done = self.pending.pop_front().expect("checked");
-                return Ok((done.step, done.result));
+            if let Some(done) = self.pending.done() {
+                return Ok(done);
             }
             let closed = || Fault::new(FaultKind::RankLost, "every step stream has closed");
             let answer = self.answers.recv().await.ok_or_else(closed)?;

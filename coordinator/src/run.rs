@@ -380,7 +380,7 @@ impl Engine {
             load,
             model_path: source.path.to_string_lossy().into_owned(),
             identity: source.identity.clone(),
-            reference: Reference::new(Arc::new(source.spec.clone()), self.list.clone()),
+            reference: Some(Reference::new(Arc::new(source.spec.clone()), self.list.clone())),
             explain: Box::new(move |plan| plan::explain::table(&source.spec, &source.storage, plan)),
         });
         if term.is_some() {

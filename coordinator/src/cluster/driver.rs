@@ -3,6 +3,7 @@
 
 use super::event::{Action, Event};
 use super::ledger::Ledger;
+use super::links::Links;
 use super::proof::Reference;
 use super::service::{Notice, Said};
 use super::state::{Cluster, Phase, Planner};
@@ -11,10 +12,9 @@ use crate::api::view::{self, ClusterView, LoadView, MemberView};
 use crate::group::{Answer, GrpcGroup, ORDERS_MAX, StepStream};
 use crate::metrics;
 use crate::schedule::load::Load;
-use model::fault::{Fault, FaultKind};
+use model::fault::Fault;
 use model::plan::{Epoch, Plan, WorkerId};
 use proto::cluster::v1 as wire;
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
@@ -60,7 +60,8 @@ pub struct Parts<S, P> {
     /// Where workers find the model, and what proves that they read the same.
     pub model_path: String,
     pub identity: Vec<u8>,
-    pub reference: Reference,
+    /// What the weights that they load are compared with; taken when the shell is made.
+    pub reference: Option<Reference>,
     /// The plan as people read it.
     pub explain: Box<dyn Fn(&Plan) -> String + Send>,
 }
@@ -68,21 +69,15 @@ pub struct Parts<S, P> {
 pub struct Shell<S, P> {
     parts: Parts<S, P>,
     began: Instant,
-    connections: BTreeMap<WorkerId, Connection>,
-    opening: Option<Opening>,
+    links: Links<Commands, StepStream>,
+    answers: Option<Answers>,
 }
 
-struct Connection {
-    number: u64,
-    commands: mpsc::Sender<Result<wire::Command, tonic::Status>>,
-    proven: Option<Epoch>,
-}
+type Commands = mpsc::Sender<Result<wire::Command, tonic::Status>>;
 
-/// The step streams of the epoch that is being loaded.
-struct Opening {
-    plan: Arc<Plan>,
-    streams: BTreeMap<WorkerId, StepStream>,
-    answers: mpsc::Sender<Answer>,
+/// What comes up the step streams of the epoch that is being loaded or served.
+struct Answers {
+    sender: mpsc::Sender<Answer>,
     queue: Option<mpsc::Receiver<Answer>>,
 }
 
@@ -91,7 +86,8 @@ impl<S: Store, P: Planner> Shell<S, P> {
         let unread = Event::StoreLost { why: "the store was not read yet".into() };
         let actions = parts.cluster.handle(Duration::ZERO, unread);
         assert!(actions.is_empty(), "nobody joined yet");
-        Shell { parts, began: Instant::now(), connections: BTreeMap::new(), opening: None }
+        let links = Links::new(parts.identity.clone()).comparing(parts.reference.take());
+        Shell { parts, began: Instant::now(), links, answers: None }
     }
 
     /// Runs until the service is gone.
@@ -123,28 +119,26 @@ impl<S: Store, P: Planner> Shell<S, P> {
                 let id = offer.worker.clone();
                 // Feed first: a worker of the same name is expelled from its old connection before the new one counts.
                 let actions = self.parts.cluster.handle(self.began.elapsed(), Event::Joined { offer });
-                self.connections.remove(&id);
-                self.connections.insert(id, Connection { number: connection, commands, proven: None });
+                self.links.add(id, connection, commands);
                 self.perform(actions).await;
             }
             Notice::Gone { connection, worker, why } => {
-                if self.is_current(&worker, connection) {
+                if self.links.is_current(&worker, connection) {
                     tracing::warn!("{} is gone: {why}", worker.0);
                     self.feed(Event::Lost { worker, why }).await;
                 }
             }
             Notice::Said { connection, worker, message } => {
-                if self.is_current(&worker, connection) {
+                if self.links.is_current(&worker, connection) {
                     self.said(worker, message).await;
                 }
             }
             Notice::StepsOpened { worker, epoch, stream, accept } => {
-                let proven = self.connections.get(&worker).is_some_and(|c| c.proven == Some(epoch));
-                let Some(opening) = self.opening.as_mut().filter(|o| proven && o.plan.epoch == epoch) else {
+                let Some(answers) = self.answers.as_ref().filter(|_| self.links.may_open(&worker, epoch)) else {
                     return; // dropping `accept` refuses the stream
                 };
-                if accept.send(opening.answers.clone()).is_ok() {
-                    opening.streams.insert(worker.clone(), stream);
+                if accept.send(answers.sender.clone()).is_ok() {
+                    self.links.opened(worker.clone(), stream);
                     self.feed(Event::Ready { worker, epoch }).await;
                 }
             }
@@ -172,50 +166,20 @@ impl<S: Store, P: Planner> Shell<S, P> {
     }
 
     async fn said(&mut self, worker: WorkerId, message: Said) {
-        let event = match message {
-            Said::Beat(beat) => Event::Beat { worker, beat },
-            Said::Loading { epoch, bytes_done, bytes_total } => {
-                Event::Loading { worker, epoch, bytes_done, bytes_total }
-            }
-            Said::Failed { epoch, fault } => {
-                tracing::error!("{}: {fault}", worker.0);
-                let serving = matches!(self.parts.cluster.phase(), Phase::Serving(p) if p.epoch == epoch);
-                if serving { Event::GroupFault { epoch, fault } } else { Event::LoadFailed { worker, epoch, fault } }
-            }
-            Said::Leaving => {
-                tracing::info!("{} wants to leave", worker.0);
-                Event::Drain { worker }
-            }
-            Said::Prepared { epoch } => Event::Prepared { worker, epoch },
-            Said::Loaded { epoch, identity, digests } => match self.proven(&worker, epoch, &identity, &digests) {
-                Ok(()) => {
-                    if let Some(connection) = self.connections.get_mut(&worker) {
-                        connection.proven = Some(epoch);
-                    }
-                    return;
-                }
-                Err(text) => {
-                    tracing::error!("{}: {text}", worker.0);
-                    Event::LoadFailed { worker, epoch, fault: Fault::new(FaultKind::Incompatible, text) }
-                }
-            },
+        let name = worker.0.clone();
+        if matches!(message, Said::Leaving) {
+            tracing::info!("{name} wants to leave");
+        }
+        let serving = match self.parts.cluster.phase() {
+            Phase::Serving(plan) => Some(plan.epoch),
+            _ => None,
         };
-        self.feed(event).await;
-    }
-
-    /// Whether a worker holds what everyone else does: the model with this identity, and its own weights.
-    fn proven(&mut self, worker: &WorkerId, epoch: Epoch, identity: &[u8], digests: &[u8]) -> Result<(), String> {
-        if identity != self.parts.identity {
-            return Err("its model files differ from the coordinator's".into());
+        if let Some(event) = self.links.said(worker, message, serving) {
+            if let Event::GroupFault { fault, .. } | Event::LoadFailed { fault, .. } = &event {
+                tracing::error!("{name}: {fault}");
+            }
+            self.feed(event).await;
         }
-        match self.opening.as_ref().filter(|opening| opening.plan.epoch == epoch) {
-            Some(opening) => self.parts.reference.take(&opening.plan, worker, digests),
-            None => Err(format!("epoch {} is not being loaded", epoch.0)),
-        }
-    }
-
-    fn is_current(&self, worker: &WorkerId, connection: u64) -> bool {
-        self.connections.get(worker).is_some_and(|c| c.number == connection)
     }
 
     async fn feed(&mut self, event: Event) {
@@ -234,10 +198,9 @@ impl<S: Store, P: Planner> Shell<S, P> {
         match action {
             Action::Commit { plan } => self.parts.ledger.commit(plan.epoch),
             Action::Load { worker, plan } => {
-                if self.opening.as_ref().is_none_or(|o| o.plan.epoch != plan.epoch) {
-                    let (answers, queue) = mpsc::channel(ORDERS_MAX * plan.members.len());
-                    self.opening =
-                        Some(Opening { plan: plan.clone(), streams: BTreeMap::new(), answers, queue: Some(queue) });
+                if self.links.open(&plan) {
+                    let (sender, queue) = mpsc::channel(ORDERS_MAX * plan.members.len());
+                    self.answers = Some(Answers { sender, queue: Some(queue) });
                 }
                 self.command(&worker, Body::Load(self.load(&plan)));
             }
@@ -245,21 +208,20 @@ impl<S: Store, P: Planner> Shell<S, P> {
             Action::Dismiss { worker } => {
                 tracing::info!("{} is drained", worker.0);
                 self.command(&worker, Body::Drained(wire::Drained {}));
-                self.connections.remove(&worker);
+                self.links.remove(&worker);
             }
             Action::Release { worker, epoch } => {
                 self.command(&worker, Body::Release(wire::Release { epoch: epoch.0 }));
             }
             Action::Expel { worker, why } => {
                 tracing::warn!("{} is no member any more: {why}", worker.0);
-                self.connections.remove(&worker);
+                self.links.remove(&worker);
             }
             Action::Serve { plan } => {
-                let opening = self.opening.as_mut().expect("ready workers opened their streams");
-                let streams = std::mem::take(&mut opening.streams);
-                let queue = opening.queue.take().expect("an epoch is served once");
-                let group = GrpcGroup::new(plan.clone(), streams, queue);
-                let weights = self.parts.reference.root().unwrap_or_default();
+                let answers = self.answers.as_mut().expect("ready workers opened their streams");
+                let queue = answers.queue.take().expect("an epoch is served once");
+                let group = GrpcGroup::new(plan.clone(), self.links.streams(), queue);
+                let weights = self.links.weights().unwrap_or_default();
                 self.parts.view.send_modify(|view| view.weights = weights);
                 tracing::info!("serving epoch {}: {}", plan.epoch.0, plan.mesh);
                 self.turn(Turn::Serve { plan, group }).await;
@@ -270,7 +232,8 @@ impl<S: Store, P: Planner> Shell<S, P> {
                     true => tracing::warn!("epoch {} is halted: {why}", epoch.0),
                     false => tracing::info!("epoch {} ends: {why}", epoch.0),
                 }
-                self.opening = None;
+                self.links.close();
+                self.answers = None;
                 self.turn(Turn::Halt { died }).await;
             }
         }
@@ -290,9 +253,9 @@ impl<S: Store, P: Planner> Shell<S, P> {
     }
 
     fn command(&self, worker: &WorkerId, body: wire::command::Body) {
-        if let Some(connection) = self.connections.get(worker) {
+        if let Some(commands) = self.links.commands(worker) {
             // A worker that does not read its commands goes silent, and silence is noticed.
-            let _ = connection.commands.try_send(Ok(wire::Command { body: Some(body) }));
+            let _ = commands.try_send(Ok(wire::Command { body: Some(body) }));
         }
     }
 

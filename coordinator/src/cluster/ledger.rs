@@ -1,8 +1,10 @@
 //! The shell's dealings with the store: one at a time, and never in the shell's way. It says which epoch the store
 //! knows, commits plans by compare-and-swap, and notices when the store goes and comes back; serving goes on without.
+//! [`Book`] decides; this asks the store.
 
+use super::book::{Answer, Ask, Book, perform};
 use super::event::Event;
-use super::store::{Entry, Expect, Fence, Revision, Store, StoreError, Write};
+use super::store::{Revision, Store};
 use crate::metrics;
 use model::plan::Epoch;
 use std::pin::Pin;
@@ -12,64 +14,42 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 /// Where the store keeps the group's plan: its epoch, eight bytes, little-endian.
-const PLAN_KEY: &str = "groups/0/plan";
+pub const PLAN_KEY: &str = "groups/0/plan";
 
 /// Who leads: a leased key, see [`crate::lead`].
 pub const LEADER_KEY: &str = "leader";
-
-/// Between two looks at the store while it answers, and while it does not.
-const LOOK: Duration = Duration::from_secs(2);
-const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 pub struct Ledger<S> {
     store: Arc<S>,
     /// Of several coordinators the one that leads writes, while this key stands as it was written.
     leads: watch::Receiver<Option<Revision>>,
-    /// Which revision wrote the plan, as far as known.
-    at: Option<Revision>,
-    /// Whether this coordinator, or the one that led before, ever committed a plan.
-    committed: bool,
-    /// To be committed once what is pending is over.
-    wanted: Option<Epoch>,
+    book: Book,
+    began: Instant,
     pending: Option<Pending>,
-    /// Why the store is not there; none before the first answer too.
-    down: Option<String>,
-    asked: bool,
-    look_at: Instant,
 }
 
 struct Pending {
-    commits: bool,
+    ask: Ask,
     answer: Pin<Box<dyn Future<Output = Answer> + Send>>,
-}
-
-/// What the store said.
-enum Answer {
-    Read(Option<Entry>),
-    Committed(Epoch, Revision),
-    /// Another plan was there.
-    Lost(Epoch, Option<Entry>),
-    Failed(StoreError),
 }
 
 impl<S: Store> Ledger<S> {
     /// `leads`: the revision of the key [`LEADER_KEY`], where several coordinators share the store. `committed`: whether
     /// the cluster served under the leader before.
     pub fn new(store: Arc<S>, leads: watch::Receiver<Option<Revision>>, committed: bool) -> Ledger<S> {
-        let look_at = Instant::now();
-        let (at, wanted, pending, down) = (None, None, None, None);
-        Ledger { store, leads, at, committed, wanted, pending, down, asked: false, look_at }
+        let book = Book::new(Duration::ZERO, committed);
+        Ledger { store, leads, book, began: Instant::now(), pending: None }
     }
 
     pub fn has_committed(&self) -> bool {
-        self.committed
+        self.book.has_committed()
     }
 
     /// Commits the plan of an epoch; `Committed`, `CommitFailed` or `StoreLost` will follow. Of two, the later one counts.
     pub fn commit(&mut self, epoch: Epoch) {
-        self.wanted = Some(epoch);
+        self.book.commit(epoch);
         // A look can be taken later; a write that is on its way is waited for, or nobody knew what it did.
-        self.pending.take_if(|p| !p.commits);
+        self.pending.take_if(|p| p.ask == Ask::Read);
     }
 
     /// The next thing that the core must know. May be dropped and called again: nothing is lost.
@@ -78,98 +58,47 @@ impl<S: Store> Ledger<S> {
             let pending = match &mut self.pending {
                 Some(pending) => pending,
                 None => {
-                    if self.wanted.is_none() {
-                        tokio::time::sleep_until(self.look_at).await;
-                    }
+                    tokio::time::sleep_until(self.began + self.book.due()).await;
                     let next = self.begin();
                     self.pending.insert(next)
                 }
             };
-            let (answer, commits) = (pending.answer.as_mut().await, pending.commits);
+            let (answer, ask) = (pending.answer.as_mut().await, pending.ask);
             self.pending = None;
-            if let Some(event) = self.understand(answer, commits) {
+            if let Some(event) = self.understand(ask, answer) {
                 return event;
             }
         }
     }
 
     fn begin(&mut self) -> Pending {
-        let store = self.store.clone();
-        let Some(epoch) = self.wanted.take() else {
-            let read = async move { store.get(PLAN_KEY).await.map_or_else(Answer::Failed, Answer::Read) };
-            return Pending { commits: false, answer: Box::pin(read) };
-        };
-        let expect = self.at.map_or(Expect::Absent, Expect::At);
-        let fence = self.leads.borrow().map(|revision| Fence { key: LEADER_KEY, revision });
-        let write = async move {
-            let value = epoch.0.to_le_bytes();
-            let write = Write { key: PLAN_KEY, value: &value, expect, lease: None, fence };
-            match store.write(write).await {
-                Ok(revision) => Answer::Committed(epoch, revision),
-                Err(StoreError::Conflict { .. }) => match store.get(PLAN_KEY).await {
-                    Ok(entry) => Answer::Lost(epoch, entry),
-                    Err(error) => Answer::Failed(error),
-                },
-                Err(error) => Answer::Failed(error),
-            }
-        };
-        Pending { commits: true, answer: Box::pin(write) }
+        let (store, ask, term) = (self.store.clone(), self.book.ask(), *self.leads.borrow());
+        Pending { ask, answer: Box::pin(async move { perform(&*store, ask, term).await }) }
     }
 
-    fn understand(&mut self, answer: Answer, commits: bool) -> Option<Event> {
-        let answers = !matches!(answer, Answer::Failed(_));
-        metrics::store(answers);
-        self.look_at = Instant::now() + if answers { LOOK } else { LOOK_AGAIN };
-        let back = answers && (self.down.take().is_some() || !self.asked);
-        if back && self.asked {
-            tracing::info!("the store answers again");
-        }
-        self.asked = true;
-        match answer {
-            Answer::Read(entry) => {
-                let at = entry.as_ref().map(|e| e.revision);
-                let moved = at != self.at;
-                if moved && !back {
-                    tracing::warn!("somebody else wrote a plan at {at:?}, ours was at {:?}", self.at);
+    fn understand(&mut self, ask: Ask, answer: Answer) -> Option<Event> {
+        metrics::store(!matches!(answer, Answer::Failed(_)));
+        let (was_down, was_asked) = (self.book.down().is_some(), self.book.was_asked());
+        let event = self.book.answered(self.began.elapsed(), ask, answer);
+        match (was_down, self.book.down()) {
+            (false, Some(why)) => tracing::warn!("{why}; serving goes on, planning waits"),
+            (true, None) => tracing::info!("the store answers again"),
+            (false, None) if was_asked => {
+                if let Some(Event::StoreRead { epoch }) = event {
+                    tracing::warn!("somebody else wrote a plan, of epoch {}", epoch.0);
                 }
-                self.at = at;
-                (moved || back).then(|| Event::StoreRead { epoch: entry.map_or(Epoch(0), |e| epoch_of(&e)) })
             }
-            Answer::Committed(epoch, revision) => {
-                (self.at, self.committed) = (Some(revision), true);
-                self.wanted.is_none().then_some(Event::Committed { epoch })
-            }
-            Answer::Lost(epoch, entry) => {
-                self.at = entry.as_ref().map(|e| e.revision);
-                let (found, why) = match entry {
-                    Some(entry) => (epoch_of(&entry), format!("another plan is at revision {}", entry.revision.0)),
-                    None => (epoch, "another plan was there and is gone".to_string()),
-                };
-                self.wanted = None;
-                Some(Event::CommitFailed { found, why })
-            }
-            Answer::Failed(error) => {
-                let why = error.to_string();
-                let known = self.down.replace(why.clone());
-                if known.is_none() {
-                    tracing::warn!("{why}; serving goes on, planning waits");
-                }
-                // Planning waits for the store: whatever was to be committed is planned again.
-                let dropped = self.wanted.take().is_some() || commits;
-                (dropped || known.as_ref() != Some(&why)).then_some(Event::StoreLost { why })
-            }
+            _ => {}
         }
+        event
     }
-}
-
-fn epoch_of(entry: &Entry) -> Epoch {
-    Epoch(u64::from_le_bytes(entry.value.as_slice().try_into().unwrap_or_default()))
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::book::{LOOK_AGAIN, epoch_of};
     use super::super::store::memory::MemoryStore;
-    use super::super::store::{Change, Lease, Listing, Write};
+    use super::super::store::{Change, Entry, Expect, Lease, Listing, StoreError, Write};
     use super::*;
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     use tokio::sync::mpsc;

@@ -1,10 +1,12 @@
 //! Who is in the cluster and what the group is doing: a pure core ([`state`]), its words ([`event`]), the shell that
-//! performs what it decides ([`driver`]), the node plane ([`service`]), the store that keeps epochs ([`store`]) and the
-//! dealings with it ([`ledger`]).
+//! performs what it decides ([`driver`]) and its record of connections ([`links`]), the node plane ([`service`]), the
+//! store that keeps epochs ([`store`]) and the dealings with it ([`ledger`], its core [`book`]).
 
+pub mod book;
 pub mod driver;
 pub mod event;
 pub mod ledger;
+pub mod links;
 pub mod proof;
 pub mod role;
 pub mod service;

@@ -11,6 +11,7 @@ use std::sync::Arc;
 const DIGEST: usize = size_of::<Digest>();
 
 /// Digests by segment, and where each is known from.
+#[derive(Debug)]
 pub struct Reference {
     spec: Arc<ModelSpec>,
     known: BTreeMap<SegmentId, (Digest, Arc<str>)>,

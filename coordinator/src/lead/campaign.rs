@@ -1,33 +1,17 @@
 //! Who leads: whoever created the leader's key, as long as the lease lives under which it was written. A leader that does
 //! not reach the store leads on, since nobody can be sure of anything then, and what it writes later is fenced by the key's
-//! revision. Every coordinator also keeps a key that says that it is there.
+//! revision. Every coordinator also keeps a key that says that it is there. [`Candidate`] decides; this asks the store.
 
-use crate::cluster::ledger::LEADER_KEY;
-use crate::cluster::store::{Entry, Expect, Lease, Revision, Store, StoreError};
+use super::candidate::{Candidate, perform};
+pub use super::candidate::{Standing, TTL};
+use crate::cluster::store::{Revision, Store, StoreError};
 use crate::metrics;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
-/// A leader that did not renew for so long is gone.
-pub const TTL: Duration = Duration::from_secs(2);
-
 /// Between two looks at the store, each of which renews the lease.
 pub const LOOK: Duration = Duration::from_millis(300);
-
-/// Keys of those that are there; the value is the address of the node plane.
-const MEMBERS: &str = "coordinators/";
-
-/// Who leads, as far as this coordinator knows.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Standing {
-    /// Nobody, or the store did not say yet, with the reason.
-    Unknown(String),
-    /// This coordinator. The revision fences its writes; none where the store is its own.
-    Leads(Option<Revision>),
-    /// The one whose node plane is at this address.
-    Follows { address: String, term: Revision },
-}
 
 /// What a coordinator wants of the election.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,22 +26,19 @@ pub enum Wish {
 /// Said by the one that leads now, in case the store can't be asked: its address and term.
 pub type Deposed = (String, Revision);
 
-/// One coordinator's part in the election.
+/// One coordinator's campaign.
 pub struct Campaign<S> {
     store: Arc<S>,
-    /// Where others reach this one's node plane.
-    address: String,
-    /// Tells this process from an earlier one at the same address.
-    id: String,
-    lease: Option<Lease>,
-    resigned: bool,
+    candidate: Candidate,
     standing: watch::Sender<Standing>,
 }
 
 impl<S: Store> Campaign<S> {
+    /// `address`: where others reach this one's node plane; `id` tells this process from an earlier one there.
     pub fn new(store: Arc<S>, address: String, id: String) -> (Campaign<S>, watch::Receiver<Standing>) {
-        let (standing, watched) = watch::channel(Standing::Unknown("the store was not read yet".into()));
-        (Campaign { store, address, id, lease: None, resigned: false, standing }, watched)
+        let candidate = Candidate::new(address, id);
+        let (standing, watched) = watch::channel(candidate.standing().clone());
+        (Campaign { store, candidate, standing }, watched)
     }
 
     /// Runs until it shall end, or nobody wishes any more.
@@ -68,33 +49,26 @@ impl<S: Store> Campaign<S> {
         loop {
             tokio::select! {
                 _ = look.tick() => {}
-                Some((address, term)) = deposed.recv() => self.depose(address, term),
+                Some((address, term)) = deposed.recv() => {
+                    self.candidate.depose(address, term);
+                    self.publish();
+                }
                 changed = wish.changed() => if changed.is_err() { return },
             }
             let wish = *wish.borrow_and_update();
             if wish == Wish::End {
                 // Others need not wait for it to lapse; if the store can't be asked they do.
-                if let Some(lease) = self.lease.take() {
+                if let Some(lease) = self.candidate.end() {
                     let _ = self.store.revoke(&lease).await;
                 }
                 return;
             }
-            let resigns = wish == Wish::Resign && !self.resigned;
-            let looked = async {
-                if resigns {
-                    self.resign().await?;
-                }
-                self.look().await
-            };
-            let looked = looked.await;
+            let looked = self.look(wish == Wish::Resign).await;
             metrics::store(looked.is_ok());
             match looked {
                 Ok(()) => said.clear(),
                 Err(error) => {
                     let error = error.to_string();
-                    if matches!(*self.standing.borrow(), Standing::Unknown(_)) {
-                        self.stand(Standing::Unknown(error.clone()));
-                    }
                     if said != error {
                         tracing::warn!("who leads can't be asked: {error}");
                         said = error;
@@ -104,94 +78,31 @@ impl<S: Store> Campaign<S> {
         }
     }
 
-    /// One look: the lease is renewed, and leadership taken where nobody has it.
-    async fn look(&mut self) -> Result<(), StoreError> {
-        if !self.resigned {
-            self.attend().await?;
-        }
-        let found = self.store.get(LEADER_KEY).await?;
-        let standing = match (&found, self.lease) {
-            (Some(entry), _) => self.understand(entry),
-            (None, Some(lease)) => match self.take(&lease).await {
-                Ok(revision) => Standing::Leads(Some(revision)),
-                // Somebody was faster; the next look says who.
-                Err(StoreError::Conflict { .. }) => return Ok(()),
-                Err(error) => return Err(error),
-            },
-            (None, None) => Standing::Unknown("nobody took the lead yet".into()),
-        };
-        self.stand(standing);
-        Ok(())
-    }
-
-    /// Keeps the lease, or takes a new one, and says under it that this coordinator is there.
-    async fn attend(&mut self) -> Result<(), StoreError> {
-        if let Some(lease) = self.lease {
-            match self.store.renew(&lease).await {
-                Err(StoreError::LeaseLapsed(_)) => self.lease = None,
-                renewed => return renewed,
+    async fn look(&mut self, resigns: bool) -> Result<(), StoreError> {
+        let mut ask = self.candidate.look(resigns);
+        loop {
+            let told = perform(&*self.store, &ask).await;
+            let next = self.candidate.told(ask, told);
+            self.publish();
+            match next? {
+                Some(next) => ask = next,
+                None => return Ok(()),
             }
         }
-        let lease = self.store.lease(TTL).await?;
-        let key = format!("{MEMBERS}{}", self.id);
-        self.store.put_if_leased(&key, self.address.as_bytes(), Expect::Absent, &lease).await?;
-        self.lease = Some(lease);
-        Ok(())
     }
 
-    async fn take(&self, lease: &Lease) -> Result<Revision, StoreError> {
-        let value = format!("{} {}", self.address, self.id);
-        self.store.put_if_leased(LEADER_KEY, value.as_bytes(), Expect::Absent, lease).await
-    }
-
-    fn understand(&self, entry: &Entry) -> Standing {
-        let value = String::from_utf8_lossy(&entry.value);
-        match value.split_once(' ') {
-            // A key of a lease that was given up a moment ago may still be there.
-            Some((_, id)) if id == self.id && self.resigned => Standing::Unknown("this one gave the lead up".into()),
-            Some((_, id)) if id == self.id => Standing::Leads(Some(entry.revision)),
-            Some((address, _)) => Standing::Follows { address: address.into(), term: entry.revision },
-            None => Standing::Unknown(format!("{LEADER_KEY} holds {value:?}")),
-        }
-    }
-
-    /// Gives leadership up at once, where there is somebody to take it.
-    async fn resign(&mut self) -> Result<(), StoreError> {
-        let own = format!("{MEMBERS}{}", self.id);
-        let members = self.store.list(MEMBERS).await?.entries;
-        if members.iter().all(|entry| entry.key == own) {
-            return Ok(());
-        }
-        self.resigned = true;
-        match self.lease.take() {
-            Some(lease) => self.store.revoke(&lease).await,
-            None => Ok(()),
-        }
-    }
-
-    /// Another says that it leads: believed where its term is the later one.
-    fn depose(&self, address: String, term: Revision) {
-        let later = match &*self.standing.borrow() {
-            Standing::Unknown(_) => true,
-            Standing::Leads(own) => own.is_none_or(|own| own < term),
-            Standing::Follows { term: known, .. } => *known < term,
-        };
-        if later {
-            self.stand(Standing::Follows { address, term });
-        }
-    }
-
-    fn stand(&self, standing: Standing) {
+    fn publish(&self) {
         self.standing.send_if_modified(|current| {
-            if *current == standing {
+            let standing = self.candidate.standing();
+            if current == standing {
                 return false;
             }
-            match &standing {
+            match standing {
                 Standing::Unknown(why) => tracing::info!("nobody leads: {why}"),
                 Standing::Leads(_) => tracing::info!("this coordinator leads"),
                 Standing::Follows { address, .. } => tracing::info!("the coordinator at {address} leads"),
             }
-            *current = standing;
+            current.clone_from(standing);
             true
         });
     }
@@ -200,6 +111,8 @@ impl<S: Store> Campaign<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::ledger::LEADER_KEY;
+    use crate::cluster::store::Expect;
     use crate::cluster::store::memory::MemoryStore;
     use std::time::Instant;
 

@@ -332,8 +332,9 @@ fn a_worker_with_another_model_is_set_aside_and_the_others_serve_on() {
         |actions: &[Action]| actions.iter().any(|a| matches!(a, Action::Commit { plan } if plan.members.len() == 1));
     assert!(commits(&actions), "at once, without it: {actions:?}");
     serve(&mut c, 550);
+    (0..2).for_each(|n| drop(c.handle(ms(1000), Event::Beat { worker: id(n), beat: Beat::default() })));
     assert!(
-        c.handle(ms(5000), Event::Tick).iter().all(|a| !matches!(a, Action::Prepare { .. })),
+        c.handle(ms(1900), Event::Tick).iter().all(|a| !matches!(a, Action::Prepare { .. })),
         "nor is it grown onto"
     );
     // Alone it is not taken either, and the reason names it.
