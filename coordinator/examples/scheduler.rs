@@ -76,6 +76,7 @@ fn job(number: usize) -> Job {
         end_tokens: vec![0],
         salt: 0,
         resumed: None,
+        deaths: 0,
     }
 }
 

@@ -42,7 +42,11 @@ pub struct Config {
     /// Keys that the API accepts; none opens it to whoever reaches the address.
     #[serde(default)]
     pub api_keys: Vec<String>,
-    /// Workers to wait for before planning.
+    /// Groups that each serve the whole model: workers are dealt out to them, requests go where their prefix was or where
+    /// there is least to do.
+    #[serde(default = "one", deserialize_with = "groups")]
+    pub groups: usize,
+    /// Workers to wait for before planning, in each group.
     #[serde(default = "one")]
     pub workers: usize,
     /// Plan on fewer workers after this long without a newcomer; 0 waits for all.
@@ -142,6 +146,14 @@ fn api_listen() -> String {
 
 fn node_listen() -> String {
     "127.0.0.1:7070".into()
+}
+
+fn groups<'de, D: Deserializer<'de>>(from: D) -> Result<usize, D::Error> {
+    let groups = usize::deserialize(from)?;
+    match groups {
+        1..=64 => Ok(groups),
+        _ => Err(serde::de::Error::custom(format!("{groups} groups: 1 to 64"))),
+    }
 }
 
 fn half_a_minute() -> u64 {

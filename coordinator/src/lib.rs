@@ -5,6 +5,7 @@
 //! * [`api`]: OpenAI over HTTP; [`text`]: templates, tokens, stop strings.
 //! * [`schedule`]: from requests to steps; [`group`]: the door to the ranks.
 //! * [`plan`]: how the model is cut; [`cluster`]: who is there, and under which epoch.
+//! * [`fleet`]: several groups behind one coordinator.
 //! * [`lead`]: several coordinators, of which one leads.
 //! * [`metrics`]: every metric's name and meaning.
 
@@ -13,6 +14,7 @@
 pub mod api;
 pub mod cluster;
 pub mod config;
+pub mod fleet;
 pub mod group;
 pub mod hub;
 pub mod lead;

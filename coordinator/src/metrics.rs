@@ -60,7 +60,7 @@ pub fn install(model_name: &str) -> Result<(), BuildError> {
     for reason in ["stop", "length", "abort", "error"] {
         counter!(FINISHED, "finished_reason" => reason).absolute(0);
     }
-    observe(&Load::default());
+    observe(0, &Load::default());
     RECORDER.get_or_init(|| handle);
     Ok(())
 }
@@ -103,19 +103,20 @@ fn describe() {
     describe_gauge!(STORE_UP, "1 while the store of plans and members answers; serving goes on without it");
 }
 
-/// The scheduler's load, after a step or when it changes.
-pub fn observe(load: &Load) {
-    gauge!(RUNNING).set(load.running as f64);
-    gauge!(WAITING).set(load.waiting as f64);
-    gauge!(CACHE_USED).set(load.blocks_used as f64 / load.blocks_total.max(1) as f64);
-    counter!(PREEMPTIONS).absolute(load.preemptions);
-    counter!(PREFIX_QUERIES).absolute(load.prefix_queried_tokens);
-    counter!(PREFIX_HITS).absolute(load.prefix_hits_tokens);
-    counter!(REQUEUES).absolute(load.requeues);
-    counter!(STEPS).absolute(load.steps);
-    counter!(STEP_MILLISECONDS).absolute(load.stepping.as_millis() as u64);
-    counter!(QUEUE_MILLISECONDS).absolute(load.queued.as_millis() as u64);
-    counter!(PREFILLED).absolute(load.tokens_prefilled);
+/// The load of a group's scheduler, after a step or when it changes.
+pub fn observe(group: usize, load: &Load) {
+    let group = group.to_string();
+    gauge!(RUNNING, "group" => group.clone()).set(load.running as f64);
+    gauge!(WAITING, "group" => group.clone()).set(load.waiting as f64);
+    gauge!(CACHE_USED, "group" => group.clone()).set(load.blocks_used as f64 / load.blocks_total.max(1) as f64);
+    counter!(PREEMPTIONS, "group" => group.clone()).absolute(load.preemptions);
+    counter!(PREFIX_QUERIES, "group" => group.clone()).absolute(load.prefix_queried_tokens);
+    counter!(PREFIX_HITS, "group" => group.clone()).absolute(load.prefix_hits_tokens);
+    counter!(REQUEUES, "group" => group.clone()).absolute(load.requeues);
+    counter!(STEPS, "group" => group.clone()).absolute(load.steps);
+    counter!(STEP_MILLISECONDS, "group" => group.clone()).absolute(load.stepping.as_millis() as u64);
+    counter!(QUEUE_MILLISECONDS, "group" => group.clone()).absolute(load.queued.as_millis() as u64);
+    counter!(PREFILLED, "group" => group.clone()).absolute(load.tokens_prefilled);
 }
 
 /// The cluster, when it changes or is scraped.

@@ -5,15 +5,14 @@ use crate::api::auth::Keys;
 use crate::api::request::ModelFacts;
 use crate::api::view::{ClusterView, Phase};
 use crate::api::{self, State};
-use crate::cluster::driver::{Ask, GroupEnded, Parts, Shell, Turn};
-use crate::cluster::ledger::Ledger;
-use crate::cluster::proof::Reference;
+use crate::cluster::driver::Ask;
 use crate::cluster::role::{Lead, Role};
 use crate::cluster::service::{Door as NodeDoor, Service};
-use crate::cluster::state::{Cluster, Planner, Rules};
+use crate::cluster::state::{Planner, Rules};
 use crate::cluster::store::Revision;
 use crate::cluster::store::any::AnyStore;
 use crate::config::Config;
+use crate::fleet::shell::{Common, Inbound};
 use crate::lead::campaign::{Campaign, Standing, Wish};
 use crate::lead::follow::{Follower, pass_asks};
 use crate::lead::peer::Introduction;
@@ -21,8 +20,6 @@ use crate::lead::relay::{Route, carry_all};
 use crate::lead::service::PeerService;
 use crate::metrics;
 use crate::plan::{self, Offer, Policy};
-use crate::schedule::Settings;
-use crate::schedule::driver::{Driver, Ended};
 use crate::schedule::job::{Door, Submission};
 use crate::source::{Source, SourceError};
 use crate::text::{Text, TextError};
@@ -33,7 +30,7 @@ use proto::cluster::v1::peer_server::PeerServer;
 use proto::tls::Tls;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
 use tonic::transport::ServerTlsConfig;
@@ -171,17 +168,23 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
     let (role, roles) = watch::channel(Role::Unknown("starting".into()));
     let (deposed, told) = mpsc::channel(1);
     let door = Door::new(submissions);
-    let mut queues = Some((queue, asks));
-    let standing = match store.is_shared() {
-        // Who is alone leads, and requests go straight to the scheduler.
-        false => watch::channel(Standing::Leads(None)).1,
+    let carried = store.is_shared() || config.groups > 1;
+    let (routes, route) = watch::channel(Route::Nowhere);
+    let queues = match carried {
+        true => {
+            tokio::spawn(carry_all(queue, route.clone(), view.clone(), config.max_waiting));
+            tokio::spawn(pass_asks(asks, route));
+            None
+        }
+        // Of one group that nobody else can lead, requests go straight to it.
+        false => Some((queue, asks)),
+    };
+    let (standing, routes) = match store.is_shared() {
+        // Who is alone leads.
+        false => (watch::channel(Standing::Leads(None)).1, Some(routes)),
         true => {
             let (campaign, standing) = Campaign::new(store.clone(), address.clone(), random_token());
             elects = Some(tokio::spawn(campaign.run(told, wished)));
-            let (queue, asks) = queues.take().expect("nobody took them yet");
-            let (routes, route) = watch::channel(Route::Nowhere);
-            tokio::spawn(carry_all(queue, route.clone(), view.clone(), config.max_waiting));
-            tokio::spawn(pass_asks(asks, route));
             let follower = Follower {
                 introduction: introduction.clone(),
                 tls: config.tls.clone(),
@@ -192,7 +195,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
                 view: view_writer.clone(),
             };
             tokio::spawn(follower.run());
-            standing
+            (standing, None)
         }
     };
     let engine = Engine {
@@ -206,6 +209,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
         store,
         standing,
         role,
+        routes,
         list,
         door: door.clone(),
         ask: ask.clone(),
@@ -288,6 +292,8 @@ struct Engine {
     store: Arc<AnyStore>,
     standing: watch::Receiver<Standing>,
     role: watch::Sender<Role>,
+    /// Of one that nobody else can lead in place of: where its requests go.
+    routes: Option<watch::Sender<Route>>,
     /// The model's own digests, if there is a list of them.
     list: Option<BTreeMap<SegmentId, Digest>>,
     /// Of one that is alone: where requests and operators' wishes come in, and where they come out.
@@ -361,36 +367,31 @@ impl Engine {
                 (Door::new(submissions), ask, (queue, asks))
             }
         };
-        let (turns, turn_queue) = mpsc::channel(8);
-        let (ended, ended_queue) = mpsc::channel(8);
-        let waiting_max = self.config.max_waiting;
-        let (driver, load) = Driver::new(Settings::without_plan(waiting_max), queue, Instant::now);
-        let source = self.source.clone();
         let (fence, fences) = watch::channel(term);
-        // What the one before served goes on: requests wait for it.
-        let served = matches!(self.view.borrow().phase, Phase::Serving | Phase::Recovering);
-        let shell = Shell::new(Parts {
-            ledger: Ledger::new(self.store.clone(), fences, served),
-            cluster: Cluster::new(self.rules.clone(), self.maker.clone(), Epoch(0)),
-            notices: notice_queue,
-            turns,
-            ended: ended_queue,
-            asks,
-            view: self.view.clone(),
-            load,
-            model_path: source.path.to_string_lossy().into_owned(),
-            identity: source.identity.clone(),
-            reference: Some(Reference::new(Arc::new(source.spec.clone()), self.list.clone())),
-            explain: Box::new(move |plan| plan::explain::table(&source.spec, &source.storage, plan)),
-        });
+        let common = Common {
+            groups: self.config.groups,
+            rules: self.rules.clone(),
+            planner: self.maker.clone(),
+            store: self.store.clone(),
+            fences,
+            // What the one before served goes on: requests wait for it.
+            served: matches!(self.view.borrow().phase, Phase::Serving | Phase::Recovering),
+            waiting_max: self.config.max_waiting,
+            source: self.source.clone(),
+            list: self.list.clone(),
+        };
+        let inbound = Inbound { notices: notice_queue, submissions: queue, asks };
         if term.is_some() {
             let leader = self.address.clone();
             self.view.send_modify(|view| (view.leader, view.stands_by) = (leader, false));
         }
-        self.role.send_replace(Role::Leads(Lead { notices, door, asks: ask }));
+        let lead = Lead { notices, door, asks: ask };
+        if let Some(routes) = &self.routes {
+            routes.send_replace(Route::Here(lead.clone()));
+        }
+        self.role.send_replace(Role::Leads(lead));
         tokio::select! {
-            () = shell.run() => false,
-            () = steps(driver, turn_queue, ended, waiting_max) => false,
+            () = crate::fleet::shell::run(common, inbound, self.view.clone()) => false,
             changed = deposed(&mut self.standing, &fence) => changed,
         }
     }
@@ -406,49 +407,6 @@ async fn deposed(standing: &mut watch::Receiver<Standing>, fence: &watch::Sender
         match &*standing.borrow_and_update() {
             Standing::Leads(term) => drop(fence.send_replace(*term)),
             Standing::Follows { .. } | Standing::Unknown(_) => return true,
-        }
-    }
-}
-
-/// Runs the scheduler over one group after another; between groups jobs wait in its queue.
-async fn steps(
-    mut driver: Driver,
-    mut turns: mpsc::Receiver<Turn>,
-    ended: mpsc::Sender<GroupEnded>,
-    waiting_max: usize,
-) {
-    loop {
-        let turn = tokio::select! {
-            turn = turns.recv() => turn,
-            () = driver.hold() => return,
-        };
-        let (plan, mut group) = match turn {
-            None => return,
-            Some(Turn::Halt { .. }) => continue,
-            Some(Turn::Serve { plan, group }) => (plan, group),
-        };
-        let mut settings = Settings::new(plan.limits, plan.mesh.data);
-        settings.steps_in_flight_max = plan.mesh.pipeline;
-        settings.jobs_waiting_max = waiting_max;
-        driver.requeue(settings);
-        let outcome = tokio::select! {
-            outcome = driver.run(&mut group) => outcome,
-            turn = turns.recv() => match turn {
-                // Only a halt follows a serve.
-                Some(Turn::Halt { died: true }) => {
-                    driver.died();
-                    continue;
-                }
-                Some(_) => continue,
-                None => return,
-            },
-        };
-        match outcome {
-            Ended::Closed => return,
-            Ended::Faulted(fault) => {
-                driver.died();
-                let _ = ended.send(GroupEnded { epoch: plan.epoch, fault }).await;
-            }
         }
     }
 }

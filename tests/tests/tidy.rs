@@ -88,6 +88,7 @@ const RULES: [Rule; 10] = [
             "coordinator/src/cluster/service.rs",
             "coordinator/src/cluster/store/etcd/watch.rs",
             "coordinator/src/lead/",
+            "coordinator/src/fleet/shell.rs",
         ],
         tests_too: false,
     },

@@ -234,6 +234,8 @@ impl Answers {
             Output::Token { choice, token, score } => self.token(prompt, self.index(prompt, choice)?, token, score),
             Output::Done { choice, reason } => self.done(prompt, self.index(prompt, choice)?, reason),
             Output::Failed(refusal) => return Err(refusal),
+            // Whoever carries requests among groups enters them again.
+            Output::Moved { .. } => return Err(Refusal::Failed("the group died, and nobody carried this on".into())),
         }
         Ok(())
     }

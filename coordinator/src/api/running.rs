@@ -54,6 +54,7 @@ impl Running {
                 end_tokens: ask.end_tokens.clone(),
                 salt,
                 resumed: None,
+                deaths: 0,
             };
             jobs.push(Some(submit(&state.door, job).await?));
         }

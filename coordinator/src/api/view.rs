@@ -62,6 +62,9 @@ pub struct ClusterView {
     pub dtype: String,
     #[serde(default)]
     pub kernel_family: String,
+    /// Each group, where there are several; the rest is then of all of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<GroupView>,
     /// Where the leader's node plane is, of several coordinators; empty for one alone.
     #[serde(default)]
     pub leader: String,
@@ -71,6 +74,18 @@ pub struct ClusterView {
     /// When a step, or an idle heartbeat, last completed under the current epoch; none leaves it to the phase alone.
     #[serde(skip)]
     pub progress: Option<Instant>,
+}
+
+/// One of several groups.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct GroupView {
+    pub phase: Phase,
+    pub epoch: u64,
+    pub mesh: String,
+    /// Names of its workers.
+    pub members: Vec<String>,
+    pub reasons: Vec<String>,
+    pub load: LoadView,
 }
 
 /// A worker, as people want to see it.

@@ -1,7 +1,7 @@
 //! The ledger's core: what is asked of the store next, and what its answers mean. Pure; [`super::ledger`] asks.
 
 use super::event::Event;
-use super::ledger::{LEADER_KEY, PLAN_KEY};
+use super::ledger::{LEADER_KEY, plan_key};
 use super::store::{Entry, Expect, Fence, Revision, Store, StoreError, Write};
 use model::plan::Epoch;
 use std::time::Duration;
@@ -119,18 +119,19 @@ impl Book {
     }
 }
 
-/// Asks a store. Of several coordinators the one that leads writes, while the leader's key stands as it was written:
+/// Asks a store about a group's plan. Of several coordinators the one that leads writes, while the leader's key stands as it was written:
 /// `term`.
-pub async fn perform<S: Store>(store: &S, ask: Ask, term: Option<Revision>) -> Answer {
+pub async fn perform<S: Store>(store: &S, group: usize, ask: Ask, term: Option<Revision>) -> Answer {
+    let key = plan_key(group);
     let Ask::Commit { epoch, expect } = ask else {
-        return store.get(PLAN_KEY).await.map_or_else(Answer::Failed, Answer::Read);
+        return store.get(&key).await.map_or_else(Answer::Failed, Answer::Read);
     };
     let value = epoch.0.to_le_bytes();
     let fence = term.map(|revision| Fence { key: LEADER_KEY, revision });
-    let write = Write { key: PLAN_KEY, value: &value, expect, lease: None, fence };
+    let write = Write { key: &key, value: &value, expect, lease: None, fence };
     match store.write(write).await {
         Ok(revision) => Answer::Committed(epoch, revision),
-        Err(StoreError::Conflict { .. }) => match store.get(PLAN_KEY).await {
+        Err(StoreError::Conflict { .. }) => match store.get(&key).await {
             Ok(entry) => Answer::Lost(epoch, entry),
             Err(error) => Answer::Failed(error),
         },

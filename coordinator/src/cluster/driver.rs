@@ -48,6 +48,8 @@ pub enum Ask {
 
 /// What the shell is built from.
 pub struct Parts<S, P> {
+    /// Its number.
+    pub group: usize,
     pub ledger: Ledger<S>,
     pub cluster: Cluster<P>,
     pub notices: mpsc::Receiver<Notice>,
@@ -128,6 +130,7 @@ impl<S: Store, P: Planner> Shell<S, P> {
                     self.feed(Event::Lost { worker, why }).await;
                 }
             }
+            Notice::Moved { worker, why } => self.feed(Event::Lost { worker, why }).await,
             Notice::Said { connection, worker, message } => {
                 if self.links.is_current(&worker, connection) {
                     self.said(worker, message).await;
@@ -247,7 +250,7 @@ impl<S: Store, P: Planner> Shell<S, P> {
         }
     }
 
-    async fn turn(&self, turn: Turn) {
+    async fn turn(&mut self, turn: Turn) {
         // The scheduler's loop ends only when the coordinator stops.
         let _ = self.parts.turns.send(turn).await;
     }
@@ -312,7 +315,7 @@ impl<S: Store, P: Planner> Shell<S, P> {
             let reasons: Vec<String> =
                 Some(cluster.reason().to_string()).filter(|r| !r.is_empty()).into_iter().collect();
             let load = self.parts.load.borrow();
-            metrics::observe(&load);
+            metrics::observe(self.parts.group, &load);
             let load = LoadView::from(&*load);
             view.progress = self.moved();
             let failures = cluster.failures();

@@ -13,14 +13,17 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-/// Where the store keeps the group's plan: its epoch, eight bytes, little-endian.
-pub const PLAN_KEY: &str = "groups/0/plan";
+/// Where the store keeps a group's plan: its epoch, eight bytes, little-endian.
+pub fn plan_key(group: usize) -> String {
+    format!("groups/{group}/plan")
+}
 
 /// Who leads: a leased key, see [`crate::lead`].
 pub const LEADER_KEY: &str = "leader";
 
 pub struct Ledger<S> {
     store: Arc<S>,
+    group: usize,
     /// Of several coordinators the one that leads writes, while this key stands as it was written.
     leads: watch::Receiver<Option<Revision>>,
     book: Book,
@@ -38,7 +41,12 @@ impl<S: Store> Ledger<S> {
     /// the cluster served under the leader before.
     pub fn new(store: Arc<S>, leads: watch::Receiver<Option<Revision>>, committed: bool) -> Ledger<S> {
         let book = Book::new(Duration::ZERO, committed);
-        Ledger { store, leads, book, began: Instant::now(), pending: None }
+        Ledger { store, group: 0, leads, book, began: Instant::now(), pending: None }
+    }
+
+    /// The same for another group than the first.
+    pub fn of_group(self, group: usize) -> Ledger<S> {
+        Ledger { group, ..self }
     }
 
     pub fn has_committed(&self) -> bool {
@@ -72,8 +80,8 @@ impl<S: Store> Ledger<S> {
     }
 
     fn begin(&mut self) -> Pending {
-        let (store, ask, term) = (self.store.clone(), self.book.ask(), *self.leads.borrow());
-        Pending { ask, answer: Box::pin(async move { perform(&*store, ask, term).await }) }
+        let (store, group, ask, term) = (self.store.clone(), self.group, self.book.ask(), *self.leads.borrow());
+        Pending { ask, answer: Box::pin(async move { perform(&*store, group, ask, term).await }) }
     }
 
     fn understand(&mut self, ask: Ask, answer: Answer) -> Option<Event> {
@@ -227,7 +235,7 @@ mod tests {
         assert!(tokio::time::timeout(Duration::from_millis(1), ledger.next()).await.is_err());
         ledger.commit(Epoch(2));
         assert_eq!(ledger.next().await, Event::Committed { epoch: Epoch(2) });
-        assert_eq!(store.memory.get(PLAN_KEY).await.unwrap().unwrap().revision, Revision(2), "both were written");
+        assert_eq!(store.memory.get(&plan_key(0)).await.unwrap().unwrap().revision, Revision(2), "both were written");
     }
 
     #[tokio::test(start_paused = true)]
@@ -258,7 +266,7 @@ mod tests {
         ledger.commit(Epoch(2));
         let Event::StoreLost { why } = ledger.next().await else { panic!("a deposed leader wrote") };
         assert!(why.contains("fenced off"), "{why}");
-        let kept = store.memory.get(PLAN_KEY).await.unwrap().unwrap();
+        let kept = store.memory.get(&plan_key(0)).await.unwrap().unwrap();
         assert_eq!(epoch_of(&kept), Epoch(1));
     }
 }

@@ -35,6 +35,11 @@ pub enum Notice {
         worker: WorkerId,
         message: Said,
     },
+    /// The worker is no member of this group any more.
+    Moved {
+        worker: WorkerId,
+        why: String,
+    },
     Gone {
         connection: u64,
         worker: WorkerId,

@@ -107,6 +107,10 @@ impl Carried {
                 last = self.is_over();
             }
             Output::Failed(_) => last = true,
+            Output::Moved { deaths } => {
+                self.job.deaths = *deaths;
+                return (Vec::new(), false);
+            }
         }
         (self.start.take().into_iter().chain([output]).collect(), last)
     }
@@ -127,6 +131,7 @@ mod tests {
             end_tokens: vec![9],
             salt: 0,
             resumed: None,
+            deaths: 0,
         }
     }
 
@@ -151,6 +156,14 @@ mod tests {
         carried.take(token(0, 6));
         assert_eq!(carried.ends(0), [Output::Done { choice: 0, reason: DoneReason::Length }]);
         assert!(carried.is_over());
+    }
+
+    #[test]
+    fn a_job_that_is_moved_takes_its_deaths_along() {
+        let mut carried = Carried::new(job());
+        assert_eq!(carried.entered(Ok(Ok(()))), Entered::Taken);
+        assert_eq!(carried.take(Output::Moved { deaths: 2 }), (Vec::new(), false), "its client hears nothing of it");
+        assert_eq!((carried.job().deaths, carried.is_over()), (2, false));
     }
 
     #[test]

@@ -172,6 +172,7 @@ fn job_to_wire(job: Job, hello: wire::PeerHello) -> wire::Job {
         end_tokens: job.end_tokens,
         salt: job.salt,
         begun: job.resumed.into_iter().flatten().map(begun).collect(),
+        deaths: job.deaths,
     }
 }
 
@@ -187,6 +188,7 @@ pub(super) fn job_from_wire(job: wire::Job) -> Job {
         end_tokens: job.end_tokens,
         salt: job.salt,
         resumed,
+        deaths: job.deaths,
     }
 }
 
@@ -202,6 +204,7 @@ pub(super) fn output_to_wire(output: Output) -> wire::JobAnswer {
         }
         Output::Done { choice, reason } => Body::Done(wire::Done { choice, by_token: reason == DoneReason::End }),
         Output::Failed(refusal) => Body::Refused(refusal_to_wire(refusal)),
+        Output::Moved { deaths } => Body::Moved(deaths),
     };
     wire::JobAnswer { body: Some(body) }
 }
@@ -212,6 +215,7 @@ fn output_from_wire(body: wire::job_answer::Body) -> Option<Output> {
         Body::Accepted(_) => return None,
         Body::Refused(refusal) => Output::Failed(refusal_from_wire(refusal)),
         Body::Started(cached_tokens) => Output::Started { cached_tokens },
+        Body::Moved(deaths) => Output::Moved { deaths },
         Body::PromptScores(scores) => Output::PromptScores(scores.scores.into_iter().map(score_from_wire).collect()),
         Body::Token(t) => Output::Token { choice: t.choice, token: t.token, score: t.score.map(score_from_wire) },
         Body::Done(d) => {
@@ -260,6 +264,7 @@ mod tests {
             end_tokens: vec![4],
             salt: u64::MAX,
             resumed: Some(vec![Begun { tokens: vec![5], done: false }, Begun { tokens: vec![], done: true }]),
+            deaths: 1,
         };
         for job in [job.clone(), Job { resumed: None, ..job }] {
             let hello = wire::PeerHello::default();
@@ -284,6 +289,7 @@ mod tests {
             Output::Token { choice: 1, token: 2, score: Some(score) },
             Output::Done { choice: 1, reason: DoneReason::End },
             Output::Done { choice: 0, reason: DoneReason::Length },
+            Output::Moved { deaths: 3 },
         ];
         for output in outputs.into_iter().chain(refusals.map(Output::Failed)) {
             let came = output_to_wire(output.clone()).body.and_then(output_from_wire);

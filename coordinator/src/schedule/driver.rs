@@ -97,15 +97,16 @@ impl Driver {
         }
     }
 
-    /// Takes jobs into the queue while there is no group; to be dropped when there is one again. Returns only when nobody
-    /// can send jobs any more.
-    pub async fn hold(&mut self) {
-        while let Some(submission) = self.submissions.recv().await {
-            self.take(submission);
-            self.cancel_closed();
-            self.publish();
-        }
-        self.closed = true;
+    /// Takes a job into the queue while there is no group; may be dropped. False when nobody can send jobs any more.
+    pub async fn hold(&mut self) -> bool {
+        let Some(submission) = self.submissions.recv().await else {
+            self.closed = true;
+            return false;
+        };
+        self.take(submission);
+        self.cancel_closed();
+        self.publish();
+        true
     }
 
     /// To be called when a group died, before [`Self::requeue`]: requests that kill workers again and again are given up.
@@ -122,6 +123,16 @@ impl Driver {
     pub fn requeue(&mut self, settings: Settings) {
         let deliveries = self.scheduler.requeue_all(settings);
         self.deliver(deliveries);
+        self.publish();
+    }
+
+    /// Sends all jobs elsewhere, where they are to be entered again. To be called between [`Self::requeue`] and the next run.
+    pub fn move_all(&mut self) {
+        for (job, client) in std::mem::take(&mut self.outputs) {
+            // One that does not read is cancelled, as ever.
+            let _ = client.outputs.try_send(Output::Moved { deaths: self.scheduler.deaths(job) });
+            self.scheduler.cancel(job);
+        }
         self.publish();
     }
 
@@ -271,6 +282,7 @@ mod tests {
             end_tokens: Vec::new(),
             salt: 0,
             resumed: None,
+            deaths: 0,
         }
     }
 
@@ -347,7 +359,7 @@ mod tests {
         let (mut driver, door, _load) = driver();
         let outputs = tokio::select! {
             outputs = door.submit(job(2)) => outputs.unwrap(),
-            () = driver.hold() => panic!("the door is open"),
+            () = async { while driver.hold().await {} } => panic!("the door is open"),
         };
         drop(door);
         let (outputs, _) = tokio::join!(collect(outputs), async { driver.run(&mut group(100)).await });
@@ -409,7 +421,7 @@ mod tests {
         let (mut driver, door, _load) = driver();
         let submitted = tokio::select! {
             submitted = async { (door.submit(job(5000)).await, door.submit(job(5)).await) } => submitted,
-            () = driver.hold() => panic!("the door is open"),
+            () = async { while driver.hold().await {} } => panic!("the door is open"),
         };
         // 5,000 tokens are cut at the model's length, which the pool holds.
         let refusal = Refusal::NotServing("no worker is left".into());
@@ -421,7 +433,7 @@ mod tests {
         too_long.prompt = vec![1; 4096];
         let refused = tokio::select! {
             refused = door.submit(too_long) => refused,
-            () = driver.hold() => panic!("the door is open"),
+            () = async { while driver.hold().await {} } => panic!("the door is open"),
         };
         assert_eq!(refused.unwrap_err(), Refusal::TooLong { tokens: 4097, tokens_max: 4096 });
     }

@@ -24,6 +24,8 @@ pub struct Job {
     /// What the client has already, a choice, where another scheduler began the job: [`Output::Started`] and these tokens
     /// are not told again.
     pub resumed: Option<Vec<Begun>>,
+    /// How often workers died over it elsewhere, with what it has now.
+    pub deaths: u32,
 }
 
 /// An answer as far as its client has it.
@@ -55,6 +57,10 @@ pub enum Output {
     },
     /// The whole job ended without an answer.
     Failed(Refusal),
+    /// Its group died and another serves: the job is over here, and is to be entered again. Workers died over it so often.
+    Moved {
+        deaths: u32,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

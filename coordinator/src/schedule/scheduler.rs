@@ -174,6 +174,7 @@ impl Scheduler {
             }
         }
         self.requests.insert(id, request);
+        self.remember_deaths(id, job.deaths);
         Ok(id)
     }
 

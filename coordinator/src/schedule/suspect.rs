@@ -58,6 +58,23 @@ impl Scheduler {
         given_up
     }
 
+    /// A job that comes from another scheduler brings what is known of it.
+    pub(super) fn remember_deaths(&mut self, job: JobId, count: u32) {
+        let tokens = self.tokens_of(job);
+        if let Some(request) = self.requests.get_mut(&job).filter(|_| count > 0) {
+            request.deaths = Deaths { count, tokens };
+            if count > 1 {
+                self.suspects.insert(job);
+            }
+        }
+    }
+
+    /// How often workers died over a job at the place where it is.
+    pub fn deaths(&self, job: JobId) -> u32 {
+        let tokens = self.tokens_of(job);
+        self.requests.get(&job).filter(|r| r.deaths.tokens == tokens).map_or(0, |r| r.deaths.count)
+    }
+
     /// The job has drawn a token: if it was a suspect it is none any more.
     pub(super) fn clear(&mut self, job: JobId) {
         if let Some(request) = self.requests.get_mut(&job) {

@@ -64,6 +64,7 @@ fn job(first: u32, prompt_len: u32, tokens_max: u32) -> Job {
         end_tokens: vec![99],
         salt: 0,
         resumed: None,
+        deaths: 0,
     }
 }
 
@@ -560,4 +561,21 @@ fn what_was_begun_elsewhere_must_fit_the_job() {
         assert!(matches!(refused, Err(Refusal::Failed(_))));
     }
     assert!(bench.scheduler.is_idle());
+}
+
+#[test]
+fn deaths_that_a_job_saw_elsewhere_count_until_it_draws_a_token() {
+    let mut bench = Bench::new(settings());
+    let id = bench.add(Job { deaths: 1, ..job(1, 20, 4) });
+    assert_eq!(bench.scheduler.deaths(id), 1);
+    bench.next().unwrap();
+    let given_up: Vec<GivenUp> = bench.scheduler.died();
+    assert_eq!(given_up.iter().map(|g| g.deaths).collect::<Vec<_>>(), [2], "alone at the second death");
+
+    let mut bench = Bench::new(settings());
+    let id = bench.add(Job { deaths: 1, ..job(1, 20, 4) });
+    bench.step(8);
+    assert_eq!(bench.scheduler.deaths(id), 0, "it has passed that place");
+    bench.next().unwrap();
+    assert!(bench.scheduler.died().is_empty());
 }

@@ -96,6 +96,7 @@ impl Profile {
             end_tokens: if random.once_in(2) { vec![7] } else { Vec::new() },
             salt,
             resumed: None,
+            deaths: 0,
         }
     }
 

@@ -266,6 +266,7 @@ impl World {
                 let before = client.choices[choice as usize].1.replace(reason);
                 assert!(before.is_none(), "one end a choice");
             }
+            Output::Moved { .. } => panic!("there is nowhere to move to"),
             Output::Failed(refusal) => {
                 let client = self.clients.remove(&job).expect("it was just found");
                 let rightly = match refusal {
@@ -320,6 +321,7 @@ impl World {
             end_tokens: Vec::new(),
             salt: 0,
             resumed: None,
+            deaths: 0,
         };
         self.profile.jobs = 0;
         self.profile.fault_every = 0;

@@ -1,0 +1,67 @@
+//! A group's scheduler over one epoch after another. Between epochs jobs wait, or move to a group that serves.
+
+use crate::cluster::driver::{GroupEnded, Turn};
+use crate::schedule::Settings;
+use crate::schedule::driver::{Driver, Ended};
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+
+/// An epoch that ends only for the next one's sake is followed soon: jobs stay for so long.
+const SOON: Duration = Duration::from_secs(2);
+
+/// Runs until the shell, or everyone who could send jobs, is gone. `elsewhere`: whether another group serves.
+pub async fn run(
+    mut driver: Driver,
+    mut turns: mpsc::Receiver<Turn>,
+    ended: mpsc::Sender<GroupEnded>,
+    mut elsewhere: watch::Receiver<bool>,
+    waiting_max: usize,
+) {
+    let mut settings = Settings::without_plan(waiting_max);
+    let mut stay = Instant::now();
+    loop {
+        let now = Instant::now();
+        if *elsewhere.borrow_and_update() && now >= stay {
+            driver.requeue(settings);
+            driver.move_all();
+        }
+        let turn = tokio::select! {
+            turn = turns.recv() => turn,
+            more = driver.hold() => if more { continue } else { return },
+            changed = elsewhere.changed() => if changed.is_ok() { continue } else { return },
+            () = tokio::time::sleep_until(stay), if now < stay => continue,
+        };
+        let (plan, mut group) = match turn {
+            None => return,
+            Some(Turn::Halt { .. }) => continue,
+            Some(Turn::Serve { plan, group }) => (plan, group),
+        };
+        settings = Settings::new(plan.limits, plan.mesh.data);
+        settings.steps_in_flight_max = plan.mesh.pipeline;
+        settings.jobs_waiting_max = waiting_max;
+        driver.requeue(settings);
+        let outcome = tokio::select! {
+            outcome = driver.run(&mut group) => outcome,
+            turn = turns.recv() => match turn {
+                // Only a halt follows a serve.
+                Some(Turn::Halt { died: true }) => {
+                    driver.died();
+                    continue;
+                }
+                Some(_) => {
+                    stay = Instant::now() + SOON;
+                    continue;
+                }
+                None => return,
+            },
+        };
+        match outcome {
+            Ended::Closed => return,
+            Ended::Faulted(fault) => {
+                driver.died();
+                let _ = ended.send(GroupEnded { epoch: plan.epoch, fault }).await;
+            }
+        }
+    }
+}
