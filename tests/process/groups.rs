@@ -42,7 +42,7 @@ fn a_groups_death_moves_its_requests_to_the_other() -> Result<()> {
     let settings = "groups = 2\nworkers = 1\nkv_cache_memory_bytes = 8388608\n";
     let place = Place::new(PROGRAM, "groups", &demo(), settings)?;
     let served = place.coordinator()?;
-    let mut workers = vec![place.worker("w0")?, place.worker("w1")?];
+    let mut workers = [place.worker("w0")?, place.worker("w1")?];
     let both = || groups(&served).is_ok_and(|phases| phases == ["serving", "serving"]);
     until("both groups serve", both)?;
 

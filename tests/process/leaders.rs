@@ -2,32 +2,15 @@
 //! takes no request with it that another coordinator holds.
 
 use anyhow::{Context, Result, ensure};
-use conclave_tests::cluster::{Ending, Place, free_address};
+use conclave_tests::cluster::{Place, free_address};
+use conclave_tests::etcd;
 use conclave_tests::process::{Served, answer, demo, until};
 use serde_json::{Value, json};
 use std::io::{Read, Write};
-use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_conclave");
-
-fn etcd(address: &str, data: &Path) -> Result<Option<Ending>> {
-    if Command::new("etcd").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_err() {
-        let line = b"SKIPPED: no etcd in PATH (Debian, Ubuntu: apt-get install etcd-server)\n";
-        std::io::stderr().write_all(line)?;
-        return Ok(None);
-    }
-    let (client, peer) = (format!("http://{address}"), format!("http://{}", free_address()?));
-    let mut command = Command::new("etcd");
-    command
-        .args(["--listen-client-urls", &client, "--advertise-client-urls", &client, "--listen-peer-urls", &peer])
-        .arg("--data-dir")
-        .arg(data)
-        .stderr(Stdio::null());
-    Ending::spawn(&mut command).map(Some)
-}
 
 fn question(seed: u64) -> Value {
     let temperature = if seed.is_multiple_of(2) { 0.0 } else { 0.8 };
@@ -131,7 +114,7 @@ fn whoever_leads_dies_and_no_request_of_another_coordinator_notices() -> Result<
     );
     let places =
         [Place::new(PROGRAM, "leaders-0", &demo(), &settings)?, Place::new(PROGRAM, "leaders-1", &demo(), &settings)?];
-    let Some(mut store) = etcd(&address, &places[0].folder().join("etcd"))? else { return Ok(()) };
+    let Some(mut store) = etcd::start(&address, &places[0].folder().join("etcd"))? else { return Ok(()) };
     let mut pair = [places[0].coordinator()?, places[1].coordinator()?];
     let both = format!("{},{}", places[0].node(), places[1].node());
     let _workers = [places[0].worker_at("w0", &both)?, places[0].worker_at("w1", &both)?];
@@ -182,7 +165,7 @@ fn whoever_leads_dies_and_no_request_of_another_coordinator_notices() -> Result<
     let (answers, pause) = under_load(&[&pair[0], &pair[1]], || {
         store.kill()?;
         std::thread::sleep(Duration::from_secs(4));
-        let again = etcd(&address, &places[0].folder().join("etcd"))?.context("it was there before")?;
+        let again = etcd::start(&address, &places[0].folder().join("etcd"))?.context("it was there before")?;
         std::thread::sleep(Duration::from_secs(4));
         store = again;
         Ok(())

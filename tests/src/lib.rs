@@ -1,7 +1,8 @@
-//! What the tests share: real processes ([`process`]), ranks as threads ([`ring`]) and requests for them
+//! What the tests share: real processes ([`process`], [`cluster`], [`etcd`]), ranks as threads ([`ring`]) and requests for them
 //! ([`requests`]), the reference's numbers ([`golden`]), the simulator ([`sim`]).
 
 pub mod cluster;
+pub mod etcd;
 pub mod golden;
 pub mod planned;
 pub mod process;
