@@ -20,11 +20,10 @@ pub struct Config {
     /// The cluster's shared secret; better in the environment variable `CONCLAVE_TOKEN`.
     #[serde(default)]
     pub token: String,
-    /// Mutual TLS to the coordinator; needed where it is not on loopback.
+    /// Mutual TLS to the coordinator and with other workers; needed where they are not on loopback.
     #[serde(default)]
     pub tls: Option<Tls>,
-    /// Lets this worker speak to other hosts in the clear: to the coordinator without TLS, and to peers, whose numbers are
-    /// never encrypted.
+    /// Lets this worker speak to other hosts in the clear, to the coordinator and to peers.
     #[serde(default)]
     pub insecure: bool,
     /// Devices to offer; 0 offers one for each... one CPU device of all its threads.

@@ -73,9 +73,9 @@ pub async fn run(
         let guarded = (config.tls.is_some(), "give this worker certificates under [tls]");
         guard("the coordinator", address.trim(), guarded, config.insecure)?;
     }
-    let unguarded = (false, "its numbers are not encrypted");
-    guard("the ranks' data", &config.data_listen, unguarded, config.insecure)?;
-    let plane = Arc::new(DataPlane::bind(&config.data_listen)?);
+    let guarded = (config.tls.is_some(), "give this worker certificates under [tls]");
+    guard("the ranks' data", &config.data_listen, guarded, config.insecure)?;
+    let plane = Arc::new(DataPlane::bind(&config.data_listen, config.tls.clone())?);
     let shelves = Arc::new(Shelves::default());
     let (leave, leaving) = watch::channel(false);
     let (asked, seconds) = (stop.leave, config.drain_seconds);

@@ -1,16 +1,14 @@
 //! What the sockets of the data plane need beyond the standard library: waiting for several, noticing silence.
 
+use super::link::{GLANCE, Link};
 use model::fault::{Fault, FaultKind};
-use std::io::{ErrorKind, Read};
+use std::io::ErrorKind;
 use std::net::TcpStream;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 /// Silence on an open connection that ends it: probes go after a second, and after this an unanswered one is a loss.
 const SILENCE_MS: libc::c_uint = 1500;
-
-/// How often a blocking read looks whether it is still wanted.
-const GLANCE: Duration = Duration::from_millis(20);
 
 /// A connection to wait for.
 pub struct Interest<'a> {
@@ -49,23 +47,34 @@ pub fn tune(stream: &TcpStream) -> std::io::Result<()> {
     option(libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, SILENCE_MS)
 }
 
-/// Fills `bytes` from a blocking stream before `deadline`, unless `cancelled` says why not. `who` is for the text.
+/// The fault of a connection that broke; `who` is for the text.
+pub fn lost(who: &str, error: &std::io::Error) -> Fault {
+    let kind = match error.kind() {
+        // Trying again helps nobody whose certificates are wrong.
+        ErrorKind::InvalidData => FaultKind::Incompatible,
+        ErrorKind::TimedOut => FaultKind::Timeout,
+        ErrorKind::UnexpectedEof => return Fault::new(FaultKind::RankLost, format!("{who}: closed its connection")),
+        _ => FaultKind::RankLost,
+    };
+    Fault::new(kind, format!("{who}: {error}"))
+}
+
+/// Fills `bytes` from a blocking link before `deadline`, unless `cancelled` says why not. `who` is for the text.
 pub fn read_exact(
-    mut stream: &TcpStream,
+    link: &mut Link,
     bytes: &mut [u8],
     deadline: Instant,
     cancelled: impl Fn() -> Option<Fault>,
     who: &str,
 ) -> Result<(), Fault> {
-    let lost = |error: &dyn std::fmt::Display| Fault::new(FaultKind::RankLost, format!("{who}: {error}"));
-    stream.set_read_timeout(Some(GLANCE)).map_err(|error| lost(&error))?;
+    link.socket.set_read_timeout(Some(GLANCE)).map_err(|error| lost(who, &error))?;
     let mut filled = 0;
     while filled < bytes.len() {
         if let Some(fault) = cancelled() {
             return Err(fault);
         }
-        match stream.read(&mut bytes[filled..]) {
-            Ok(0) => return Err(lost(&"closed its connection")),
+        match link.read(&mut bytes[filled..]) {
+            Ok(0) => return Err(lost(who, &ErrorKind::UnexpectedEof.into())),
             Ok(count) => filled += count,
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                 if Instant::now() >= deadline {
@@ -74,7 +83,7 @@ pub fn read_exact(
                 }
             }
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(lost(&error)),
+            Err(error) => return Err(lost(who, &error)),
         }
     }
     Ok(())
