@@ -272,6 +272,7 @@ impl<'a> Session<'a> {
             },
             Some(Body::Release(release)) => Some(Event::Release { epoch: Epoch(release.epoch) }),
             Some(Body::Refused(fault)) => return Err(AgentError::Refused(fault.text)),
+            Some(Body::Serving(_)) => None,
             // Ends the session before it comes here.
             Some(Body::Drained(_)) | None => None,
         })
