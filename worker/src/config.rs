@@ -17,6 +17,9 @@ pub struct Config {
     /// Where peers reach its ranks' data, `ip:port`; port 0 picks a free one.
     #[serde(default = "loopback")]
     pub data_listen: String,
+    /// Where probes and scrapers ask how it is, `ip:port`; empty: nowhere. Nothing secret is said there, so it needs no guard.
+    #[serde(default)]
+    pub health_listen: String,
     /// The cluster's shared secret; better in the environment variable `CONCLAVE_TOKEN`.
     #[serde(default)]
     pub token: String,

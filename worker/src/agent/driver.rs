@@ -6,6 +6,7 @@ use super::state::{Action, Agent, Event, Phase};
 use crate::collective::connect::DataPlane;
 use crate::config::{Config, resident_bytes};
 use crate::engine::shard::Shelves;
+use crate::health::{self, Pulse, Stage, TURN, Turn};
 use model::fault::{Fault, FaultKind};
 use model::plan::{Epoch, WorkerId};
 use model::step::StepId;
@@ -15,7 +16,7 @@ use proto::tls::{TlsError, guard};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
@@ -35,6 +36,8 @@ pub enum AgentError {
     Tls(#[from] TlsError),
     #[error("{address} is not an address: {why}")]
     Address { address: String, why: String },
+    #[error("health can't be asked at {address}: {why}")]
+    Health { address: String, why: std::io::Error },
 }
 
 /// What this process is, told at every join.
@@ -77,6 +80,13 @@ pub async fn run(
     guard("the ranks' data", &config.data_listen, guarded, config.insecure)?;
     let plane = Arc::new(DataPlane::bind(&config.data_listen, config.tls.clone())?);
     let shelves = Arc::new(Shelves::default());
+    let counters = Counters::default();
+    let pulse = Arc::new(Pulse::new(counters.clone(), plane.refused().clone(), Instant::now()));
+    if !config.health_listen.is_empty() {
+        let failed = |why| AgentError::Health { address: config.health_listen.clone(), why };
+        let address = health::server::start(&config.health_listen, pulse.clone()).map_err(failed)?;
+        tracing::info!("health at http://{address}/readyz");
+    }
     let (leave, leaving) = watch::channel(false);
     let (asked, seconds) = (stop.leave, config.drain_seconds);
     let overdue = async move {
@@ -91,8 +101,9 @@ pub async fn run(
     let mut door = Door::new(&config);
     loop {
         let session = async {
-            let Some(channel) = door.next().await? else { return Ok::<Ended, AgentError>(Ended::Gone) };
-            let session = Session::new(&config, &identity, (plane.clone(), shelves.clone()), channel);
+            let Some(channel) = alone(&pulse, door.next()).await? else { return Ok::<Ended, AgentError>(Ended::Gone) };
+            let shared = Shared { plane: plane.clone(), shelves: shelves.clone(), counters: counters.clone() };
+            let session = Session::new(&config, &identity, (shared, pulse.clone()), channel);
             let ended = session.run(&mut agent, leaving.clone()).await?;
             match &ended {
                 Ended::NotHere(why) => door.closed(why),
@@ -112,10 +123,30 @@ pub async fn run(
             return Ok(());
         }
         agent.handle(Event::Disconnected);
+        pulse.alone(Instant::now());
         tokio::select! {
             () = &mut shutdown => return Ok(()),
             () = &mut overdue => return Ok(()),
             () = tokio::time::sleep(door.pause()) => {}
+        }
+    }
+}
+
+/// What outlives a connection to a coordinator.
+struct Shared {
+    plane: Arc<DataPlane>,
+    shelves: Arc<Shelves>,
+    counters: Counters,
+}
+
+/// Waits for something outside of a session, turning meanwhile.
+async fn alone<T>(pulse: &Pulse, what: impl Future<Output = T>) -> T {
+    let mut turns = tokio::time::interval(TURN);
+    tokio::pin!(what);
+    loop {
+        tokio::select! {
+            done = &mut what => return done,
+            _ = turns.tick() => pulse.alone(Instant::now()),
         }
     }
 }
@@ -126,6 +157,11 @@ struct Session<'a> {
     identity: &'a Identity,
     plane: Arc<DataPlane>,
     shelves: Arc<Shelves>,
+    pulse: Arc<Pulse>,
+    /// The coordinator has taken this worker.
+    joined: bool,
+    /// The last epoch whose members have all loaded.
+    serving: Option<Epoch>,
     client: ClusterClient<Channel>,
     counters: Counters,
     outbox: mpsc::Sender<wire::WorkerMessage>,
@@ -142,9 +178,10 @@ impl<'a> Session<'a> {
     fn new(
         config: &'a Config,
         identity: &'a Identity,
-        (plane, shelves): (Arc<DataPlane>, Arc<Shelves>),
+        (shared, pulse): (Shared, Arc<Pulse>),
         channel: Channel,
     ) -> Session<'a> {
+        let Shared { plane, shelves, counters } = shared;
         let (outbox, messages) = mpsc::channel(OUTBOX_MAX);
         let (reports, report_queue) = mpsc::channel(OUTBOX_MAX);
         let client = ClusterClient::new(channel)
@@ -155,8 +192,11 @@ impl<'a> Session<'a> {
             identity,
             plane,
             shelves,
+            pulse,
+            joined: false,
+            serving: None,
             client,
-            counters: Counters::default(),
+            counters,
             outbox,
             messages: Some(messages),
             reports,
@@ -203,6 +243,7 @@ impl<'a> Session<'a> {
             self.say(message(wire::worker_message::Body::Leaving(wire::Leaving {})));
         }
         let mut beat = tokio::time::interval(Duration::from_millis(500));
+        let mut turns = tokio::time::interval(TURN);
         let mut orders: Option<tonic::Streaming<wire::StepOrder>> = None;
         loop {
             let event = tokio::select! {
@@ -233,6 +274,7 @@ impl<'a> Session<'a> {
                     continue;
                 }
                 _ = beat.tick() => { self.beat(agent); continue }
+                _ = turns.tick() => { self.turn(agent); continue }
             };
             for action in agent.handle(event) {
                 if let Some(stream) = self.perform(action).await {
@@ -242,6 +284,7 @@ impl<'a> Session<'a> {
             if self.answers.is_none() {
                 orders = None;
             }
+            self.turn(agent);
         }
     }
 
@@ -253,6 +296,7 @@ impl<'a> Session<'a> {
         use wire::command::Body;
         Ok(match command.body {
             Some(Body::Welcome(welcome)) => {
+                self.joined = true;
                 *beat = tokio::time::interval(Duration::from_millis(welcome.beat_interval_ms.clamp(50, 10_000).into()));
                 None
             }
@@ -271,8 +315,11 @@ impl<'a> Session<'a> {
                 None => None,
             },
             Some(Body::Release(release)) => Some(Event::Release { epoch: Epoch(release.epoch) }),
+            Some(Body::Serving(serving)) => {
+                self.serving = Some(Epoch(serving.epoch));
+                None
+            }
             Some(Body::Refused(fault)) => return Err(AgentError::Refused(fault.text)),
-            Some(Body::Serving(_)) => None,
             // Ends the session before it comes here.
             Some(Body::Drained(_)) | None => None,
         })
@@ -376,6 +423,23 @@ impl<'a> Session<'a> {
                 None
             }
         }
+    }
+
+    /// Tells the pulse how things stand.
+    fn turn(&self, agent: &Agent) {
+        let stage = match agent.phase() {
+            Phase::Idle => Stage::Idle,
+            Phase::Loading { .. } => Stage::Loading,
+            Phase::Ready { .. } => Stage::Ready,
+        };
+        let turn = Turn {
+            joined: self.joined,
+            stage,
+            epoch: agent.epoch().map_or(0, |epoch| epoch.0),
+            serving: self.answers.is_some() && agent.epoch() == self.serving,
+            pending: self.ranks.as_ref().map(|ranks| ranks.pending().clone()),
+        };
+        self.pulse.turn(turn, Instant::now());
     }
 
     fn beat(&mut self, agent: &Agent) {
