@@ -34,7 +34,13 @@ fn metric(address: &str, name: &str) -> Result<f64> {
 fn a_worker_is_ready_only_while_its_group_serves() -> Result<()> {
     let place = Place::new(PROGRAM, "health", &demo(), TWO)?;
     let health = free_address()?;
-    let (_w0, _lines) = place.worker_with("w0", &format!("health_listen = {health:?}\n"))?;
+    // As an orchestrator would tell it: one file for all, and variables of its own.
+    let variables = [
+        ("CONCLAVE_HEALTH_LISTEN", health.as_str()),
+        ("CONCLAVE_WORKER_NAME", "ordinal-0"),
+        ("CONCLAVE_DATA_ADVERTISE", "127.0.0.1:0"),
+    ];
+    let (_w0, _lines) = place.worker_told(&variables, "all", "data_listen = \"0.0.0.0:0\"\ninsecure = true\n")?;
     until("it lives", || is(&health, "/livez", 200))?;
     ensure!(is(&health, "/startupz", 503), "it has joined nobody");
     let (code, reasons) = probe(&health, "/readyz")?;
@@ -48,6 +54,8 @@ fn a_worker_is_ready_only_while_its_group_serves() -> Result<()> {
     until("so is the group", || served.get("/readyz").is_ok_and(|answer| answer.status == 200))?;
     ensure!(metric(&health, "conclave_worker_ready")? == 1.0 && metric(&health, "conclave_worker_epoch")? == 1.0);
     ensure!(metric(&health, "conclave_worker_loaded_bytes")? > 0.0);
+    let names = served.get("/status")?.json()?["members"].to_string();
+    ensure!(names.contains("\"ordinal-0\""), "{names}");
     w1.kill()?;
     until("it is not ready alone", || is(&health, "/readyz", 503))?;
     drop(served);

@@ -106,7 +106,12 @@ fn ranks_of_two_hosts_speak_encrypted_and_give_the_same_answer() -> Result<()> {
     let place = Place::new(PROGRAM, "ranks", &demo(), &format!("{two}{}", tls(&ours, &ours, "coordinator")))?;
     let served = place.coordinator()?;
     let door = free_address()?;
-    let settings = format!("data_listen = {door:?}\n{}", tls(&ours, &ours, "worker"));
+    // Peers dial a name that is not the address listened at.
+    let port = door.rsplit(':').next().context("a port")?;
+    let settings = format!(
+        "data_listen = \"0.0.0.0:{port}\"\ndata_advertise = \"localhost:{port}\"\n{}",
+        tls(&ours, &ours, "worker")
+    );
     let (_w0, lines) = place.worker_apart("w0", &settings)?;
     let _w1 = place.worker_apart("w1", &tls(&ours, &ours, "worker"))?;
     ensure!(told(&served)? == clear, "encryption changed the answer");
@@ -142,9 +147,18 @@ fn a_coordinators_certificate_joins_no_ranks() -> Result<()> {
 #[test]
 fn what_other_hosts_can_reach_must_be_guarded() -> Result<()> {
     let place = Place::new(PROGRAM, "exposed", &demo(), "")?;
+    let ours = place.folder().join("authority");
+    certificates(&ours)?;
+    let guarded =
+        format!("data_listen = \"0.0.0.0:0\"\ndata_advertise = \"localhost:0\"\n{}", tls(&ours, &ours, "worker"));
     for (settings, text) in [
         ("data_listen = \"0.0.0.0:0\"\n", "the ranks' data on 0.0.0.0:0 would be open to other hosts"),
-        ("data_listen = \"0.0.0.0:0\"\ninsecure = true\n", "waiting for the coordinator"),
+        ("data_listen = \"0.0.0.0:0\"\ninsecure = true\n", "data_listen = \"0.0.0.0:0\" can't be dialled by peers"),
+        (
+            "data_listen = \"0.0.0.0:0\"\ndata_advertise = \"localhost:0\"\ninsecure = true\n",
+            "waiting for the coordinator",
+        ),
+        (guarded.as_str(), "waiting for the coordinator"),
     ] {
         let (_worker, lines) = place.worker_with("w", settings)?;
         says(&lines, &[text])?;

@@ -109,6 +109,18 @@ impl Place {
         self.worker_by(Command::new(&self.program), name, settings)
     }
 
+    /// The same, also told by these variables.
+    pub fn worker_told(
+        &self,
+        variables: &[(&str, &str)],
+        name: &str,
+        settings: &str,
+    ) -> Result<(Ending, Receiver<String>)> {
+        let mut command = Command::new(&self.program);
+        command.envs(variables.iter().copied());
+        self.worker_by(command, name, settings)
+    }
+
     /// The same on a host of another name, as far as its processes can see: its ranks share no memory with others'.
     pub fn worker_apart(&self, name: &str, settings: &str) -> Result<(Ending, Receiver<String>)> {
         let mut command = Command::new("unshare");

@@ -189,7 +189,7 @@ impl Facts {
     fn stopped(&self, most: Duration) -> Vec<String> {
         let stopped = self.steps_pending > 0 && self.still > most;
         let text =
-            || format!("{} steps wait and nothing has moved for {} ms", self.steps_pending, self.still.as_millis());
+            || format!("{} step(s) wait and nothing has moved for {} ms", self.steps_pending, self.still.as_millis());
         if stopped { vec![text()] } else { Vec::new() }
     }
 
@@ -262,7 +262,7 @@ mod tests {
             assert_eq!(facts.obstacles().is_empty(), after <= 30_800, "{after}: {facts:?}");
             assert_eq!(facts.deadly().is_empty(), after <= 44_800, "{after}: {facts:?}");
         }
-        assert!(worker.at(60_000).obstacles()[0].starts_with("2 steps wait and nothing has moved for 30"));
+        assert!(worker.at(60_000).obstacles()[0].starts_with("2 step(s) wait and nothing has moved for 30"));
         // It goes on, and all is well.
         worker.counters.progress.fetch_add(1, Ordering::Relaxed);
         assert!(worker.at(60_100).obstacles().is_empty());

@@ -4,7 +4,7 @@ use super::door::{Door, SILENCE};
 use super::rank::{Counters, Order, Preparation, Ranks, Report};
 use super::state::{Action, Agent, Event, Phase};
 use crate::collective::connect::DataPlane;
-use crate::config::{Config, resident_bytes};
+use crate::config::{Config, Undialable, resident_bytes};
 use crate::engine::shard::Shelves;
 use crate::health::{self, Pulse, Stage, TURN, Turn};
 use model::fault::{Fault, FaultKind};
@@ -36,6 +36,8 @@ pub enum AgentError {
     Tls(#[from] TlsError),
     #[error("{address} is not an address: {why}")]
     Address { address: String, why: String },
+    #[error(transparent)]
+    Undialable(#[from] Undialable),
     #[error("health can't be asked at {address}: {why}")]
     Health { address: String, why: std::io::Error },
 }
@@ -79,6 +81,7 @@ pub async fn run(
     let guarded = (config.tls.is_some(), "give this worker certificates under [tls]");
     guard("the ranks' data", &config.data_listen, guarded, config.insecure)?;
     let plane = Arc::new(DataPlane::bind(&config.data_listen, config.tls.clone())?);
+    let data_address = config.data_address(plane.address())?;
     let shelves = Arc::new(Shelves::default());
     let counters = Counters::default();
     let pulse = Arc::new(Pulse::new(counters.clone(), plane.refused().clone(), Instant::now()));
@@ -102,7 +105,12 @@ pub async fn run(
     loop {
         let session = async {
             let Some(channel) = alone(&pulse, door.next()).await? else { return Ok::<Ended, AgentError>(Ended::Gone) };
-            let shared = Shared { plane: plane.clone(), shelves: shelves.clone(), counters: counters.clone() };
+            let shared = Shared {
+                plane: plane.clone(),
+                data_address: data_address.clone(),
+                shelves: shelves.clone(),
+                counters: counters.clone(),
+            };
             let session = Session::new(&config, &identity, (shared, pulse.clone()), channel);
             let ended = session.run(&mut agent, leaving.clone()).await?;
             match &ended {
@@ -135,6 +143,8 @@ pub async fn run(
 /// What outlives a connection to a coordinator.
 struct Shared {
     plane: Arc<DataPlane>,
+    /// What peers dial.
+    data_address: String,
     shelves: Arc<Shelves>,
     counters: Counters,
 }
@@ -156,6 +166,7 @@ struct Session<'a> {
     config: &'a Config,
     identity: &'a Identity,
     plane: Arc<DataPlane>,
+    data_address: String,
     shelves: Arc<Shelves>,
     pulse: Arc<Pulse>,
     /// The coordinator has taken this worker.
@@ -181,7 +192,7 @@ impl<'a> Session<'a> {
         (shared, pulse): (Shared, Arc<Pulse>),
         channel: Channel,
     ) -> Session<'a> {
-        let Shared { plane, shelves, counters } = shared;
+        let Shared { plane, data_address, shelves, counters } = shared;
         let (outbox, messages) = mpsc::channel(OUTBOX_MAX);
         let (reports, report_queue) = mpsc::channel(OUTBOX_MAX);
         let client = ClusterClient::new(channel)
@@ -191,6 +202,7 @@ impl<'a> Session<'a> {
             config,
             identity,
             plane,
+            data_address,
             shelves,
             pulse,
             joined: false,
@@ -214,7 +226,7 @@ impl<'a> Session<'a> {
             build: self.identity.build.clone(),
             worker: self.identity.name.0.clone(),
             host: self.identity.host.clone(),
-            data_address: self.plane.address().to_string(),
+            data_address: self.data_address.clone(),
             devices: self.identity.devices.clone(),
             families,
             token: self.config.token.clone(),

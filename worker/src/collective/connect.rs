@@ -332,15 +332,26 @@ impl<'a> Connecting<'a> {
         self.cancelled().map_or(Ok(()), Err)?;
         let address = &group.holders[to].data_address;
         let reach = || -> std::io::Result<Link> {
-            let address = address.to_socket_addrs()?.next().ok_or_else(|| std::io::Error::other("no such address"))?;
-            let left = self.deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-            let socket = TcpStream::connect_timeout(&address, left)?;
+            let socket = self.connection(address)?;
             let hello = Hello { key: self.key(group, purpose, from, to), plan: self.fingerprint }.encode();
             socket.set_nodelay(true)?;
             let credentials = self.plane.credentials.as_deref();
             Link::dialled(socket, credentials, &hello, self.deadline, || self.cancelled().is_some())
         };
         reach().map_err(|error| self.cancelled().unwrap_or_else(|| self.lost(group, to, &error)))
+    }
+
+    /// To the first that answers of all the addresses that `name` stands for.
+    fn connection(&self, name: &str) -> std::io::Result<TcpStream> {
+        let mut outcome = Err(std::io::Error::other("no such address"));
+        for address in name.to_socket_addrs()? {
+            let left = self.deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            outcome = TcpStream::connect_timeout(&address, left);
+            if outcome.is_ok() {
+                break;
+            }
+        }
+        outcome
     }
 
     fn claim(&self, group: &Group<'_>, purpose: Purpose, from: usize, to: usize) -> Result<Link, Fault> {
