@@ -34,17 +34,19 @@ pub fn poll(interests: &mut [Interest<'_>], limit: Duration) {
 /// Small messages go at once, and a peer that fell silent without closing is noticed.
 pub fn tune(stream: &TcpStream) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
-    let option = |level, name, value: libc::c_uint| {
-        // SAFETY: the option's value is a 4-byte integer that outlives the call.
-        let result = unsafe {
-            libc::setsockopt(stream.as_raw_fd(), level, name, (&raw const value).cast(), size_of_val(&value) as u32)
-        };
-        if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+    option(stream, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
+    option(stream, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 1)?;
+    option(stream, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, 1)?;
+    option(stream, libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, SILENCE_MS)
+}
+
+/// Sets an option whose value is a 4-byte integer.
+pub fn option(stream: &TcpStream, level: i32, name: i32, value: libc::c_uint) -> std::io::Result<()> {
+    // SAFETY: the option's value is a 4-byte integer that outlives the call.
+    let result = unsafe {
+        libc::setsockopt(stream.as_raw_fd(), level, name, (&raw const value).cast(), size_of_val(&value) as u32)
     };
-    option(libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
-    option(libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 1)?;
-    option(libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, 1)?;
-    option(libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, SILENCE_MS)
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// The fault of a connection that broke; `who` is for the text.

@@ -448,6 +448,7 @@ pub fn loopback(size: usize, tls: Option<Tls>) -> Result<Vec<Tcp>, Fault> {
 mod tests {
     use super::*;
     use crate::collective::authority::Authority;
+    use crate::collective::sockets::option;
     use crate::collective::suite::{Members, contract};
 
     fn boxed(size: usize, tls: Option<Tls>) -> Members {
@@ -462,5 +463,17 @@ mod tests {
         use super::*;
 
         contract!(|size| boxed(size, Some(Authority::new().worker())));
+
+        #[test]
+        fn a_frame_is_sent_when_the_kernel_has_all_of_it() {
+            // A kernel that takes little at once: the last part of a frame has to wait in the session.
+            crate::collective::suite::sent_messages(|size| {
+                let members = loopback(size, Some(Authority::new().worker())).unwrap();
+                for stream in members.iter().flat_map(|member| member.links.streams.iter().flatten()) {
+                    option(stream, libc::SOL_SOCKET, libc::SO_SNDBUF, 4096).unwrap();
+                }
+                members.into_iter().map(|member| Box::new(member) as Box<dyn Collective>).collect()
+            });
+        }
     }
 }
