@@ -59,13 +59,11 @@ fn init(directory: &Path, days: u32) -> Result<()> {
     write(&directory.join("ca.crt"), &authority.self_signed(&key)?.pem(), 0o644)?;
     write(&directory.join("ca.key"), &key.serialize_pem(), 0o600)?;
     let issuer = Issuer::new(authority, key);
+    // Workers listen too, for each other.
     let both = [ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-    let one = [ExtendedKeyUsagePurpose::ClientAuth];
-    for (role, name, uses) in
-        [("coordinator", proto::tls::COORDINATOR_NAME, &both[..]), ("worker", "worker.conclave", &one[..])]
-    {
+    for (role, name) in [("coordinator", proto::tls::COORDINATOR_NAME), ("worker", proto::tls::WORKER_NAME)] {
         let (mut params, key) = (params(role, &[name])?, KeyPair::generate()?);
-        params.extended_key_usages = uses.to_vec();
+        params.extended_key_usages = both.to_vec();
         write(&directory.join(format!("{role}.crt")), &params.signed_by(&key, &issuer)?.pem(), 0o644)?;
         write(&directory.join(format!("{role}.key")), &key.serialize_pem(), 0o600)?;
     }

@@ -18,9 +18,15 @@ pub struct Args {
     /// This worker's name, unique in the cluster
     #[arg(long)]
     name: Option<String>,
-    /// Where peers reach its ranks' data, ip:port
+    /// Where its ranks' data arrives, ip:port
     #[arg(long)]
     data_listen: Option<String>,
+    /// What peers dial instead, host:port
+    #[arg(long)]
+    data_advertise: Option<String>,
+    /// Where probes and scrapers ask how it is, ip:port
+    #[arg(long)]
+    health_listen: Option<String>,
     /// Devices to offer
     #[arg(long)]
     devices: Option<usize>,
@@ -52,9 +58,13 @@ fn config(args: &Args) -> Result<Config> {
             slot.clone_from(value);
         }
     };
+    // A flag goes before the environment, which goes before the file.
+    let flag_or = |flag: &Option<String>, variable: &str| flag.clone().or_else(|| std::env::var(variable).ok());
     set(&mut config.coordinator, &args.coordinator);
-    set(&mut config.name, &args.name);
+    set(&mut config.name, &flag_or(&args.name, "CONCLAVE_WORKER_NAME"));
     set(&mut config.data_listen, &args.data_listen);
+    set(&mut config.data_advertise, &flag_or(&args.data_advertise, "CONCLAVE_DATA_ADVERTISE"));
+    set(&mut config.health_listen, &flag_or(&args.health_listen, "CONCLAVE_HEALTH_LISTEN"));
     config.devices = args.devices.unwrap_or(config.devices);
     config.threads = args.threads.unwrap_or(config.threads);
     config.insecure |= args.insecure;

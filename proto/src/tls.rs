@@ -1,4 +1,6 @@
-//! Mutual TLS of the node plane: what a process shows and whom it trusts.
+//! Mutual TLS of the node plane: what a process shows and whom it trusts. `ranks` is about the workers' own sockets.
+
+pub mod ranks;
 
 use serde::Deserialize;
 use std::net::SocketAddr;
@@ -8,6 +10,10 @@ use tonic::transport::{Certificate, ClientTlsConfig, Identity, ServerTlsConfig};
 /// The name that a coordinator's certificate must carry, whatever its address: a worker's certificate, stolen, opens no
 /// coordinator.
 pub const COORDINATOR_NAME: &str = "coordinator.conclave";
+
+/// The name that a worker's certificate must carry, for both ends of a connection between workers. Such a certificate serves and
+/// dials, so it needs both purposes.
+pub const WORKER_NAME: &str = "worker.conclave";
 
 /// PEM files. Read whenever a connection or a listener is made.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -26,6 +32,8 @@ pub enum TlsError {
     Read { path: PathBuf, why: std::io::Error },
     #[error("{} holds no PEM block", path.display())]
     Empty { path: PathBuf },
+    #[error("{} can't be used: {why}", path.display())]
+    Unusable { path: PathBuf, why: String },
     #[error("{address} is no address that can be spoken to: {why}")]
     Address { address: String, why: String },
     #[error("{what} on {address} would be open to other hosts: {remedy}, keep to loopback, or say `insecure`")]

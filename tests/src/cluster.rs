@@ -51,6 +51,16 @@ impl Drop for Ending {
     }
 }
 
+/// Whether this machine lets a test's processes have a host name of their own; says loudly if not.
+pub fn hosts_apart() -> bool {
+    let tried = Command::new("unshare").args(["--uts", "hostname", "apart"]).output();
+    let can = tried.is_ok_and(|output| output.status.success());
+    if !can {
+        eprintln!("SKIPPED: `unshare --uts hostname apart` fails here (it needs root), so no two hosts can be played");
+    }
+    can
+}
+
 pub fn free_address() -> Result<String> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string())
 }
@@ -96,11 +106,33 @@ impl Place {
 
     /// A worker told by a file with these further lines, and what it says on standard error.
     pub fn worker_with(&self, name: &str, settings: &str) -> Result<(Ending, Receiver<String>)> {
+        self.worker_by(Command::new(&self.program), name, settings)
+    }
+
+    /// The same, also told by these variables.
+    pub fn worker_told(
+        &self,
+        variables: &[(&str, &str)],
+        name: &str,
+        settings: &str,
+    ) -> Result<(Ending, Receiver<String>)> {
+        let mut command = Command::new(&self.program);
+        command.envs(variables.iter().copied());
+        self.worker_by(command, name, settings)
+    }
+
+    /// The same on a host of another name, as far as its processes can see: its ranks share no memory with others'.
+    pub fn worker_apart(&self, name: &str, settings: &str) -> Result<(Ending, Receiver<String>)> {
+        let mut command = Command::new("unshare");
+        command.args(["--uts", "sh", "-c", "hostname \"$0\" && exec \"$@\"", name, &self.program]);
+        self.worker_by(command, name, settings)
+    }
+
+    fn worker_by(&self, mut command: Command, name: &str, settings: &str) -> Result<(Ending, Receiver<String>)> {
         let file = self.folder.join(format!("{name}.toml"));
         let common =
             format!("coordinator = {:?}\nname = {name:?}\ntoken = \"t\"\nmemory_bytes = 268435456\n", self.node);
         std::fs::write(&file, common + settings)?;
-        let mut command = Command::new(&self.program);
         command.arg("worker").arg("--config").arg(file).stdin(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn()?;
         let stderr = BufReader::new(child.stderr.take().context("piped")?);

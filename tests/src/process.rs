@@ -164,6 +164,16 @@ impl Drop for Served {
     }
 }
 
+/// Asks any process that speaks HTTP at `address`.
+pub fn get(address: &str, path: &str) -> Result<Answer> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(DEADLINE))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")?;
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes)?;
+    answer(&bytes)
+}
+
 /// Sends `signal` (a name as kill takes it) to a process.
 pub fn kill(process: u32, signal: &str) -> Result<()> {
     let status = Command::new("kill").args([&format!("-{signal}"), &process.to_string()]).status()?;

@@ -123,7 +123,7 @@ const RULES: [Rule; 10] = [
         what: "a metric named outside metrics.rs",
         texts: &["\"conclave_"],
         within: &["coordinator/", "worker/", "src/"],
-        home: &["coordinator/src/metrics.rs"],
+        home: &["coordinator/src/metrics.rs", "worker/src/metrics.rs"],
         tests_too: false,
     },
 ];

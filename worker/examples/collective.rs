@@ -1,6 +1,8 @@
-//! Medians of the collectives between threads of this process, and over loopback sockets:
-//! `cargo run --release -p worker --example collective [ranks]`.
+//! Medians of the collectives between threads of this process, and over loopback sockets in the clear and, with a folder that
+//! `conclave certs init` made, under TLS: `cargo run --release -p worker --example collective [ranks [folder]]`.
 
+use proto::tls::Tls;
+use std::path::PathBuf;
 use std::time::Instant;
 use worker::collective::{Collective, local, tcp};
 
@@ -8,6 +10,11 @@ const WARM_UP: usize = 200;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let ranks: usize = std::env::args().nth(1).map_or(Ok(2), |text| text.parse())?;
+    let tls = std::env::args().nth(2).map(PathBuf::from).map(|folder| Tls {
+        ca: folder.join("ca.crt"),
+        certificate: folder.join("worker.crt"),
+        key: folder.join("worker.key"),
+    });
     println!("{ranks} ranks, {} cores", std::thread::available_parallelism()?);
     println!("{:<8} {:<14} {:>10} {:>10} {:>10} {:>9}", "by", "operation", "bytes", "p50 us", "p99 us", "GB/s");
     for bytes in [64, 1 << 10, 16 << 10, 64 << 10, 1 << 20, 16 << 20] {
@@ -17,9 +24,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         report("local", "gather", bytes, local::members(ranks)?, gather)?;
         report("local", "ping-pong", bytes, local::members(ranks)?, ping_pong)?;
     }
-    for bytes in [64, 16 << 10, 1 << 20, 16 << 20] {
-        report("tcp", "sum", bytes, tcp::loopback(ranks)?, |member, values| member.sum(values))?;
-        report("tcp", "ping-pong", bytes, tcp::loopback(ranks)?, ping_pong)?;
+    for bytes in [64, 16 << 10, 1 << 20, 16 << 20, 64 << 20] {
+        for (by, tls) in [("tcp", None), ("tls", tls.clone())] {
+            if by == "tls" && tls.is_none() {
+                continue;
+            }
+            report(by, "sum", bytes, tcp::loopback(ranks, tls.clone())?, |member, values| member.sum(values))?;
+            report(by, "ping-pong", bytes, tcp::loopback(ranks, tls)?, ping_pong)?;
+        }
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use proto::tls::Tls;
 use serde::Deserialize;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 /// A worker's settings (`deploy/config/worker.toml` has every key).
@@ -14,17 +15,22 @@ pub struct Config {
     /// This worker's name, unique in the cluster; by default host name and process id.
     #[serde(default)]
     pub name: String,
-    /// Where peers reach its ranks' data, `ip:port`; port 0 picks a free one.
+    /// Where its ranks' data arrives, `ip:port`; port 0 picks a free one.
     #[serde(default = "loopback")]
     pub data_listen: String,
+    /// What peers dial instead, `host:port`, where they can't dial that; port 0 is the one it listens at.
+    #[serde(default)]
+    pub data_advertise: String,
+    /// Where probes and scrapers ask how it is, `ip:port`; empty: nowhere. Nothing secret is said there, so it needs no guard.
+    #[serde(default)]
+    pub health_listen: String,
     /// The cluster's shared secret; better in the environment variable `CONCLAVE_TOKEN`.
     #[serde(default)]
     pub token: String,
-    /// Mutual TLS to the coordinator; needed where it is not on loopback.
+    /// Mutual TLS to the coordinator and with other workers; needed where they are not on loopback.
     #[serde(default)]
     pub tls: Option<Tls>,
-    /// Lets this worker speak to other hosts in the clear: to the coordinator without TLS, and to peers, whose numbers are
-    /// never encrypted.
+    /// Lets this worker speak to other hosts in the clear, to the coordinator and to peers.
     #[serde(default)]
     pub insecure: bool,
     /// Devices to offer; 0 offers one for each... one CPU device of all its threads.
@@ -45,7 +51,38 @@ pub struct Config {
     pub model_root: PathBuf,
 }
 
+/// Peers could not dial what a worker would tell them.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{key} = {address:?} can't be dialled by peers: {why}")]
+pub struct Undialable {
+    key: &'static str,
+    address: String,
+    why: &'static str,
+}
+
 impl Config {
+    /// The address that peers dial, `host:port`, given where this worker listens.
+    pub fn data_address(&self, listens: SocketAddr) -> Result<String, Undialable> {
+        let every = "it stands for every address of a host: give data_advertise = \"host:port\"";
+        if self.data_advertise.is_empty() {
+            let address = self.data_listen.clone();
+            let told = (!listens.ip().is_unspecified()).then(|| listens.to_string());
+            return told.ok_or(Undialable { key: "data_listen", address, why: every });
+        }
+        let address = self.data_advertise.trim();
+        let wrong = |why| Undialable { key: "data_advertise", address: address.into(), why };
+        let (host, port) = address.rsplit_once(':').ok_or(wrong("it has no port"))?;
+        let port: u16 = port.parse().map_err(|_| wrong("its port is none"))?;
+        let ip = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+        match ip {
+            Ok(ip) if ip.is_unspecified() => return Err(wrong(every)),
+            Ok(IpAddr::V6(_)) if !host.starts_with('[') => return Err(wrong("an IPv6 address stands in brackets")),
+            Err(_) if host.is_empty() || host.contains([':', '/', ' ']) => return Err(wrong("its host is none")),
+            Ok(_) | Err(_) => {}
+        }
+        Ok(format!("{host}:{}", if port == 0 { listens.port() } else { port }))
+    }
+
     /// Where this host has the model that the coordinator keeps at `path`: there too, or under [`Config::model_root`] by
     /// the path's last part.
     pub fn model(&self, path: &str) -> PathBuf {
@@ -104,6 +141,39 @@ pub fn host_name() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn peers_are_told_an_address_that_they_can_dial() {
+        let told = |listen: &str, advertise: &str| {
+            let text = format!("coordinator = \"x:1\"\ndata_listen = {listen:?}\ndata_advertise = {advertise:?}");
+            let config: Config = toml::from_str(&text).unwrap();
+            let listens: SocketAddr = listen.replace(":0", ":4444").parse().unwrap();
+            config.data_address(listens).map_err(|error| error.to_string())
+        };
+        for (listen, advertise, expected) in [
+            ("10.0.0.7:0", "", "10.0.0.7:4444"),
+            ("[fd00::1]:0", "", "[fd00::1]:4444"),
+            ("0.0.0.0:7071", "worker-3.workers:7071", "worker-3.workers:7071"),
+            ("0.0.0.0:0", "10.0.0.7:0", "10.0.0.7:4444"),
+            ("[::]:7071", "[fd00::1]:7072", "[fd00::1]:7072"),
+        ] {
+            assert_eq!(told(listen, advertise), Ok(expected.into()));
+        }
+        for (listen, advertise, key) in [
+            ("0.0.0.0:0", "", "data_listen = \"0.0.0.0:0\""),
+            ("[::]:7", "", "data_listen = \"[::]:7\""),
+            ("0.0.0.0:7", "0.0.0.0:7", "data_advertise = \"0.0.0.0:7\""),
+            ("0.0.0.0:7", "[::]:7", "data_advertise"),
+            ("0.0.0.0:7", "fd00::1:7", "brackets"),
+            ("0.0.0.0:7", "worker-3", "it has no port"),
+            ("0.0.0.0:7", "worker-3:http", "its port is none"),
+            ("0.0.0.0:7", ":7", "its host is none"),
+            ("0.0.0.0:7", "http://worker-3:7", "its host is none"),
+        ] {
+            let error = told(listen, advertise).unwrap_err();
+            assert!(error.contains(key), "{listen} {advertise}: {error}");
+        }
+    }
 
     #[test]
     fn the_documented_settings_are_the_defaults() {

@@ -5,4 +5,6 @@ pub mod backend;
 pub mod collective;
 pub mod config;
 pub mod engine;
+pub mod health;
 pub mod load;
+mod metrics;

@@ -227,7 +227,10 @@ impl<S: Store, P: Planner> Shell<S, P> {
                 let weights = self.links.weights().unwrap_or_default();
                 self.parts.view.send_modify(|view| view.weights = weights);
                 tracing::info!("serving epoch {}: {}", plan.epoch.0, plan.mesh);
-                self.turn(Turn::Serve { plan, group }).await;
+                self.turn(Turn::Serve { plan: plan.clone(), group }).await;
+                for member in &plan.members {
+                    self.command(&member.worker, Body::Serving(wire::Serving { epoch: plan.epoch.0 }));
+                }
             }
             Action::Halt { epoch, why } => {
                 let died = !matches!(self.parts.cluster.phase(), Phase::Loading(_));

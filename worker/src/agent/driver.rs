@@ -4,8 +4,9 @@ use super::door::{Door, SILENCE};
 use super::rank::{Counters, Order, Preparation, Ranks, Report};
 use super::state::{Action, Agent, Event, Phase};
 use crate::collective::connect::DataPlane;
-use crate::config::{Config, resident_bytes};
+use crate::config::{Config, Undialable, resident_bytes};
 use crate::engine::shard::Shelves;
+use crate::health::{self, Pulse, Stage, TURN, Turn};
 use model::fault::{Fault, FaultKind};
 use model::plan::{Epoch, WorkerId};
 use model::step::StepId;
@@ -15,7 +16,7 @@ use proto::tls::{TlsError, guard};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
@@ -35,6 +36,10 @@ pub enum AgentError {
     Tls(#[from] TlsError),
     #[error("{address} is not an address: {why}")]
     Address { address: String, why: String },
+    #[error(transparent)]
+    Undialable(#[from] Undialable),
+    #[error("health can't be asked at {address}: {why}")]
+    Health { address: String, why: std::io::Error },
 }
 
 /// What this process is, told at every join.
@@ -73,10 +78,18 @@ pub async fn run(
         let guarded = (config.tls.is_some(), "give this worker certificates under [tls]");
         guard("the coordinator", address.trim(), guarded, config.insecure)?;
     }
-    let unguarded = (false, "its numbers are not encrypted");
-    guard("the ranks' data", &config.data_listen, unguarded, config.insecure)?;
-    let plane = Arc::new(DataPlane::bind(&config.data_listen)?);
+    let guarded = (config.tls.is_some(), "give this worker certificates under [tls]");
+    guard("the ranks' data", &config.data_listen, guarded, config.insecure)?;
+    let plane = Arc::new(DataPlane::bind(&config.data_listen, config.tls.clone())?);
+    let data_address = config.data_address(plane.address())?;
     let shelves = Arc::new(Shelves::default());
+    let counters = Counters::default();
+    let pulse = Arc::new(Pulse::new(counters.clone(), plane.refused().clone(), Instant::now()));
+    if !config.health_listen.is_empty() {
+        let failed = |why| AgentError::Health { address: config.health_listen.clone(), why };
+        let address = health::server::start(&config.health_listen, pulse.clone()).map_err(failed)?;
+        tracing::info!("health at http://{address}/readyz");
+    }
     let (leave, leaving) = watch::channel(false);
     let (asked, seconds) = (stop.leave, config.drain_seconds);
     let overdue = async move {
@@ -91,8 +104,14 @@ pub async fn run(
     let mut door = Door::new(&config);
     loop {
         let session = async {
-            let Some(channel) = door.next().await? else { return Ok::<Ended, AgentError>(Ended::Gone) };
-            let session = Session::new(&config, &identity, (plane.clone(), shelves.clone()), channel);
+            let Some(channel) = alone(&pulse, door.next()).await? else { return Ok::<Ended, AgentError>(Ended::Gone) };
+            let shared = Shared {
+                plane: plane.clone(),
+                data_address: data_address.clone(),
+                shelves: shelves.clone(),
+                counters: counters.clone(),
+            };
+            let session = Session::new(&config, &identity, (shared, pulse.clone()), channel);
             let ended = session.run(&mut agent, leaving.clone()).await?;
             match &ended {
                 Ended::NotHere(why) => door.closed(why),
@@ -112,10 +131,32 @@ pub async fn run(
             return Ok(());
         }
         agent.handle(Event::Disconnected);
+        pulse.alone(Instant::now());
         tokio::select! {
             () = &mut shutdown => return Ok(()),
             () = &mut overdue => return Ok(()),
             () = tokio::time::sleep(door.pause()) => {}
+        }
+    }
+}
+
+/// What outlives a connection to a coordinator.
+struct Shared {
+    plane: Arc<DataPlane>,
+    /// What peers dial.
+    data_address: String,
+    shelves: Arc<Shelves>,
+    counters: Counters,
+}
+
+/// Waits for something outside of a session, turning meanwhile.
+async fn alone<T>(pulse: &Pulse, what: impl Future<Output = T>) -> T {
+    let mut turns = tokio::time::interval(TURN);
+    tokio::pin!(what);
+    loop {
+        tokio::select! {
+            done = &mut what => return done,
+            _ = turns.tick() => pulse.alone(Instant::now()),
         }
     }
 }
@@ -125,7 +166,13 @@ struct Session<'a> {
     config: &'a Config,
     identity: &'a Identity,
     plane: Arc<DataPlane>,
+    data_address: String,
     shelves: Arc<Shelves>,
+    pulse: Arc<Pulse>,
+    /// The coordinator has taken this worker.
+    joined: bool,
+    /// The last epoch whose members have all loaded.
+    serving: Option<Epoch>,
     client: ClusterClient<Channel>,
     counters: Counters,
     outbox: mpsc::Sender<wire::WorkerMessage>,
@@ -142,9 +189,10 @@ impl<'a> Session<'a> {
     fn new(
         config: &'a Config,
         identity: &'a Identity,
-        (plane, shelves): (Arc<DataPlane>, Arc<Shelves>),
+        (shared, pulse): (Shared, Arc<Pulse>),
         channel: Channel,
     ) -> Session<'a> {
+        let Shared { plane, data_address, shelves, counters } = shared;
         let (outbox, messages) = mpsc::channel(OUTBOX_MAX);
         let (reports, report_queue) = mpsc::channel(OUTBOX_MAX);
         let client = ClusterClient::new(channel)
@@ -154,9 +202,13 @@ impl<'a> Session<'a> {
             config,
             identity,
             plane,
+            data_address,
             shelves,
+            pulse,
+            joined: false,
+            serving: None,
             client,
-            counters: Counters::default(),
+            counters,
             outbox,
             messages: Some(messages),
             reports,
@@ -174,7 +226,7 @@ impl<'a> Session<'a> {
             build: self.identity.build.clone(),
             worker: self.identity.name.0.clone(),
             host: self.identity.host.clone(),
-            data_address: self.plane.address().to_string(),
+            data_address: self.data_address.clone(),
             devices: self.identity.devices.clone(),
             families,
             token: self.config.token.clone(),
@@ -203,6 +255,7 @@ impl<'a> Session<'a> {
             self.say(message(wire::worker_message::Body::Leaving(wire::Leaving {})));
         }
         let mut beat = tokio::time::interval(Duration::from_millis(500));
+        let mut turns = tokio::time::interval(TURN);
         let mut orders: Option<tonic::Streaming<wire::StepOrder>> = None;
         loop {
             let event = tokio::select! {
@@ -233,6 +286,7 @@ impl<'a> Session<'a> {
                     continue;
                 }
                 _ = beat.tick() => { self.beat(agent); continue }
+                _ = turns.tick() => { self.turn(agent); continue }
             };
             for action in agent.handle(event) {
                 if let Some(stream) = self.perform(action).await {
@@ -242,6 +296,7 @@ impl<'a> Session<'a> {
             if self.answers.is_none() {
                 orders = None;
             }
+            self.turn(agent);
         }
     }
 
@@ -253,6 +308,7 @@ impl<'a> Session<'a> {
         use wire::command::Body;
         Ok(match command.body {
             Some(Body::Welcome(welcome)) => {
+                self.joined = true;
                 *beat = tokio::time::interval(Duration::from_millis(welcome.beat_interval_ms.clamp(50, 10_000).into()));
                 None
             }
@@ -271,6 +327,10 @@ impl<'a> Session<'a> {
                 None => None,
             },
             Some(Body::Release(release)) => Some(Event::Release { epoch: Epoch(release.epoch) }),
+            Some(Body::Serving(serving)) => {
+                self.serving = Some(Epoch(serving.epoch));
+                None
+            }
             Some(Body::Refused(fault)) => return Err(AgentError::Refused(fault.text)),
             // Ends the session before it comes here.
             Some(Body::Drained(_)) | None => None,
@@ -375,6 +435,23 @@ impl<'a> Session<'a> {
                 None
             }
         }
+    }
+
+    /// Tells the pulse how things stand.
+    fn turn(&self, agent: &Agent) {
+        let stage = match agent.phase() {
+            Phase::Idle => Stage::Idle,
+            Phase::Loading { .. } => Stage::Loading,
+            Phase::Ready { .. } => Stage::Ready,
+        };
+        let turn = Turn {
+            joined: self.joined,
+            stage,
+            epoch: agent.epoch().map_or(0, |epoch| epoch.0),
+            serving: self.answers.is_some() && agent.epoch() == self.serving,
+            pending: self.ranks.as_ref().map(|ranks| ranks.pending().clone()),
+        };
+        self.pulse.turn(turn, Instant::now());
     }
 
     fn beat(&mut self, agent: &Agent) {

@@ -50,7 +50,7 @@ pub enum Report {
 }
 
 /// What loading and stepping count, read by beats.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Counters {
     /// Moves at every layer of every rank.
     pub progress: Arc<AtomicU64>,
@@ -133,6 +133,11 @@ impl Ranks {
     /// Steps that some rank has not finished, each rank's counted.
     pub fn steps_pending(&self) -> u32 {
         self.pending.load(Ordering::Relaxed)
+    }
+
+    /// The same, to be read by others while the ranks live.
+    pub fn pending(&self) -> &Arc<AtomicU32> {
+        &self.pending
     }
 
     /// Queues a step for every rank.

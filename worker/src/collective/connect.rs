@@ -4,11 +4,14 @@
 //! only for members of that communicator, so no two processes wait for each other.
 
 use super::checked::Checked;
+use super::credentials::Credentials;
 use super::door::Door;
 use super::hello::{Answer, CommunicatorId, Hello, Key, Kind, Purpose, fingerprint};
+use super::link::Link;
 use super::memfd::{self, Offer, Origin};
+use super::refused::Refused;
 use super::shared::{Seats, Shared};
-use super::sockets::read_exact;
+use super::sockets::{lost, read_exact};
 use super::solo::Solo;
 use super::tcp::Tcp;
 use super::wait::spin_for;
@@ -17,8 +20,8 @@ use super::{Abort, Collective, local};
 use model::fault::{Fault, FaultKind};
 use model::mesh::RankId;
 use model::plan::{Epoch, Member, Plan, WorkerId};
+use proto::tls::Tls;
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write;
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -26,6 +29,7 @@ use std::time::{Duration, Instant};
 /// Where peers' data arrives, and what was built over it.
 pub struct DataPlane {
     door: Door,
+    credentials: Option<Arc<Credentials>>,
     built: Mutex<Vec<(Epoch, Weak<dyn Abort>)>>,
 }
 
@@ -55,9 +59,17 @@ impl Default for Options {
 }
 
 impl DataPlane {
-    /// Listens for peers at `address` (`ip:port`, port 0 for any).
-    pub fn bind(address: &str) -> Result<DataPlane, Fault> {
-        Ok(DataPlane { door: Door::bind(address)?, built: Mutex::default() })
+    /// Listens for peers at `address` (`ip:port`, port 0 for any). With `tls` every connection, of this host's processes
+    /// too, is encrypted and both ends show certificates; what shared memory carries crosses no socket.
+    pub fn bind(address: &str, tls: Option<Tls>) -> Result<DataPlane, Fault> {
+        let credentials = tls.map(Credentials::read).transpose()?.map(Arc::new);
+        let door = Door::bind(address, credentials.clone())?;
+        Ok(DataPlane { door, credentials, built: Mutex::default() })
+    }
+
+    /// Who was turned away since the start.
+    pub fn refused(&self) -> &Arc<Refused> {
+        self.door.refused()
     }
 
     /// Where peers reach this process, to be told in [`Member::data_address`].
@@ -66,7 +78,7 @@ impl DataPlane {
     }
 
     /// Builds the communicators of `me`'s ranks, in the order in which the plan names them. Every worker of the plan
-    /// does so at about the same time. Epochs before the plan's are refused from now on.
+    /// does so at about the same time. Epochs before the plan's are refused from now on. Certificates are read anew.
     pub fn connect(
         &self,
         plan: &Plan,
@@ -77,6 +89,9 @@ impl DataPlane {
             Fault::new(FaultKind::Incompatible, format!("worker {} has no part in plan {}", me.0, plan.epoch.0))
         })?;
         self.door.raise(plan.epoch);
+        if let Some(credentials) = &self.credentials {
+            credentials.renew();
+        }
         let host_ranks = plan.members.iter().filter(|other| other.host == member.host).map(|m| m.ranks.len()).sum();
         let connecting = Connecting {
             plane: self,
@@ -232,54 +247,61 @@ impl<'a> Connecting<'a> {
         // No memory here is no end: zeros are an offer that everyone declines.
         let origin = Origin::new(group.ranks.len(), mark).ok();
         let offer = origin.as_ref().map_or(Offer { process: 0, descriptor: 0, mark: 0 }, Origin::offer);
-        let mut lifelines = Vec::new();
+        let mut links = Vec::new();
         for process in Connecting::processes(group).into_iter().skip(1) {
-            let stream = self.claim(group, Purpose::Memory, process, 0)?;
-            self.say(group, process, &stream, &encode(&offer))?;
-            lifelines.push(Lifeline { stream, seats: Connecting::places(group, process) });
+            let mut link = self.claim(group, Purpose::Memory, process, 0)?;
+            self.say(group, process, &mut link, &encode(&offer))?;
+            links.push((process, link));
         }
         let mut all = origin.is_some();
-        for line in &lifelines {
-            all &= self.hear::<1>(group, line.seats[0], &line.stream)? == [1];
+        for (process, link) in &mut links {
+            all &= self.hear::<1>(group, *process, link)? == [1];
         }
-        for line in &lifelines {
-            self.say(group, line.seats[0], &line.stream, &[u8::from(all)])?;
+        for (process, link) in &mut links {
+            self.say(group, *process, link, &[u8::from(all)])?;
         }
+        let lifeline = |(process, link)| Connecting::lifeline(group, process, link);
+        let lifelines = links.into_iter().map(lifeline).collect();
         Ok(origin.filter(|_| all).map(|origin| (origin.seats().clone(), lifelines)))
     }
 
     fn take_memory(&self, group: &Group<'_>) -> Result<Option<Mapped>, Fault> {
         let first = self.mine(group).next().expect("a group of this process");
-        let stream = self.dial(group, Purpose::Memory, first, 0)?;
-        self.welcomed(group, 0, &stream)?;
-        let offer = decode(&self.hear::<16>(group, 0, &stream)?);
+        let mut link = self.dial(group, Purpose::Memory, first, 0)?;
+        self.welcomed(group, 0, &mut link)?;
+        let offer = decode(&self.hear::<16>(group, 0, &mut link)?);
         let seats = memfd::open(&offer, group.ranks.len()).ok();
-        self.say(group, 0, &stream, &[u8::from(seats.is_some())])?;
-        let all = self.hear::<1>(group, 0, &stream)? == [1];
-        let lifeline = Lifeline { stream, seats: Connecting::places(group, 0) };
+        self.say(group, 0, &mut link, &[u8::from(seats.is_some())])?;
+        let all = self.hear::<1>(group, 0, &mut link)? == [1];
+        let lifeline = Connecting::lifeline(group, 0, link);
         Ok(seats.filter(|_| all).map(|seats| (seats, vec![lifeline])))
+    }
+
+    /// Only the end of a lifeline is ever heard, so what guarded its first words is of no more use.
+    fn lifeline(group: &Group<'_>, process: usize, link: Link) -> Lifeline {
+        Lifeline { stream: link.socket, seats: Connecting::places(group, process) }
     }
 
     /// Later places dial earlier ones. All dial before anyone waits.
     fn mesh_of_sockets(&self, group: &Group<'_>) -> Result<Built, Fault> {
         let size = group.ranks.len();
-        let mut streams: BTreeMap<(usize, usize), TcpStream> = BTreeMap::new();
+        let mut links: BTreeMap<(usize, usize), Link> = BTreeMap::new();
         for me in self.mine(group) {
             for peer in 0..me {
-                streams.insert((me, peer), self.dial(group, Purpose::Pair, me, peer)?);
+                links.insert((me, peer), self.dial(group, Purpose::Pair, me, peer)?);
             }
         }
         for me in self.mine(group) {
             for peer in me + 1..size {
-                streams.insert((me, peer), self.claim(group, Purpose::Pair, peer, me)?);
+                links.insert((me, peer), self.claim(group, Purpose::Pair, peer, me)?);
             }
         }
         let mut built: Built = Vec::new();
         for me in self.mine(group) {
             for peer in 0..me {
-                self.welcomed(group, peer, &streams[&(me, peer)])?;
+                self.welcomed(group, peer, links.get_mut(&(me, peer)).expect("dialled above"))?;
             }
-            let mine = (0..size).map(|peer| streams.remove(&(me, peer))).collect();
+            let mine = (0..size).map(|peer| links.remove(&(me, peer))).collect();
             built.push((me, Box::new(Tcp::new(me, mine, self.spin)?)));
         }
         Ok(built)
@@ -303,31 +325,42 @@ impl<'a> Connecting<'a> {
     }
 
     fn lost(&self, group: &Group<'_>, place: usize, error: &std::io::Error) -> Fault {
-        Fault::new(FaultKind::RankLost, format!("{}: {error}", self.who(group, place)))
+        lost(&self.who(group, place), error)
     }
 
-    fn dial(&self, group: &Group<'_>, purpose: Purpose, from: usize, to: usize) -> Result<TcpStream, Fault> {
+    fn dial(&self, group: &Group<'_>, purpose: Purpose, from: usize, to: usize) -> Result<Link, Fault> {
         self.cancelled().map_or(Ok(()), Err)?;
         let address = &group.holders[to].data_address;
-        let reach = || -> std::io::Result<TcpStream> {
-            let address = address.to_socket_addrs()?.next().ok_or_else(|| std::io::Error::other("no such address"))?;
-            let left = self.deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-            let mut stream = TcpStream::connect_timeout(&address, left)?;
-            let hello = Hello { key: self.key(group, purpose, from, to), plan: self.fingerprint };
-            stream.set_nodelay(true)?;
-            stream.write_all(&hello.encode())?;
-            Ok(stream)
+        let reach = || -> std::io::Result<Link> {
+            let socket = self.connection(address)?;
+            let hello = Hello { key: self.key(group, purpose, from, to), plan: self.fingerprint }.encode();
+            socket.set_nodelay(true)?;
+            let credentials = self.plane.credentials.as_deref();
+            Link::dialled(socket, credentials, &hello, self.deadline, || self.cancelled().is_some())
         };
-        reach().map_err(|error| self.lost(group, to, &error))
+        reach().map_err(|error| self.cancelled().unwrap_or_else(|| self.lost(group, to, &error)))
     }
 
-    fn claim(&self, group: &Group<'_>, purpose: Purpose, from: usize, to: usize) -> Result<TcpStream, Fault> {
+    /// To the first that answers of all the addresses that `name` stands for.
+    fn connection(&self, name: &str) -> std::io::Result<TcpStream> {
+        let mut outcome = Err(std::io::Error::other("no such address"));
+        for address in name.to_socket_addrs()? {
+            let left = self.deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            outcome = TcpStream::connect_timeout(&address, left);
+            if outcome.is_ok() {
+                break;
+            }
+        }
+        outcome
+    }
+
+    fn claim(&self, group: &Group<'_>, purpose: Purpose, from: usize, to: usize) -> Result<Link, Fault> {
         let key = self.key(group, purpose, from, to);
         self.plane.door.claim(&key, self.fingerprint, self.deadline, &self.who(group, from))
     }
 
-    fn welcomed(&self, group: &Group<'_>, place: usize, stream: &TcpStream) -> Result<(), Fault> {
-        let [byte] = self.hear::<1>(group, place, stream)?;
+    fn welcomed(&self, group: &Group<'_>, place: usize, link: &mut Link) -> Result<(), Fault> {
+        let [byte] = self.hear::<1>(group, place, link)?;
         let (kind, what) = match Answer::decode(byte) {
             Some(Answer::Welcome) => return Ok(()),
             Some(Answer::Stale) => (FaultKind::StaleEpoch, "has a newer epoch"),
@@ -339,14 +372,14 @@ impl<'a> Connecting<'a> {
         Err(Fault::new(kind, format!("{}: {what}", self.who(group, place))))
     }
 
-    fn hear<const N: usize>(&self, group: &Group<'_>, place: usize, stream: &TcpStream) -> Result<[u8; N], Fault> {
+    fn hear<const N: usize>(&self, group: &Group<'_>, place: usize, link: &mut Link) -> Result<[u8; N], Fault> {
         let mut bytes = [0; N];
-        read_exact(stream, &mut bytes, self.deadline, || self.cancelled(), &self.who(group, place))?;
+        read_exact(link, &mut bytes, self.deadline, || self.cancelled(), &self.who(group, place))?;
         Ok(bytes)
     }
 
-    fn say(&self, group: &Group<'_>, place: usize, mut stream: &TcpStream, bytes: &[u8]) -> Result<(), Fault> {
-        stream.write_all(bytes).map_err(|error| self.lost(group, place, &error))
+    fn say(&self, group: &Group<'_>, place: usize, link: &mut Link, bytes: &[u8]) -> Result<(), Fault> {
+        link.write_all(bytes).map_err(|error| self.lost(group, place, &error))
     }
 }
 

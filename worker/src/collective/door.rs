@@ -1,22 +1,26 @@
 //! The listener of a worker's data plane: takes peers' connections, hears who they are, and keeps each until its
 //! communicator claims it. Everything a stranger can make it hold is bounded.
 
+use super::credentials::Credentials;
 use super::hello::{Answer, HELLO, Hello, Key};
+use super::link::Link;
+use super::refused::{Reason, Refused};
 use super::sockets::{Interest, poll};
 use model::fault::{Fault, FaultKind};
 use model::plan::Epoch;
 use std::collections::BTreeMap;
-use std::io::{ErrorKind, Read, Write};
+use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Connections that have not said hello yet; the oldest makes room.
-const STRANGERS_MAX: usize = 64;
+/// Connections that have not said hello yet; the oldest makes room. More than the processes of any cluster that greet at
+/// once.
+pub const STRANGERS_MAX: usize = 256;
 
-/// How long a connection may take over its hello.
+/// How long a connection may take over its hello, and over its handshake before.
 const HELLO_MAX: Duration = Duration::from_secs(2);
 
 /// Connections that wait to be claimed.
@@ -33,28 +37,31 @@ pub struct Door {
 }
 
 /// Connections that said hello, and which epochs are over.
+#[derive(Default)]
 struct Lobby {
     inner: Mutex<Parked>,
     arrived: Condvar,
+    refused: Arc<Refused>,
 }
 
 #[derive(Default)]
 struct Parked {
     /// Epochs before this one are refused.
     floor: Epoch,
-    streams: BTreeMap<Key, (u64, TcpStream)>,
+    links: BTreeMap<Key, (u64, Link)>,
 }
 
 struct Stranger {
-    stream: TcpStream,
+    link: Link,
     bytes: [u8; HELLO],
     filled: usize,
     since: Instant,
 }
 
 impl Door {
-    /// Listens at `address` (`ip:port`, port 0 for any).
-    pub fn bind(address: &str) -> Result<Door, Fault> {
+    /// Listens at `address` (`ip:port`, port 0 for any); with `credentials` nothing is heard before both sides have shown
+    /// theirs.
+    pub fn bind(address: &str, credentials: Option<Arc<Credentials>>) -> Result<Door, Fault> {
         let open = || -> std::io::Result<(TcpListener, SocketAddr, UnixStream, UnixStream)> {
             let listener = TcpListener::bind(address)?;
             listener.set_nonblocking(true)?;
@@ -66,11 +73,11 @@ impl Door {
             Fault::new(FaultKind::Internal, format!("data plane cannot listen at {address}: {error}"))
         };
         let (listener, local, bell, hears) = open().map_err(failed)?;
-        let lobby = Arc::new(Lobby { inner: Mutex::default(), arrived: Condvar::new() });
+        let lobby = Arc::new(Lobby::default());
         let shared = lobby.clone();
         std::thread::Builder::new()
             .name("data-door".into())
-            .spawn(move || serve(&listener, &hears, &shared))
+            .spawn(move || serve(&listener, &hears, credentials.as_deref(), &shared))
             .map_err(failed)?;
         Ok(Door { address: local, lobby, _bell: bell })
     }
@@ -79,25 +86,31 @@ impl Door {
         self.address
     }
 
+    /// Who was turned away since the start.
+    pub fn refused(&self) -> &Arc<Refused> {
+        &self.lobby.refused
+    }
+
     /// Waits for the connection `key`, and welcomes it. `plan` is what this process acts on.
-    pub fn claim(&self, key: &Key, plan: u64, deadline: Instant, who: &str) -> Result<TcpStream, Fault> {
+    pub fn claim(&self, key: &Key, plan: u64, deadline: Instant, who: &str) -> Result<Link, Fault> {
         let mut parked = self.lobby.lock();
         loop {
             if let Some(fault) = ended(&parked, key.epoch) {
                 return Err(fault);
             }
             // One whose process gave up meanwhile is not taken: it may come again.
-            if let Some((theirs, stream)) = parked.streams.remove(key).filter(|(_, stream)| is_waiting(stream)) {
+            if let Some((theirs, mut link)) = parked.links.remove(key).filter(|(_, link)| is_waiting(&link.socket)) {
                 drop(parked);
                 let answer = if theirs == plan { Answer::Welcome } else { Answer::OtherPlan };
-                let told = stream.set_nonblocking(false).and_then(|()| (&stream).write_all(&[answer as u8]));
+                let told = link.socket.set_nonblocking(false).and_then(|()| link.write_all(&[answer as u8]));
                 told.map_err(|error| Fault::new(FaultKind::RankLost, format!("{who}: {error}")))?;
                 if theirs != plan {
+                    self.lobby.refused.add(Reason::OtherPlan);
                     let text =
                         format!("{who}: acts on another plan ({theirs:x}, here {plan:x}) of epoch {}", key.epoch.0);
                     return Err(Fault::new(FaultKind::Incompatible, text));
                 }
-                return Ok(stream);
+                return Ok(link);
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -117,10 +130,10 @@ impl Door {
         let mut parked = self.lobby.lock();
         parked.floor = parked.floor.max(floor);
         let floor = parked.floor;
-        parked.streams.retain(|key, (_, stream)| {
+        parked.links.retain(|key, (_, link)| {
             let stays = key.epoch >= floor;
             if !stays {
-                refuse(stream, Answer::Stale);
+                self.lobby.refuse(link, Answer::Stale);
             }
             stays
         });
@@ -140,79 +153,112 @@ fn is_waiting(stream: &TcpStream) -> bool {
     stream.peek(&mut [0]).is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
 }
 
-/// Tells a peer why it is closed; one that does not listen need not know.
-fn refuse(mut stream: &TcpStream, answer: Answer) {
-    let _ = stream.write(&[answer as u8]);
-}
-
 impl Lobby {
     fn lock(&self) -> MutexGuard<'_, Parked> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn park(&self, hello: Hello, stream: TcpStream) {
+    /// Tells a peer why it is closed; one that does not listen need not know.
+    fn refuse(&self, link: &mut Link, answer: Answer) {
+        if let Some(reason) = Reason::of(answer) {
+            self.refused.add(reason);
+        }
+        let _ = link.write_all(&[answer as u8]);
+    }
+
+    fn park(&self, hello: Hello, mut link: Link) {
         let mut parked = self.lock();
         let refused = if hello.key.epoch < parked.floor {
             Some(Answer::Stale)
-        } else if parked.streams.len() >= PARKED_MAX {
+        } else if parked.links.len() >= PARKED_MAX {
             Some(Answer::Full)
         } else {
             None
         };
         match refused {
-            Some(answer) => refuse(&stream, answer),
+            Some(answer) => self.refuse(&mut link, answer),
             // A second connection of the same name takes the first one's place: its process tries again.
             None => {
-                parked.streams.insert(hello.key, (hello.plan, stream));
+                parked.links.insert(hello.key, (hello.plan, link));
                 self.arrived.notify_all();
             }
         }
     }
 }
 
-fn serve(listener: &TcpListener, bell: &UnixStream, lobby: &Lobby) {
+fn serve(listener: &TcpListener, bell: &UnixStream, credentials: Option<&Credentials>, lobby: &Lobby) {
     let mut strangers: Vec<Stranger> = Vec::new();
     loop {
-        let sockets = [bell.as_fd(), listener.as_fd()].into_iter().chain(strangers.iter().map(|s| s.stream.as_fd()));
-        let mut interests: Vec<_> =
-            sockets.map(|socket| Interest { socket, read: true, write: false, ready: false }).collect();
+        let opened = |socket| Interest { socket, read: true, write: false, ready: false };
+        let mut interests = vec![opened(bell.as_fd()), opened(listener.as_fd())];
+        interests.extend(strangers.iter().map(|stranger| stranger.link.interest()));
         poll(&mut interests, POLL_MAX);
         if interests[0].ready {
             return;
         }
         let now = Instant::now();
         strangers = strangers.into_iter().filter_map(|stranger| hear(stranger, now, lobby)).collect();
-        accept(listener, &mut strangers, now);
+        accept(listener, credentials, lobby, &mut strangers, now);
     }
 }
 
-fn accept(listener: &TcpListener, strangers: &mut Vec<Stranger>, now: Instant) {
-    while let Ok((stream, _)) = listener.accept() {
-        if stream.set_nonblocking(true).is_err() {
+fn accept(
+    listener: &TcpListener,
+    credentials: Option<&Credentials>,
+    lobby: &Lobby,
+    strangers: &mut Vec<Stranger>,
+    now: Instant,
+) {
+    while let Ok((socket, _)) = listener.accept() {
+        let Ok(link) = socket.set_nonblocking(true).and_then(|()| Link::accepted(socket, credentials)) else {
             continue;
-        }
+        };
         if strangers.len() >= STRANGERS_MAX {
             strangers.remove(0);
+            lobby.refused.add(Reason::Stranger);
         }
-        strangers.push(Stranger { stream, bytes: [0; HELLO], filled: 0, since: now });
+        strangers.push(Stranger { link, bytes: [0; HELLO], filled: 0, since: now });
     }
 }
 
 /// Reads on; gives the connection back while its hello is not whole.
 fn hear(mut stranger: Stranger, now: Instant, lobby: &Lobby) -> Option<Stranger> {
-    match stranger.stream.read(&mut stranger.bytes[stranger.filled..]) {
-        Ok(0) => return None,
-        Ok(count) => stranger.filled += count,
-        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
-        Err(_) => return None,
-    }
-    if stranger.filled < HELLO {
-        return (now.duration_since(stranger.since) < HELLO_MAX).then_some(stranger);
+    while stranger.filled < HELLO {
+        match stranger.link.read(&mut stranger.bytes[stranger.filled..]) {
+            Ok(0) => {
+                lobby.refused.add(Reason::Stranger);
+                return None;
+            }
+            Ok(count) => stranger.filled += count,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                let waits = now.duration_since(stranger.since) < HELLO_MAX;
+                if !waits {
+                    lobby.refused.add(Reason::Stranger);
+                }
+                return waits.then_some(stranger);
+            }
+            Err(error) => {
+                turn_away(&stranger.link, &error, lobby);
+                return None;
+            }
+        }
     }
     match Hello::decode(&stranger.bytes) {
-        Some(Ok(hello)) => lobby.park(hello, stranger.stream),
-        Some(Err(answer)) => refuse(&stranger.stream, answer),
-        None => {}
+        Some(Ok(hello)) => lobby.park(hello, stranger.link),
+        Some(Err(answer)) => lobby.refuse(&mut stranger.link, answer),
+        None => lobby.refused.add(Reason::Stranger),
     }
     None
+}
+
+/// Counts one whose handshake failed; the session has told it why.
+fn turn_away(link: &Link, error: &std::io::Error, lobby: &Lobby) {
+    match error.kind() {
+        ErrorKind::InvalidData => {
+            let peer = link.socket.peer_addr().ok();
+            lobby.refused.say(Reason::Certificate, peer, &error.to_string());
+        }
+        _ => lobby.refused.add(Reason::Stranger),
+    }
 }

@@ -4,22 +4,28 @@
 //! solo     one member                          nothing to do
 //! local    threads of one process              shared memory, private to it
 //! memfd    processes of one host               shared memory without a name: gone with its last process
-//! tcp      processes of several hosts          a full mesh of sockets
+//! tcp      processes of several hosts          a full mesh of sockets, under TLS where the worker has certificates
 //! ```
 //!
 //! Bits are part of the contract (*Canonical* level): [`Collective::sum`] adds by the balanced binary tree over ranks
 //! in f32 whatever the transport, so that a rank of a power-of-two communicator continues the tree of segments that
 //! its kernels began (see `model::cut`).
 
+#[cfg(test)]
+mod authority;
 pub mod checked;
 pub mod connect;
+mod credentials;
 mod door;
 mod hello;
 mod inbox;
+mod link;
 pub mod local;
 pub mod memfd;
+pub mod refused;
 mod region;
 mod ring;
+mod session;
 pub mod shared;
 mod sockets;
 pub mod solo;

@@ -1,16 +1,14 @@
 //! What the sockets of the data plane need beyond the standard library: waiting for several, noticing silence.
 
+use super::link::{GLANCE, Link};
 use model::fault::{Fault, FaultKind};
-use std::io::{ErrorKind, Read};
+use std::io::ErrorKind;
 use std::net::TcpStream;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 /// Silence on an open connection that ends it: probes go after a second, and after this an unanswered one is a loss.
 const SILENCE_MS: libc::c_uint = 1500;
-
-/// How often a blocking read looks whether it is still wanted.
-const GLANCE: Duration = Duration::from_millis(20);
 
 /// A connection to wait for.
 pub struct Interest<'a> {
@@ -36,36 +34,49 @@ pub fn poll(interests: &mut [Interest<'_>], limit: Duration) {
 /// Small messages go at once, and a peer that fell silent without closing is noticed.
 pub fn tune(stream: &TcpStream) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
-    let option = |level, name, value: libc::c_uint| {
-        // SAFETY: the option's value is a 4-byte integer that outlives the call.
-        let result = unsafe {
-            libc::setsockopt(stream.as_raw_fd(), level, name, (&raw const value).cast(), size_of_val(&value) as u32)
-        };
-        if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
-    };
-    option(libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
-    option(libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 1)?;
-    option(libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, 1)?;
-    option(libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, SILENCE_MS)
+    option(stream, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
+    option(stream, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 1)?;
+    option(stream, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, 1)?;
+    option(stream, libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, SILENCE_MS)
 }
 
-/// Fills `bytes` from a blocking stream before `deadline`, unless `cancelled` says why not. `who` is for the text.
+/// Sets an option whose value is a 4-byte integer.
+pub fn option(stream: &TcpStream, level: i32, name: i32, value: libc::c_uint) -> std::io::Result<()> {
+    // SAFETY: the option's value is a 4-byte integer that outlives the call.
+    let result = unsafe {
+        libc::setsockopt(stream.as_raw_fd(), level, name, (&raw const value).cast(), size_of_val(&value) as u32)
+    };
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The fault of a connection that broke; `who` is for the text.
+pub fn lost(who: &str, error: &std::io::Error) -> Fault {
+    let kind = match error.kind() {
+        // Trying again helps nobody whose certificates are wrong.
+        ErrorKind::InvalidData => FaultKind::Incompatible,
+        ErrorKind::TimedOut => FaultKind::Timeout,
+        ErrorKind::UnexpectedEof => return Fault::new(FaultKind::RankLost, format!("{who}: closed its connection")),
+        _ => FaultKind::RankLost,
+    };
+    Fault::new(kind, format!("{who}: {error}"))
+}
+
+/// Fills `bytes` from a blocking link before `deadline`, unless `cancelled` says why not. `who` is for the text.
 pub fn read_exact(
-    mut stream: &TcpStream,
+    link: &mut Link,
     bytes: &mut [u8],
     deadline: Instant,
     cancelled: impl Fn() -> Option<Fault>,
     who: &str,
 ) -> Result<(), Fault> {
-    let lost = |error: &dyn std::fmt::Display| Fault::new(FaultKind::RankLost, format!("{who}: {error}"));
-    stream.set_read_timeout(Some(GLANCE)).map_err(|error| lost(&error))?;
+    link.socket.set_read_timeout(Some(GLANCE)).map_err(|error| lost(who, &error))?;
     let mut filled = 0;
     while filled < bytes.len() {
         if let Some(fault) = cancelled() {
             return Err(fault);
         }
-        match stream.read(&mut bytes[filled..]) {
-            Ok(0) => return Err(lost(&"closed its connection")),
+        match link.read(&mut bytes[filled..]) {
+            Ok(0) => return Err(lost(who, &ErrorKind::UnexpectedEof.into())),
             Ok(count) => filled += count,
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                 if Instant::now() >= deadline {
@@ -74,7 +85,7 @@ pub fn read_exact(
                 }
             }
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(lost(&error)),
+            Err(error) => return Err(lost(who, &error)),
         }
     }
     Ok(())

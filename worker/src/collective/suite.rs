@@ -165,6 +165,26 @@ pub fn crossing_messages(make: impl Fn(usize) -> Members) {
     }
 }
 
+/// Whoever has sent may turn to other things for as long as it likes: what it sent arrives without it.
+pub fn sent_messages(make: impl Fn(usize) -> Members) {
+    let (came, all_came) = channel();
+    let (came, all_came) = (std::sync::Mutex::new(came), std::sync::Mutex::new(all_came));
+    each(make(2), move |mut member| {
+        let mut bytes = Vec::new();
+        for which in 0..40 {
+            let length = 2_000_000 + which * 77_777;
+            if member.rank() == 0 {
+                member.send(1, &letter(0, 1, which, length)).unwrap();
+                all_came.lock().unwrap().recv_timeout(HANG).unwrap();
+            } else {
+                member.receive(0, &mut bytes).unwrap();
+                assert!(bytes == letter(0, 1, which, length), "message {which}");
+                came.lock().unwrap().send(()).unwrap();
+            }
+        }
+    });
+}
+
 pub fn small_operations(make: impl Fn(usize) -> Members) {
     for (size, turns) in [(2, 3000), (4, 500), (8, 100)] {
         each(make(size), move |mut member| {
@@ -330,6 +350,11 @@ macro_rules! contract {
         #[test]
         fn large_messages_may_cross() {
             $crate::collective::suite::crossing_messages($make);
+        }
+
+        #[test]
+        fn what_was_sent_arrives_while_its_sender_does_other_things() {
+            $crate::collective::suite::sent_messages($make);
         }
 
         #[test]

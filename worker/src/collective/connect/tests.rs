@@ -1,14 +1,19 @@
 //! Workers as threads with a data plane each, and as real processes that can be killed.
 
 use super::*;
+use crate::collective::authority::Authority;
+use crate::collective::door::STRANGERS_MAX;
+use crate::collective::refused::Reason;
 use crate::collective::suite::{Members, contract};
 use crate::collective::tree;
 use model::mesh::Mesh;
 use model::plan::{KernelFamily, Limits};
 use model::quant::Dtype;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
+
+mod tls;
 
 const OPTIONS: Options = Options { deadline: Duration::from_secs(20), checked: false };
 
@@ -28,7 +33,17 @@ fn member(i: usize, each: usize, host: &str, address: &str) -> Member {
 
 /// One data plane a worker, `each` ranks on it, in this process; hosts by `host(worker)`.
 fn planes(workers: usize, each: usize, host: impl Fn(usize) -> String) -> (Vec<DataPlane>, Vec<Member>) {
-    let planes: Vec<_> = (0..workers).map(|_| DataPlane::bind("127.0.0.1:0").unwrap()).collect();
+    planes_with(|_| None, workers, each, host)
+}
+
+/// The same, each worker with what `tls(worker)` says.
+fn planes_with(
+    tls: impl Fn(usize) -> Option<Tls>,
+    workers: usize,
+    each: usize,
+    host: impl Fn(usize) -> String,
+) -> (Vec<DataPlane>, Vec<Member>) {
+    let planes: Vec<_> = (0..workers).map(|i| DataPlane::bind("127.0.0.1:0", tls(i)).unwrap()).collect();
     let address = |i: usize| planes[i].address().to_string();
     let members = (0..workers).map(|i| member(i, each, &host(i), &address(i))).collect();
     (planes, members)
@@ -170,7 +185,7 @@ fn an_abort_ends_a_connect_under_way_and_what_was_built() {
 fn garbage_is_closed_and_does_not_keep_others_out() {
     let (planes, members) = planes(2, 1, |worker| format!("host {worker}"));
     let dial = || TcpStream::connect(planes[0].address()).unwrap();
-    let idle: Vec<_> = (0..100).map(|_| dial()).collect();
+    let idle: Vec<_> = (0..STRANGERS_MAX + 40).map(|_| dial()).collect();
     let mut stranger = dial();
     stranger.write_all(&[b'G'; 64]).unwrap();
     assert_eq!(stranger.read(&mut [0; 8]).unwrap_or(0), 0, "closed without a word");
@@ -182,6 +197,8 @@ fn garbage_is_closed_and_does_not_keep_others_out() {
     let mut answer = [0; 1];
     stranger.read_exact(&mut answer).unwrap();
     assert_eq!(Answer::decode(answer[0]), Some(Answer::OtherWire));
+    assert_eq!(planes[0].refused().count(Reason::OtherWire), 1);
+    assert!(planes[0].refused().count(Reason::Stranger) > 40, "those that made room, and the one of another kind");
     let plan = plan(1, Mesh::new(1, 1, 2, 1).unwrap(), members);
     assert_eq!(connect_all(&planes, &plan).len(), 2);
     drop(idle);
@@ -251,7 +268,7 @@ fn worker_process() {
     if std::env::var_os(ROLE).is_none() {
         return;
     }
-    let plane = DataPlane::bind("127.0.0.1:0").unwrap();
+    let plane = DataPlane::bind("127.0.0.1:0", None).unwrap();
     println!("\n{MARK}{}", plane.address());
     let mut text = String::new();
     std::io::stdin().read_line(&mut text).unwrap();

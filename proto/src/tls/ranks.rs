@@ -1,0 +1,176 @@
+//! TLS between workers, for numbers that ranks exchange: version 1.3 alone, certificates on both sides, one authority.
+//! The sockets are the worker's (`worker::collective`); here is only who is let in.
+
+use super::{Tls, TlsError, WORKER_NAME, read};
+use rustls::client::{Resumption, WebPkiServerVerifier, verify_server_name};
+use rustls::crypto::{CryptoProvider, ring};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
+use rustls::version::TLS13;
+use rustls::{
+    AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, RootCertStore,
+    ServerConfig, SignatureScheme,
+};
+use std::path::Path;
+use std::sync::Arc;
+
+/// What a worker shows to other workers, when it dials and when it listens.
+#[derive(Clone)]
+pub struct Ranks {
+    pub dials: Arc<ClientConfig>,
+    pub listens: Arc<ServerConfig>,
+}
+
+/// The name that every worker's certificate carries.
+pub fn worker_name() -> ServerName<'static> {
+    ServerName::try_from(WORKER_NAME).expect("a constant that is a host's name")
+}
+
+impl Tls {
+    /// Reads the files. An error names the one that is missing or wrong.
+    pub fn ranks(&self) -> Result<Ranks, TlsError> {
+        let provider = Arc::new(ring::default_provider());
+        let mut roots = RootCertStore::empty();
+        for certificate in certificates(&self.ca)? {
+            roots.add(certificate).map_err(|error| unusable(&self.ca, error))?;
+        }
+        let roots = Arc::new(roots);
+        let shown = certificates(&self.certificate)?;
+        let key = PrivateKeyDer::from_pem_slice(&read(&self.key)?).map_err(|error| unusable(&self.key, error))?;
+        // A key of another certificate is found here.
+        let mismatch = |error: Error| unusable(&self.key, error);
+        let server = WebPkiServerVerifier::builder_with_provider(roots.clone(), provider.clone()).build();
+        let server = server.map_err(|error| unusable(&self.ca, error))?;
+        let mut dials = ClientConfig::builder_with_provider(provider.clone())
+            .with_protocol_versions(&[&TLS13])
+            .expect("the provider has suites of version 1.3")
+            .with_webpki_verifier(server)
+            .with_client_auth_cert(shown.clone(), key.clone_key())
+            .map_err(mismatch)?;
+        // Connections last as long as an epoch: there is nothing to resume, and nothing is said after the handshake.
+        dials.resumption = Resumption::disabled();
+        let mut listens = ServerConfig::builder_with_provider(provider.clone())
+            .with_protocol_versions(&[&TLS13])
+            .expect("the provider has suites of version 1.3")
+            .with_client_cert_verifier(Workers::new(roots, provider).map_err(|why| unusable(&self.ca, why))?)
+            .with_single_cert(shown, key)
+            .map_err(mismatch)?;
+        listens.send_tls13_tickets = 0;
+        Ok(Ranks { dials: Arc::new(dials), listens: Arc::new(listens) })
+    }
+}
+
+fn unusable(path: &Path, why: impl ToString) -> TlsError {
+    TlsError::Unusable { path: path.into(), why: why.to_string() }
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let bytes = read(path)?;
+    let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&bytes).collect();
+    let all = all.map_err(|error| unusable(path, error))?;
+    if all.is_empty() { Err(unusable(path, "it holds no certificate")) } else { Ok(all) }
+}
+
+/// Lets in whom the authority vouches for, by the name of a worker: a coordinator's certificate joins no ranks.
+#[derive(Debug)]
+struct Workers {
+    inner: Arc<dyn ClientCertVerifier>,
+    name: ServerName<'static>,
+}
+
+impl Workers {
+    fn new(roots: Arc<RootCertStore>, provider: Arc<CryptoProvider>) -> Result<Arc<Workers>, String> {
+        let inner = WebPkiClientVerifier::builder_with_provider(roots, provider).build();
+        Ok(Arc::new(Workers { inner: inner.map_err(|error| error.to_string())?, name: worker_name() }))
+    }
+}
+
+impl ClientCertVerifier for Workers {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.inner.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        let verified = self.inner.verify_client_cert(end_entity, intermediates, now)?;
+        verify_server_name(&ParsedCertificate::try_from(end_entity)?, &self.name)?;
+        Ok(verified)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, Error> {
+        self.inner.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, Error> {
+        self.inner.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.inner.supported_verify_schemes()
+    }
+}
+
+/// Why a handshake failed, in words for whoever has to mend it; the subject is the peer.
+pub fn reason(error: &Error) -> String {
+    use AlertDescription as Alert;
+    match error {
+        Error::InvalidCertificate(error) => certificate(error),
+        Error::NoCertificatesPresented => "shows no certificate".into(),
+        Error::InvalidMessage(_) => "does not speak TLS".into(),
+        Error::PeerIncompatible(_) | Error::AlertReceived(Alert::ProtocolVersion | Alert::HandshakeFailure) => {
+            format!("does not agree on TLS 1.3 with certificates: {error}")
+        }
+        Error::AlertReceived(alert) => format!(
+            "refuses this worker's certificate: {}",
+            match alert {
+                Alert::UnknownCA | Alert::DecryptError => "it is of another authority".into(),
+                Alert::CertificateExpired => "it has expired, or is not valid yet".into(),
+                Alert::BadCertificate => format!("it is not for {WORKER_NAME}"),
+                Alert::UnsupportedCertificate => "it may not be used by clients and servers both".into(),
+                Alert::CertificateRequired => "it was not shown".to_string(),
+                other => format!("{other:?}"),
+            }
+        ),
+        other => format!("breaks TLS: {other}"),
+    }
+}
+
+fn certificate(error: &CertificateError) -> String {
+    use CertificateError as Wrong;
+    match error {
+        // Two authorities of one name differ only in their keys.
+        Wrong::UnknownIssuer | Wrong::BadSignature => "shows a certificate of another authority".into(),
+        Wrong::Expired => "shows a certificate that has expired".into(),
+        Wrong::ExpiredContext { time, not_after } => {
+            let seconds = time.as_secs().saturating_sub(not_after.as_secs());
+            format!("shows a certificate that has expired {seconds} s ago")
+        }
+        Wrong::NotValidYet | Wrong::NotValidYetContext { .. } => "shows a certificate that is not valid yet".into(),
+        Wrong::NotValidForNameContext { presented, .. } => {
+            // `DnsName("coordinator.conclave")`, and so on.
+            let names: Vec<&str> = presented.iter().map(|name| name.split('"').nth(1).unwrap_or(name)).collect();
+            format!("shows a certificate for {} instead of {WORKER_NAME}", names.join(", "))
+        }
+        Wrong::NotValidForName => format!("shows a certificate that is not for {WORKER_NAME}"),
+        Wrong::InvalidPurpose | Wrong::InvalidPurposeContext { .. } => {
+            "shows a certificate that may not be used by clients and servers both".into()
+        }
+        other => format!("shows a certificate that can't be used: {other}"),
+    }
+}
