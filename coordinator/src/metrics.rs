@@ -33,6 +33,7 @@ const EPOCH: &str = "conclave_epoch";
 const MEMBERS: &str = "conclave_members";
 const SERVING: &str = "conclave_serving";
 const STORE_UP: &str = "conclave_store_up";
+const SLOW_WORKERS: &str = "conclave_slow_workers";
 
 /// From a token on a fast device to a long prefill on a slow one.
 const SECONDS: &[f64] = &[
@@ -100,6 +101,7 @@ fn describe() {
     describe_gauge!(EPOCH, "The epoch of the current plan");
     describe_gauge!(MEMBERS, "Workers in the cluster");
     describe_gauge!(SERVING, "1 while the cluster serves");
+    describe_gauge!(SLOW_WORKERS, "Workers that compute at least twice as long as their peers before collectives");
     describe_gauge!(STORE_UP, "1 while the store of plans and members answers; serving goes on without it");
 }
 
@@ -117,6 +119,11 @@ pub fn observe(group: usize, load: &Load) {
     counter!(STEP_MILLISECONDS, "group" => group.clone()).absolute(load.stepping.as_millis() as u64);
     counter!(QUEUE_MILLISECONDS, "group" => group.clone()).absolute(load.queued.as_millis() as u64);
     counter!(PREFILLED, "group" => group.clone()).absolute(load.tokens_prefilled);
+}
+
+/// How many workers of a group are slow.
+pub fn slow_workers(group: usize, count: usize) {
+    gauge!(SLOW_WORKERS, "group" => group.to_string()).set(count as f64);
 }
 
 /// The cluster, when it changes or is scraped.

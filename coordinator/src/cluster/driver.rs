@@ -15,6 +15,7 @@ use crate::schedule::load::Load;
 use model::fault::Fault;
 use model::plan::{Epoch, Plan, WorkerId};
 use proto::cluster::v1 as wire;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
@@ -73,6 +74,8 @@ pub struct Shell<S, P> {
     began: Instant,
     links: Links<Commands, StepStream>,
     answers: Option<Answers>,
+    /// Those that were named for being slow.
+    slow: BTreeSet<WorkerId>,
 }
 
 type Commands = mpsc::Sender<Result<wire::Command, tonic::Status>>;
@@ -89,7 +92,7 @@ impl<S: Store, P: Planner> Shell<S, P> {
         let actions = parts.cluster.handle(Duration::ZERO, unread);
         assert!(actions.is_empty(), "nobody joined yet");
         let links = Links::new(parts.identity.clone()).comparing(parts.reference.take());
-        Shell { parts, began: Instant::now(), links, answers: None }
+        Shell { parts, began: Instant::now(), links, answers: None, slow: BTreeSet::new() }
     }
 
     /// Runs until the service is gone.
@@ -188,6 +191,22 @@ impl<S: Store, P: Planner> Shell<S, P> {
     async fn feed(&mut self, event: Event) {
         let actions = self.parts.cluster.handle(self.began.elapsed(), event);
         self.perform(actions).await;
+        self.name_slow();
+    }
+
+    /// Says who has become slow.
+    fn name_slow(&mut self) {
+        let slow: BTreeSet<WorkerId> =
+            self.parts.cluster.workers().iter().filter(|(_, w)| w.slow.is_some()).map(|(id, _)| id.clone()).collect();
+        if slow == self.slow {
+            return;
+        }
+        for id in slow.difference(&self.slow) {
+            let times = self.parts.cluster.workers()[id].slow.map_or(0.0, |(times, _)| times);
+            tracing::warn!("{} is slow: it computes {times:.1} times as long as its peers before collectives", id.0);
+        }
+        metrics::slow_workers(self.parts.group, slow.len());
+        self.slow = slow;
     }
 
     async fn perform(&mut self, actions: Vec<Action>) {
@@ -297,6 +316,9 @@ impl<S: Store, P: Planner> Shell<S, P> {
                         format!("draining: {}", w.drain.as_deref().unwrap_or_default())
                     }
                     _ if w.drain.is_some() => "draining".into(),
+                    _ if w.slow.is_some() => {
+                        format!("slow: {:.1} times its peers' pace", w.slow.map_or(0.0, |(times, _)| times))
+                    }
                     _ if cluster.prepares(id) => "preparing".into(),
                     (Some((done, total)), _) if total > 0 => format!("loading {}%", done * 100 / total),
                     (Some(_), _) => "loading".into(),

@@ -1,7 +1,9 @@
 //! The words of the cluster's core: what happens to it and what it decides.
 
+use super::pace::Toll;
 use crate::plan::Offer;
 use model::fault::Fault;
+use model::mesh::RankId;
 use model::plan::{Epoch, Plan, WorkerId};
 use std::sync::Arc;
 
@@ -72,13 +74,15 @@ pub enum Event {
 }
 
 /// A worker's sign of life.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Beat {
     pub epoch: Epoch,
     /// Moves at every layer.
     pub progress: u64,
     pub steps_pending: u32,
     pub resident_bytes: u64,
+    /// Of each of its ranks.
+    pub tolls: Vec<(RankId, Toll)>,
 }
 
 /// What the shell must do, in order.

@@ -7,6 +7,7 @@ pub mod driver;
 pub mod event;
 pub mod ledger;
 pub mod links;
+pub mod pace;
 pub mod proof;
 pub mod role;
 pub mod service;

@@ -1,10 +1,12 @@
 //! The node plane's gRPC service: lets workers in, turns their messages into [`Notice`]s for the driver.
 
 use super::event::Beat;
+use super::pace::Toll;
 use super::role::Role;
 use crate::group::{Answer, ORDERS_MAX, StepStream};
 use crate::plan::{Device, Offer};
 use model::fault::Fault;
+use model::mesh::RankId;
 use model::plan::{Epoch, WorkerId};
 use proto::cluster::v1 as wire;
 use proto::cluster::v1::worker_message::Body;
@@ -210,6 +212,11 @@ pub async fn first<T>(messages: &mut Streaming<T>) -> Result<T, Status> {
     message.ok_or_else(|| Status::invalid_argument("the stream ended before its first message"))?
 }
 
+fn toll(toll: wire::Toll) -> (RankId, Toll) {
+    let computing = Duration::from_nanos(toll.computing_ns);
+    (RankId(toll.rank), Toll { entered: toll.entered, computing })
+}
+
 fn understand(message: wire::WorkerMessage) -> Option<Said> {
     Some(match message.body? {
         Body::Offer(_) => return None,
@@ -218,6 +225,7 @@ fn understand(message: wire::WorkerMessage) -> Option<Said> {
             progress: b.progress,
             steps_pending: b.steps_pending,
             resident_bytes: b.resident_bytes,
+            tolls: b.tolls.into_iter().map(toll).collect(),
         }),
         Body::Loading(l) => {
             Said::Loading { epoch: Epoch(l.epoch), bytes_done: l.bytes_done, bytes_total: l.bytes_total }

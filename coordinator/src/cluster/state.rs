@@ -13,8 +13,10 @@
 //! member of the plan is ready under its epoch; whoever is not in the plan is a spare.
 
 mod reshape;
+mod slow;
 
 use super::event::{Action, Beat, Event};
+use super::pace::Paces;
 use crate::plan::Offer;
 use model::fault::{Fault, FaultKind};
 use model::plan::{Epoch, Plan, WorkerId};
@@ -50,6 +52,8 @@ pub struct Worker {
     pub ready: Option<Epoch>,
     /// It shall end; with why it can't yet.
     pub drain: Option<String>,
+    /// It is slow: how many times its peers' pace its slowest rank takes, and since when.
+    pub slow: Option<(f64, Duration)>,
     /// What it loads is not what the others have: it is planned with no more, until it joins anew.
     pub unfit: Option<String>,
 }
@@ -82,6 +86,9 @@ pub struct Cluster<P> {
     reshape: Option<Reshape>,
     /// The workers for whom a reshape was last thought of: without a change it is not thought of again.
     considered: Option<BTreeSet<WorkerId>>,
+    paces: Paces,
+    /// Slow workers that plans do without where they can, and until when.
+    avoided: BTreeMap<WorkerId, Duration>,
     /// When the membership last grew or a phase ended: `settle` counts from here.
     since: Duration,
     /// Not before this time.
@@ -107,6 +114,8 @@ impl<P: Planner> Cluster<P> {
             previous: None,
             reshape: None,
             considered: None,
+            paces: Paces::default(),
+            avoided: BTreeMap::new(),
             since: Duration::ZERO,
             retry_at: Duration::ZERO,
             failures: 0,
@@ -202,7 +211,10 @@ impl<P: Planner> Cluster<P> {
                 }
             }
             Event::GroupFault { epoch, fault } => self.group_fault(now, epoch, &fault, &mut actions),
-            Event::Tick => self.silent(now, &mut actions),
+            Event::Tick => {
+                self.silent(now, &mut actions);
+                self.watch_paces(now);
+            }
         }
         self.try_reshape(now, &mut actions);
         self.dismiss(&mut actions);
@@ -219,7 +231,9 @@ impl<P: Planner> Cluster<P> {
             self.lost(now, &id, "joined again", actions);
         }
         let (beat, heard, moved) = (Beat::default(), now, now);
-        let worker = Worker { offer, heard, beat, moved, loading: None, ready: None, drain: None, unfit: None };
+        let (loading, ready, drain, slow, unfit) = (None, None, None, None, None);
+        let worker = Worker { offer, heard, beat, moved, loading, ready, drain, slow, unfit };
+        self.avoided.remove(&id);
         self.workers.insert(id, worker);
         self.since = now;
         self.retry_at = now;
@@ -237,6 +251,7 @@ impl<P: Planner> Cluster<P> {
     }
 
     fn beat(&mut self, now: Duration, worker: &WorkerId, beat: Beat) {
+        self.hear_paces(now, worker, &beat);
         if let Some(w) = self.workers.get_mut(worker) {
             w.heard = now;
             // A step that has just begun has had no time to show progress.
@@ -277,7 +292,7 @@ impl<P: Planner> Cluster<P> {
         if now < self.retry_at {
             return;
         }
-        match self.planner.plan(self.epoch_next(), &offers, self.previous.as_deref()) {
+        match self.planned(&offers) {
             Ok(plan) => {
                 self.epoch = plan.epoch;
                 let plan = Arc::new(plan);
@@ -332,6 +347,7 @@ impl<P: Planner> Cluster<P> {
             self.reason.clear();
             self.cause.clear();
             self.previous = Some(plan.clone());
+            self.forget_paces();
             self.phase = Phase::Serving(plan.clone());
             actions.push(Action::Serve { plan });
         }

@@ -8,6 +8,7 @@ use crate::config::{Config, Undialable, resident_bytes};
 use crate::engine::shard::Shelves;
 use crate::health::{self, Pulse, Stage, TURN, Turn};
 use model::fault::{Fault, FaultKind};
+use model::mesh::RankId;
 use model::plan::{Epoch, WorkerId};
 use model::step::StepId;
 use proto::cluster::v1 as wire;
@@ -467,6 +468,7 @@ impl<'a> Session<'a> {
             progress: self.counters.progress.load(Ordering::Relaxed),
             steps_pending: self.ranks.as_ref().map_or(0, Ranks::steps_pending),
             resident_bytes: resident_bytes(),
+            tolls: self.ranks.iter().flat_map(Ranks::tolls).map(toll).collect(),
         };
         self.say(message(Body::Beat(beat)));
         if phase == wire::Phase::Loading {
@@ -502,6 +504,10 @@ async fn next_order(
         Some(stream) => stream.next().await,
         None => None,
     }
+}
+
+fn toll((rank, entered, computing_ns): (RankId, u64, u64)) -> wire::Toll {
+    wire::Toll { rank: rank.0, entered, computing_ns }
 }
 
 /// A coordinator that says no ends the worker; one that is gone is waited for.

@@ -1,6 +1,7 @@
 //! The device threads of one epoch: each rank is one OS thread that connects, loads its shard and runs steps in order.
 
 use crate::collective::connect::{Communicators, DataPlane, Options};
+use crate::collective::timed::{Stopwatch, Timed};
 use crate::engine::shard::{Shard, ShardConfig, Shelves, load_shard};
 use crate::load::checkpoint::Checkpoint;
 use model::fault::{Fault, FaultKind};
@@ -9,6 +10,7 @@ use model::plan::{Epoch, Plan, WorkerId};
 use model::spec::ModelSpec;
 use model::step::{LaneBatch, LaneResult, StepBatch, StepId};
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -68,6 +70,7 @@ pub struct Order {
 /// The threads of one epoch. Dropping it aborts their collectives and waits for them.
 pub struct Ranks {
     epoch: Epoch,
+    watches: BTreeMap<RankId, Arc<Stopwatch>>,
     orders: Vec<channel::SyncSender<Order>>,
     pending: Arc<AtomicU32>,
     threads: Vec<JoinHandle<()>>,
@@ -82,6 +85,7 @@ struct Setting {
     model: PathBuf,
     shelves: Arc<Shelves>,
     plane: Arc<DataPlane>,
+    watches: BTreeMap<RankId, Arc<Stopwatch>>,
     progress: Arc<AtomicU64>,
     /// Steps that ranks have been given and have not finished, each rank's counted.
     pending: Arc<AtomicU32>,
@@ -106,12 +110,14 @@ impl Ranks {
         counters.bytes_done.store(0, Ordering::Relaxed);
         counters.bytes_total.store(0, Ordering::Relaxed);
         let pending = Arc::new(AtomicU32::new(0));
+        let watches: BTreeMap<RankId, Arc<Stopwatch>> = mine.iter().map(|rank| (*rank, Arc::default())).collect();
         let setting = Setting {
             plan,
             me,
             model,
             shelves,
             plane: plane.clone(),
+            watches: watches.clone(),
             progress: counters.progress.clone(),
             pending: pending.clone(),
             bytes_done: counters.bytes_done.clone(),
@@ -123,7 +129,7 @@ impl Ranks {
         let seats = mine.into_iter().zip(receivers).collect();
         // One thread connects for all, since communicators are formed by whole processes; then each rank goes its way.
         let starter = std::thread::Builder::new().name("ranks".into()).spawn(move || start(setting, seats));
-        Ranks { epoch, orders: senders, pending, threads: starter.into_iter().collect(), plane }
+        Ranks { epoch, watches, orders: senders, pending, threads: starter.into_iter().collect(), plane }
     }
 
     pub fn epoch(&self) -> Epoch {
@@ -138,6 +144,14 @@ impl Ranks {
     /// The same, to be read by others while the ranks live.
     pub fn pending(&self) -> &Arc<AtomicU32> {
         &self.pending
+    }
+
+    /// For each rank, how many collectives of its tensor group it entered and how many nanoseconds it computed before them.
+    pub fn tolls(&self) -> impl Iterator<Item = (RankId, u64, u64)> {
+        self.watches.iter().map(|(rank, watch)| {
+            let (entered, computing_ns) = watch.read();
+            (*rank, entered, computing_ns)
+        })
     }
 
     /// Queues a step for every rank.
@@ -308,6 +322,12 @@ fn run_rank(
         setting.bytes_done.fetch_add(done - done_before, Ordering::Relaxed);
         setting.bytes_total.fetch_add(total - total_before, Ordering::Relaxed);
     };
+    let watch = setting.watches[&rank].clone();
+    let communicators = Communicators {
+        tensor: Box::new(Timed::counting(communicators.tensor, watch.clone())),
+        lane: Box::new(Timed::passing(communicators.lane, watch.clone())),
+        pipe: Box::new(Timed::passing(communicators.pipe, watch.clone())),
+    };
     let mut shard = load_shard(ShardConfig {
         spec: opened.spec.clone(),
         plan: &setting.plan,
@@ -322,13 +342,13 @@ fn run_rank(
     })?;
     let _ = loaded.send(());
     drop(loaded);
-    serve_orders(setting, rank, shard.as_mut(), &orders)
+    serve_orders(setting, (rank, &watch), shard.as_mut(), &orders)
 }
 
 /// Steps until the agent lets go of the orders' other end.
 fn serve_orders(
     setting: &Setting,
-    rank: RankId,
+    (rank, watch): (RankId, &Stopwatch),
     shard: &mut dyn Shard,
     orders: &channel::Receiver<Order>,
 ) -> Result<(), Fault> {
@@ -340,6 +360,7 @@ fn serve_orders(
                 slot.clone_from(part);
             }
         }
+        watch.begin();
         let result = shard.step(&batch)?;
         setting.pending.fetch_sub(1, Ordering::Relaxed);
         if let Some(result) = result {

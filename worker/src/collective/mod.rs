@@ -32,6 +32,7 @@ pub mod solo;
 #[cfg(test)]
 mod suite;
 pub mod tcp;
+pub mod timed;
 mod tree;
 mod wait;
 mod watch;

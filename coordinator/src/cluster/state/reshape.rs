@@ -36,7 +36,8 @@ impl<P: Planner> Cluster<P> {
         }
         let current = current.clone();
         let offers = self.offers();
-        let ids: BTreeSet<WorkerId> = offers.iter().map(|offer| offer.worker.clone()).collect();
+        let wanted = offers.iter().filter(|offer| !self.avoided.contains_key(&offer.worker));
+        let ids: BTreeSet<WorkerId> = wanted.map(|offer| offer.worker.clone()).collect();
         let drains = current.members.iter().any(|m| !ids.contains(&m.worker));
         let newcomers = ids.iter().any(|id| current.members.iter().all(|m| m.worker != *id));
         let settled = now >= self.since + self.rules.grow;
@@ -44,7 +45,9 @@ impl<P: Planner> Cluster<P> {
             return;
         }
         self.considered = Some(ids);
-        match self.planner.plan(self.epoch_next(), &offers, self.previous.as_deref()) {
+        match self.planned(&offers) {
+            // Where nothing fits without whom it should do without, all stays as it is.
+            Ok(plan) if plan.members.iter().map(|m| &m.worker).eq(current.members.iter().map(|m| &m.worker)) => {}
             Ok(plan) if drains || plan.mesh.ranks() > current.mesh.ranks() => {
                 let plan = Arc::new(plan);
                 let waiting = plan.members.iter().map(|m| m.worker.clone()).collect();

@@ -1,4 +1,5 @@
 use super::*;
+use crate::cluster::pace::Toll;
 use model::fault::FaultKind;
 use model::mesh::{Mesh, RankId};
 use model::plan::{KernelFamily, Limits, Member};
@@ -341,4 +342,56 @@ fn a_worker_with_another_model_is_set_aside_and_the_others_serve_on() {
     c.handle(ms(1901), Event::Lost { worker: id(0), why: "killed".into() });
     assert!(c.reason().contains("w1 is set aside: its weights are not those of w0"), "{}", c.reason());
     assert!(commits(&join(&mut c, 1902, 1)), "anew it is given another chance");
+}
+
+/// Serves with two ranks cut by tensor, the second at `factor` times the first one's pace, for `seconds`.
+fn paced(factor: u64, seconds: u64) -> (Cluster<TensorEach>, Vec<Action>) {
+    let rules = Rules { workers: 2, settle: None, silence: ms(1000), retry: ms(100), grow: ms(500) };
+    let mut c = Cluster::new(rules, TensorEach, Epoch(0));
+    for n in 0..2 {
+        let (host, data_address) = ("h".into(), "127.0.0.1:1".into());
+        let offer = Offer { worker: id(n), host, data_address, devices: Vec::new(), families: Vec::new() };
+        c.handle(ms(0), Event::Joined { offer });
+    }
+    let epoch = c.epoch();
+    c.handle(ms(1), Event::Committed { epoch });
+    (0..2).for_each(|n| drop(c.handle(ms(2), Event::Ready { worker: id(n), epoch })));
+    let mut actions = Vec::new();
+    for beat in 1..seconds * 1000 / 300 {
+        let now = ms(beat * 300);
+        for n in 0..2u64 {
+            let entered = beat * 100;
+            let toll =
+                Toll { entered, computing: Duration::from_micros(entered * if n == 1 { 50 * factor } else { 50 }) };
+            let tolls = vec![(RankId(n as u32), toll)];
+            let beat = Beat { epoch: c.plan().map_or(epoch, |p| p.epoch), tolls, ..Beat::default() };
+            c.handle(now, Event::Beat { worker: id(n as usize), beat });
+        }
+        actions.extend(c.handle(now, Event::Tick));
+    }
+    (c, actions)
+}
+
+/// As many ranks as members, all in one tensor group.
+struct TensorEach;
+
+impl Planner for TensorEach {
+    fn plan(&self, epoch: Epoch, members: &[Offer], previous: Option<&Plan>) -> Result<Plan, String> {
+        let plan = OneEach { refuse: false }.plan(epoch, members, previous)?;
+        let mesh = Mesh::new(1, 1, members.len(), 1).unwrap();
+        Ok(Plan { mesh, stages: std::iter::once(0..members.len()).collect(), ..plan })
+    }
+}
+
+#[test]
+fn a_slow_worker_is_named_and_then_planned_around() {
+    let (c, actions) = paced(3, 10);
+    let slow = c.workers()[&id(1)].slow.expect("it is named within ten seconds");
+    assert!((2.9..3.1).contains(&slow.0) && c.workers()[&id(0)].slow.is_none(), "{slow:?}");
+    assert!(actions.is_empty(), "not planned around at once: {actions:?}");
+    let (_, actions) = paced(3, 30);
+    let prepared: Vec<_> = actions.iter().filter(|a| matches!(a, Action::Prepare { .. })).collect();
+    assert!(matches!(&prepared[..], [Action::Prepare { worker, plan }] if *worker == id(0) && plan.members.len() == 1));
+    let (c, actions) = paced(1, 30);
+    assert!(actions.is_empty() && c.workers().values().all(|w| w.slow.is_none()), "{actions:?}");
 }

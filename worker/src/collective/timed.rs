@@ -1,0 +1,147 @@
+//! What a rank computes before it enters a collective. Inside one all members wait for the last, so that a step takes equally
+//! long on all of them; the time before tells who it is that the others wait for.
+
+use super::{Abort, Collective};
+use model::fault::Fault;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+/// One rank's time, over all its communicators. Written by the rank's thread, read by beats.
+#[derive(Debug)]
+pub struct Stopwatch {
+    origin: Instant,
+    /// When the rank began to compute, in nanoseconds since `origin`.
+    since: AtomicU64,
+    entered: AtomicU64,
+    computing_ns: AtomicU64,
+}
+
+impl Default for Stopwatch {
+    fn default() -> Stopwatch {
+        let zero = AtomicU64::default;
+        Stopwatch { origin: Instant::now(), since: zero(), entered: zero(), computing_ns: zero() }
+    }
+}
+
+impl Stopwatch {
+    fn now(&self) -> u64 {
+        self.origin.elapsed().as_nanos() as u64
+    }
+
+    /// The rank computes from now on: a step begins, or a collective has ended.
+    pub fn begin(&self) {
+        self.since.store(self.now(), Ordering::Relaxed);
+    }
+
+    fn entered(&self) {
+        let computing = self.now().saturating_sub(self.since.load(Ordering::Relaxed));
+        self.computing_ns.fetch_add(computing, Ordering::Relaxed);
+        self.entered.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counted collectives entered, and nanoseconds computed before them.
+    pub fn read(&self) -> (u64, u64) {
+        (self.entered.load(Ordering::Relaxed), self.computing_ns.load(Ordering::Relaxed))
+    }
+}
+
+/// A communicator under a rank's stopwatch.
+pub struct Timed<C> {
+    inner: C,
+    watch: Arc<Stopwatch>,
+    counts: bool,
+}
+
+impl<C: Collective> Timed<C> {
+    /// One whose members hold equal parts: the time before its collectives can be compared.
+    pub fn counting(inner: C, watch: Arc<Stopwatch>) -> Timed<C> {
+        Timed { inner, watch, counts: true }
+    }
+
+    /// One that is waited in, but before which members may rightly compute for different times.
+    pub fn passing(inner: C, watch: Arc<Stopwatch>) -> Timed<C> {
+        Timed { inner, watch, counts: false }
+    }
+
+    fn within<T>(&mut self, call: impl FnOnce(&mut C) -> Result<T, Fault>) -> Result<T, Fault> {
+        if self.counts {
+            self.watch.entered();
+        }
+        let result = call(&mut self.inner);
+        self.watch.begin();
+        result
+    }
+}
+
+impl<C: Collective> Collective for Timed<C> {
+    fn rank(&self) -> usize {
+        self.inner.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.inner.size()
+    }
+
+    fn sum(&mut self, values: &mut [f32]) -> Result<(), Fault> {
+        self.within(|inner| inner.sum(values))
+    }
+
+    fn gather(&mut self, mine: &[u8], all: &mut Vec<Vec<u8>>) -> Result<(), Fault> {
+        self.within(|inner| inner.gather(mine, all))
+    }
+
+    fn exchange(&mut self, parts: &[Vec<u8>], received: &mut Vec<Vec<u8>>) -> Result<(), Fault> {
+        self.within(|inner| inner.exchange(parts, received))
+    }
+
+    fn send(&mut self, to: usize, bytes: &[u8]) -> Result<(), Fault> {
+        self.within(|inner| inner.send(to, bytes))
+    }
+
+    fn receive(&mut self, from: usize, bytes: &mut Vec<u8>) -> Result<(), Fault> {
+        self.within(|inner| inner.receive(from, bytes))
+    }
+
+    fn abort_handle(&self) -> Arc<dyn Abort> {
+        self.inner.abort_handle()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::collective::local;
+    use crate::collective::suite::{Members, contract};
+    use std::time::Duration;
+
+    fn members(size: usize) -> Members {
+        let timed = |member| Box::new(Timed::counting(member, Arc::default())) as Box<dyn Collective>;
+        local::members(size).unwrap().into_iter().map(timed).collect()
+    }
+
+    contract!(members);
+
+    #[test]
+    fn who_computes_longer_is_told_apart_though_all_wait_equally_long() {
+        let watches = [Arc::new(Stopwatch::default()), Arc::new(Stopwatch::default())];
+        std::thread::scope(|scope| {
+            for (rank, member) in local::members(2).unwrap().into_iter().enumerate() {
+                let watch = watches[rank].clone();
+                scope.spawn(move || {
+                    let mut member = Timed::counting(member, watch.clone());
+                    watch.begin();
+                    for _ in 0..10 {
+                        if rank == 1 {
+                            std::thread::sleep(Duration::from_millis(5));
+                        }
+                        member.sum(&mut [1.0; 8]).unwrap();
+                    }
+                });
+            }
+        });
+        let [(entered, fast), (_, slow)] = [watches[0].read(), watches[1].read()];
+        assert_eq!(entered, 10);
+        assert!(slow >= 50_000_000 && fast * 2 < slow, "{fast} ns against {slow} ns");
+    }
+}
