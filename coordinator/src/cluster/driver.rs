@@ -73,6 +73,8 @@ pub struct Shell<S, P> {
     began: Instant,
     links: Links<Commands, StepStream>,
     answers: Option<Answers>,
+    /// What metrics last heard of.
+    observed: Load,
 }
 
 type Commands = mpsc::Sender<Result<wire::Command, tonic::Status>>;
@@ -83,13 +85,20 @@ struct Answers {
     queue: Option<mpsc::Receiver<Answer>>,
 }
 
+/// Whoever leads no more has nothing that runs or waits.
+impl<S, P> Drop for Shell<S, P> {
+    fn drop(&mut self) {
+        metrics::stood_down(self.parts.group);
+    }
+}
+
 impl<S: Store, P: Planner> Shell<S, P> {
     pub fn new(mut parts: Parts<S, P>) -> Shell<S, P> {
         let unread = Event::StoreLost { why: "the store was not read yet".into() };
         let actions = parts.cluster.handle(Duration::ZERO, unread);
         assert!(actions.is_empty(), "nobody joined yet");
         let links = Links::new(parts.identity.clone()).comparing(parts.reference.take());
-        Shell { parts, began: Instant::now(), links, answers: None }
+        Shell { parts, began: Instant::now(), links, answers: None, observed: Load::default() }
     }
 
     /// Runs until the service is gone.
@@ -265,7 +274,10 @@ impl<S: Store, P: Planner> Shell<S, P> {
         }
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
+        let load = *self.parts.load.borrow();
+        metrics::observe(self.parts.group, &self.observed, &load);
+        self.observed = load;
         let cluster = &self.parts.cluster;
         let plan = cluster.plan();
         let phase = match cluster.phase() {
@@ -317,9 +329,7 @@ impl<S: Store, P: Planner> Shell<S, P> {
             }
             let reasons: Vec<String> =
                 Some(cluster.reason().to_string()).filter(|r| !r.is_empty()).into_iter().collect();
-            let load = self.parts.load.borrow();
-            metrics::observe(self.parts.group, &load);
-            let load = LoadView::from(&*load);
+            let load = LoadView::from(&load);
             view.progress = self.moved();
             let failures = cluster.failures();
             view.model_len_max = plan.map_or(0, |p| p.limits.model_len_max);
