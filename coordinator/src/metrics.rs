@@ -61,7 +61,7 @@ pub fn install(model_name: &str) -> Result<(), BuildError> {
     for reason in ["stop", "length", "abort", "error"] {
         counter!(FINISHED, "finished_reason" => reason).absolute(0);
     }
-    observe(0, &Load::default());
+    observe(0, &Load::default(), &Load::default());
     RECORDER.get_or_init(|| handle);
     Ok(())
 }
@@ -105,20 +105,30 @@ fn describe() {
     describe_gauge!(STORE_UP, "1 while the store of plans and members answers; serving goes on without it");
 }
 
-/// The load of a group's scheduler, after a step or when it changes.
-pub fn observe(group: usize, load: &Load) {
+/// The load of a group's scheduler, after a step or when it changes. `before` is what this scheduler's was when last observed:
+/// each that a coordinator has, one after another as it leads again, begins at 0, and what is exported goes on growing.
+pub fn observe(group: usize, before: &Load, load: &Load) {
     let group = group.to_string();
+    let count = |name: &'static str, before: u64, now: u64| {
+        counter!(name, "group" => group.clone()).increment(now.saturating_sub(before));
+    };
+    let milliseconds = |time: Duration| time.as_millis() as u64;
     gauge!(RUNNING, "group" => group.clone()).set(load.running as f64);
     gauge!(WAITING, "group" => group.clone()).set(load.waiting as f64);
     gauge!(CACHE_USED, "group" => group.clone()).set(load.blocks_used as f64 / load.blocks_total.max(1) as f64);
-    counter!(PREEMPTIONS, "group" => group.clone()).absolute(load.preemptions);
-    counter!(PREFIX_QUERIES, "group" => group.clone()).absolute(load.prefix_queried_tokens);
-    counter!(PREFIX_HITS, "group" => group.clone()).absolute(load.prefix_hits_tokens);
-    counter!(REQUEUES, "group" => group.clone()).absolute(load.requeues);
-    counter!(STEPS, "group" => group.clone()).absolute(load.steps);
-    counter!(STEP_MILLISECONDS, "group" => group.clone()).absolute(load.stepping.as_millis() as u64);
-    counter!(QUEUE_MILLISECONDS, "group" => group.clone()).absolute(load.queued.as_millis() as u64);
-    counter!(PREFILLED, "group" => group.clone()).absolute(load.tokens_prefilled);
+    count(PREEMPTIONS, before.preemptions, load.preemptions);
+    count(PREFIX_QUERIES, before.prefix_queried_tokens, load.prefix_queried_tokens);
+    count(PREFIX_HITS, before.prefix_hits_tokens, load.prefix_hits_tokens);
+    count(REQUEUES, before.requeues, load.requeues);
+    count(STEPS, before.steps, load.steps);
+    count(STEP_MILLISECONDS, milliseconds(before.stepping), milliseconds(load.stepping));
+    count(QUEUE_MILLISECONDS, milliseconds(before.queued), milliseconds(load.queued));
+    count(PREFILLED, before.tokens_prefilled, load.tokens_prefilled);
+}
+
+/// This coordinator leads the group no more: nothing runs or waits here.
+pub fn stood_down(group: usize) {
+    observe(group, &Load::default(), &Load::default());
 }
 
 /// How many workers of a group are slow.
@@ -163,4 +173,28 @@ pub fn choice_finished(reason: &'static str) {
 /// `path` is the route, never the client's own text: labels must stay few.
 pub fn http_request(path: &'static str, code: u16) {
     counter!(HTTP_REQUESTS, "path" => path, "code" => code.to_string()).increment(1);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_grow_over_leads_and_gauges_end_with_one() {
+        let recorder = PrometheusBuilder::new().build_recorder();
+        let handle = recorder.handle();
+        let nothing = Load::default();
+        let (first, second) = (Load { steps: 7, running: 3, ..nothing }, Load { steps: 2, waiting: 1, ..nothing });
+        let says = |line: &str| assert!(handle.render().lines().any(|l| l == line), "{line} in {}", handle.render());
+        ::metrics::with_local_recorder(&recorder, || {
+            observe(0, &nothing, &first);
+            observe(0, &first, &first);
+            says("conclave_steps_total{group=\"0\"} 7");
+            stood_down(0);
+            says("conclave_num_requests_running{group=\"0\"} 0");
+            observe(0, &nothing, &second);
+            says("conclave_steps_total{group=\"0\"} 9");
+            says("conclave_num_requests_waiting{group=\"0\"} 1");
+        });
+    }
 }

@@ -76,6 +76,8 @@ pub struct Shell<S, P> {
     answers: Option<Answers>,
     /// Those that were named for being slow.
     slow: BTreeSet<WorkerId>,
+    /// What metrics last heard of.
+    observed: Load,
 }
 
 type Commands = mpsc::Sender<Result<wire::Command, tonic::Status>>;
@@ -86,13 +88,21 @@ struct Answers {
     queue: Option<mpsc::Receiver<Answer>>,
 }
 
+/// Whoever leads no more has nothing that runs or waits.
+impl<S, P> Drop for Shell<S, P> {
+    fn drop(&mut self) {
+        metrics::stood_down(self.parts.group);
+    }
+}
+
 impl<S: Store, P: Planner> Shell<S, P> {
     pub fn new(mut parts: Parts<S, P>) -> Shell<S, P> {
         let unread = Event::StoreLost { why: "the store was not read yet".into() };
         let actions = parts.cluster.handle(Duration::ZERO, unread);
         assert!(actions.is_empty(), "nobody joined yet");
         let links = Links::new(parts.identity.clone()).comparing(parts.reference.take());
-        Shell { parts, began: Instant::now(), links, answers: None, slow: BTreeSet::new() }
+        let slow = BTreeSet::new();
+        Shell { parts, began: Instant::now(), links, answers: None, slow, observed: Load::default() }
     }
 
     /// Runs until the service is gone.
@@ -284,7 +294,10 @@ impl<S: Store, P: Planner> Shell<S, P> {
         }
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
+        let load = *self.parts.load.borrow();
+        metrics::observe(self.parts.group, &self.observed, &load);
+        self.observed = load;
         let cluster = &self.parts.cluster;
         let plan = cluster.plan();
         let phase = match cluster.phase() {
@@ -339,9 +352,7 @@ impl<S: Store, P: Planner> Shell<S, P> {
             }
             let reasons: Vec<String> =
                 Some(cluster.reason().to_string()).filter(|r| !r.is_empty()).into_iter().collect();
-            let load = self.parts.load.borrow();
-            metrics::observe(self.parts.group, &load);
-            let load = LoadView::from(&*load);
+            let load = LoadView::from(&load);
             view.progress = self.moved();
             let failures = cluster.failures();
             view.model_len_max = plan.map_or(0, |p| p.limits.model_len_max);
