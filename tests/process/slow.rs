@@ -32,8 +32,9 @@ fn a_worker_at_half_its_speed_is_named_and_planned_around() -> Result<()> {
     let (_quick, slow) = (place.worker("w0")?, place.worker("w1")?);
     until("both serve", || served.get("/readyz").is_ok_and(|a| a.status == 200))?;
     let (expected, done) = (ask(&served)?, AtomicBool::new(false));
+    let process = slow.id();
+    let until_done = || !done.load(Ordering::Relaxed);
     let report = std::thread::scope(|scope| -> Result<String> {
-        let until_done = || !done.load(Ordering::Relaxed);
         let asker = scope.spawn(|| -> Result<usize> {
             let mut count = 0;
             while until_done() {
@@ -43,8 +44,7 @@ fn a_worker_at_half_its_speed_is_named_and_planned_around() -> Result<()> {
             }
             Ok(count)
         });
-        let process = slow.id();
-        let slowed = scope.spawn(move || -> Result<()> {
+        let slowed = scope.spawn(|| -> Result<()> {
             while until_done() {
                 kill(process, "STOP")?;
                 std::thread::sleep(TURN);
