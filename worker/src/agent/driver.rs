@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Interval;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
@@ -235,7 +236,7 @@ impl<'a> Session<'a> {
                 _ = beat.tick() => { self.beat(agent); continue }
             };
             for action in agent.handle(event) {
-                if let Some(stream) = self.perform(action).await {
+                if let Some(stream) = self.perform(action, agent, &mut beat).await {
                     orders = Some(stream);
                 }
             }
@@ -245,11 +246,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn command(
-        &mut self,
-        command: wire::Command,
-        beat: &mut tokio::time::Interval,
-    ) -> Result<Option<Event>, AgentError> {
+    fn command(&mut self, command: wire::Command, beat: &mut Interval) -> Result<Option<Event>, AgentError> {
         use wire::command::Body;
         Ok(match command.body {
             Some(Body::Welcome(welcome)) => {
@@ -314,7 +311,12 @@ impl<'a> Session<'a> {
     }
 
     /// Does what the core decided; a newly opened step stream is returned.
-    async fn perform(&mut self, action: Action) -> Option<tonic::Streaming<wire::StepOrder>> {
+    async fn perform(
+        &mut self,
+        action: Action,
+        agent: &Agent,
+        beat: &mut Interval,
+    ) -> Option<tonic::Streaming<wire::StepOrder>> {
         use wire::worker_message::Body;
         match action {
             Action::StartRanks { plan, model_path } => {
@@ -336,9 +338,10 @@ impl<'a> Session<'a> {
             Action::StopRanks { epoch } => {
                 self.answers = None;
                 if let Some(ranks) = self.ranks.take_if(|r| r.epoch() == epoch) {
-                    // Threads are joined off this thread: beats go on.
-                    let joined = tokio::task::spawn_blocking(move || drop(ranks)).await;
-                    joined.expect("dropping ranks does not panic");
+                    // A rank that reads weights ends when it has read them, and a worker that is silent meanwhile is
+                    // taken for dead.
+                    let joined = tokio::task::spawn_blocking(move || drop(ranks));
+                    self.beating(agent, beat, joined).await.expect("dropping ranks does not panic");
                 }
             }
             Action::SayLoaded { epoch, identity, proof } => {
@@ -351,12 +354,17 @@ impl<'a> Session<'a> {
                 })));
             }
             Action::SayFailed { epoch, fault } => self.say(message(Body::Failed(proto::fault::to_wire(&fault, epoch)))),
-            Action::OpenSteps { epoch } => return self.open_steps(epoch).await,
+            Action::OpenSteps { epoch } => return self.open_steps(epoch, agent, beat).await,
         }
         None
     }
 
-    async fn open_steps(&mut self, epoch: Epoch) -> Option<tonic::Streaming<wire::StepOrder>> {
+    async fn open_steps(
+        &mut self,
+        epoch: Epoch,
+        agent: &Agent,
+        beat: &mut Interval,
+    ) -> Option<tonic::Streaming<wire::StepOrder>> {
         let (answers, queue) = mpsc::channel(OUTBOX_MAX);
         let hello = wire::StepAnswer {
             epoch: epoch.0,
@@ -365,19 +373,35 @@ impl<'a> Session<'a> {
             ..Default::default()
         };
         answers.try_send(hello).expect("the channel is empty");
-        match self.client.steps(ReceiverStream::new(queue)).await {
+        let mut client = self.client.clone();
+        let opened = client.steps(ReceiverStream::new(queue));
+        match self.beating(agent, beat, opened).await {
             Ok(response) => {
                 self.answers = Some(answers);
                 Some(response.into_inner())
             }
             Err(status) => {
-                tracing::warn!("the step stream of epoch {} was refused: {}", epoch.0, status.message());
+                let text = format!("the step stream of epoch {} was refused: {}", epoch.0, status.message());
+                tracing::warn!("{text}");
+                // Whoever waits for it must not wait for ever.
+                let _ = self.reports.try_send(Report::Failed { epoch, fault: Fault::new(FaultKind::RankLost, text) });
                 None
             }
         }
     }
 
-    fn beat(&mut self, agent: &Agent) {
+    /// Waits for something; beats go on meanwhile, nothing else does.
+    async fn beating<T>(&self, agent: &Agent, beat: &mut Interval, done: impl Future<Output = T>) -> T {
+        tokio::pin!(done);
+        loop {
+            tokio::select! {
+                done = &mut done => return done,
+                _ = beat.tick() => self.beat(agent),
+            }
+        }
+    }
+
+    fn beat(&self, agent: &Agent) {
         use wire::worker_message::Body;
         let (phase, epoch) = match agent.phase() {
             Phase::Idle => (wire::Phase::Idle, Epoch(0)),
