@@ -120,9 +120,10 @@ impl<S: Store, P: Planner> Shell<S, P> {
 
     async fn notice(&mut self, notice: Notice) {
         match notice {
-            Notice::Joined { connection, offer, commands } => {
+            Notice::Joined { connection, offer, seen, commands } => {
                 tracing::info!("{} joined from {} with {} device(s)", offer.worker.0, offer.host, offer.devices.len());
                 let id = offer.worker.clone();
+                self.feed(Event::Seen { epoch: seen }).await;
                 let mut actions = self.parts.cluster.handle(self.began.elapsed(), Event::Joined { offer });
                 if self.links.add(id.clone(), connection, commands, &mut actions).is_some() {
                     tracing::warn!("{} joined again: its older connection does not count any more", id.0);

@@ -74,7 +74,7 @@ pub struct Cluster<P> {
     phase: Phase,
     /// Highest epoch ever used, or seen while planning.
     epoch: Epoch,
-    /// The store's, where that is higher.
+    /// The store's, or that of a worker that joined, where that is higher.
     epoch_stored: Epoch,
     /// Why the store can't be written; plans wait for it.
     store_lost: Option<String>,
@@ -155,6 +155,7 @@ impl<P: Planner> Cluster<P> {
         let mut actions = Vec::new();
         match event {
             Event::Joined { offer } => self.joined(now, offer, &mut actions),
+            Event::Seen { epoch } => self.epoch_stored = self.epoch_stored.max(epoch),
             Event::Lost { worker, why } => self.lost(now, &worker, &why, &mut actions),
             Event::Beat { worker, beat } => self.beat(now, &worker, beat),
             Event::Loading { worker, epoch, bytes_done, bytes_total } => {

@@ -168,7 +168,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn offer(&self) -> wire::WorkerMessage {
+    fn offer(&self, agent: &Agent) -> wire::WorkerMessage {
         let families = self.identity.families.iter().map(|&f| proto::convert::family_to_wire(f).into()).collect();
         let offer = wire::Offer {
             wire_version: proto::WIRE_VERSION,
@@ -180,6 +180,7 @@ impl<'a> Session<'a> {
             families,
             token: self.config.token.clone(),
             process_id: std::process::id(),
+            epoch_seen: agent.seen().0,
         };
         message(wire::worker_message::Body::Offer(offer))
     }
@@ -187,7 +188,7 @@ impl<'a> Session<'a> {
     async fn run(mut self, agent: &mut Agent, mut leaving: watch::Receiver<bool>) -> Result<Ended, AgentError> {
         let messages = self.messages.take().expect("taken once");
         let mut reports = self.report_queue.take().expect("taken once");
-        let offer = self.offer();
+        let offer = self.offer(agent);
         self.say(offer);
         let joined = tokio::time::timeout(SILENCE, self.client.join(ReceiverStream::new(messages)));
         let Ok(joined) = joined.await else {
@@ -209,7 +210,7 @@ impl<'a> Session<'a> {
             let event = tokio::select! {
                 // Steps first: they are what the cluster exists for.
                 biased;
-                order = next_order(&mut orders), if orders.is_some() => match self.order(order) {
+                order = next_order(&mut orders), if orders.is_some() => match self.order(agent, order) {
                     Ok(()) => continue,
                     Err(event) => { orders = None; event }
                 },
@@ -299,12 +300,12 @@ impl<'a> Session<'a> {
         None
     }
 
-    fn order(&mut self, order: Option<Result<wire::StepOrder, tonic::Status>>) -> Result<(), Event> {
+    fn order(&mut self, agent: &Agent, order: Option<Result<wire::StepOrder, tonic::Status>>) -> Result<(), Event> {
         let Some(ranks) = &self.ranks else { return Ok(()) };
         let epoch = ranks.epoch();
         let Some(Ok(order)) = order else { return Err(Event::StepsClosed { epoch }) };
-        if order.epoch != epoch.0 {
-            return Ok(()); // of an older epoch: dropped
+        if !agent.runs(Epoch(order.epoch)) {
+            return Ok(()); // of another epoch: dropped
         }
         let lanes = Arc::new(order.lanes.into_iter().map(proto::step::lane_from_wire).collect());
         ranks.order(Order { step: StepId(order.step), lanes }).map_err(|fault| Event::RankFailed { epoch, fault })

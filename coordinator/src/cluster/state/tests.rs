@@ -187,6 +187,14 @@ fn a_store_that_refuses_the_next_epoch_leaves_the_old_one_serving() {
 }
 
 #[test]
+fn the_first_plan_is_above_what_a_worker_has_seen() {
+    let mut c = cluster(1, None);
+    // The store is new, the worker is not.
+    assert!(c.handle(ms(0), Event::Seen { epoch: Epoch(6) }).is_empty());
+    assert!(matches!(&join(&mut c, 0, 0)[..], [Action::Commit { plan }] if plan.epoch == Epoch(7)));
+}
+
+#[test]
 fn a_stale_ready_is_ignored() {
     let mut c = cluster(1, None);
     join(&mut c, 0, 0);
