@@ -208,6 +208,7 @@ impl<S: Store, P: Planner> Shell<S, P> {
         for action in actions {
             self.one(action).await;
         }
+        self.links.only(self.parts.cluster.plan().map(|plan| plan.epoch));
     }
 
     async fn one(&mut self, action: Action) {

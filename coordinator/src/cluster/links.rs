@@ -161,6 +161,13 @@ impl<C, S> Links<C, S> {
         self.opening.as_mut().map(|opening| std::mem::take(&mut opening.streams)).unwrap_or_default()
     }
 
+    /// What is planned, loaded or served now: step streams of anything else are closed.
+    pub fn only(&mut self, epoch: Option<Epoch>) {
+        if self.opening.as_ref().is_some_and(|o| Some(o.plan.epoch) != epoch) {
+            self.close();
+        }
+    }
+
     /// The epoch is over: its step streams are closed.
     pub fn close(&mut self) {
         self.early.clear();
@@ -232,8 +239,10 @@ mod tests {
         links.add(id.clone(), 2, (), &mut Vec::new());
         loaded(&mut links, &id, 4);
         assert_eq!(links.proven(&id), None, "it was of the connection before");
-        links.close();
-        assert_eq!(links.knocks(&id, Epoch(4), 1), Knock::Refused(1));
+        links.only(Some(Epoch(4)));
+        assert_eq!(links.knocks(&id, Epoch(4), 1), Knock::Open(1));
+        links.only(Some(Epoch(5)));
+        assert_eq!(links.knocks(&id, Epoch(4), 1), Knock::Refused(1), "it did not come to be served");
         assert_eq!(links.knocks(&WorkerId("x".into()), Epoch(4), 1), Knock::Refused(1));
     }
 }

@@ -157,7 +157,7 @@ impl<P: Planner> Cluster<P> {
             Event::Joined { offer } => self.joined(now, offer, &mut actions),
             Event::Seen { epoch } => self.epoch_stored = self.epoch_stored.max(epoch),
             Event::Lost { worker, why } => self.lost(now, &worker, &why, &mut actions),
-            Event::Beat { worker, beat } => self.beat(now, &worker, beat),
+            Event::Beat { worker, beat } => self.beat(now, &worker, beat, &mut actions),
             Event::Loading { worker, epoch, bytes_done, bytes_total } => {
                 if epoch == self.epoch
                     && let Some(w) = self.workers.get_mut(&worker)
@@ -237,7 +237,7 @@ impl<P: Planner> Cluster<P> {
         }
     }
 
-    fn beat(&mut self, now: Duration, worker: &WorkerId, beat: Beat) {
+    fn beat(&mut self, now: Duration, worker: &WorkerId, beat: Beat, actions: &mut Vec<Action>) {
         if let Some(w) = self.workers.get_mut(worker) {
             w.heard = now;
             // A step that has just begun has had no time to show progress.
@@ -246,6 +246,11 @@ impl<P: Planner> Cluster<P> {
                 w.moved = now;
             }
             w.beat = beat;
+        }
+        // Steps show it too, but there may be none for hours.
+        let serving = |p: &Plan| p.epoch != beat.epoch && p.members.iter().any(|m| m.worker == *worker);
+        if matches!(&self.phase, Phase::Serving(p) if serving(p)) {
+            self.stand_down(now, format!("{} has dropped its ranks", worker.0), actions);
         }
     }
 

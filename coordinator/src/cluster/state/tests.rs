@@ -187,6 +187,21 @@ fn a_store_that_refuses_the_next_epoch_leaves_the_old_one_serving() {
 }
 
 #[test]
+fn a_member_that_dropped_its_ranks_is_no_member_though_it_beats() {
+    let mut c = served_by(1);
+    join(&mut c, 1, 1);
+    let beat = |epoch| Beat { epoch: Epoch(epoch), ..Beat::default() };
+    assert!(c.handle(ms(2), Event::Beat { worker: id(0), beat: beat(1) }).is_empty());
+    assert!(c.handle(ms(3), Event::Beat { worker: id(1), beat: beat(0) }).is_empty(), "a spare has none");
+    let actions = c.handle(ms(4), Event::Beat { worker: id(0), beat: beat(0) });
+    assert!(
+        matches!(&actions[..], [Action::Halt { .. }, Action::Release { .. }, Action::Commit { .. }]),
+        "{actions:?}"
+    );
+    assert!(c.reason().contains("w0 has dropped its ranks"));
+}
+
+#[test]
 fn the_first_plan_is_above_what_a_worker_has_seen() {
     let mut c = cluster(1, None);
     // The store is new, the worker is not.
