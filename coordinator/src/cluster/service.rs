@@ -55,6 +55,7 @@ pub enum Notice {
 }
 
 /// A worker's message, understood.
+#[derive(Debug)]
 pub enum Said {
     Beat(Beat),
     Loading { epoch: Epoch, bytes_done: u64, bytes_total: u64 },
