@@ -95,7 +95,8 @@ impl<C, S> Links<C, S> {
             Said::Loaded { epoch, identity, digests } => match self.proves(&worker, epoch, &identity, &digests) {
                 Ok(()) => {
                     if let Some(link) = self.links.get_mut(&worker) {
-                        link.proven = Some(epoch);
+                        // An old word that comes late takes nothing back.
+                        link.proven = link.proven.max(Some(epoch));
                     }
                     return None;
                 }
@@ -228,6 +229,14 @@ mod tests {
         assert_eq!(links.add(id.clone(), 2, (), &mut actions), Some(()));
         assert_eq!(actions, [expel(&other)]);
         assert!(links.is_current(&id, 2) && !links.is_current(&id, 1));
+    }
+
+    #[test]
+    fn a_proof_of_an_older_epoch_takes_none_back() {
+        let (mut links, id) = links();
+        loaded(&mut links, &id, 4);
+        loaded(&mut links, &id, 3);
+        assert_eq!(links.knocks(&id, Epoch(4), 1), Knock::Open(1));
     }
 
     #[test]
