@@ -36,10 +36,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tonic::transport::ServerTlsConfig;
 
 /// How often workers say that they live; five silent intervals are a death.
-const BEAT: Duration = Duration::from_millis(300);
+pub const BEAT: Duration = Duration::from_millis(300);
 
 /// Newcomers come in crowds: the cluster grows when none came for so long.
-const GROW: Duration = Duration::from_secs(1);
+pub const GROW: Duration = Duration::from_secs(1);
 
 /// What operators ask for, on its way to the cluster.
 const ASKS_MAX: usize = 16;

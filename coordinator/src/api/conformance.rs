@@ -293,7 +293,7 @@ async fn metrics_count_what_happened() {
         "conclave_http_requests_total{model_name=\"tiny\",path=\"other\",code=\"404\"}",
         "conclave_request_success_total{model_name=\"tiny\",finished_reason=\"stop\"}",
         "conclave_time_to_first_token_seconds_bucket{model_name=\"tiny\",le=\"0.001\"}",
-        "conclave_num_requests_running{model_name=\"tiny\"}",
+        "conclave_num_requests_running{model_name=\"tiny\",group=\"0\"}",
         "conclave_generation_tokens_total{model_name=\"tiny\"}",
         "# TYPE conclave_inter_token_latency_seconds histogram",
     ] {

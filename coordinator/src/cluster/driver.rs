@@ -3,7 +3,7 @@
 
 use super::event::{Action, Event};
 use super::ledger::Ledger;
-use super::links::Links;
+use super::links::{Knock, Links};
 use super::proof::Reference;
 use super::service::{Notice, Said};
 use super::state::{Cluster, Phase, Planner};
@@ -18,10 +18,10 @@ use proto::cluster::v1 as wire;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// How often silence and pauses are looked at.
-const TICK: Duration = Duration::from_millis(100);
+pub const TICK: Duration = Duration::from_millis(100);
 
 /// What the scheduler's loop is told.
 pub enum Turn {
@@ -44,7 +44,7 @@ pub struct GroupEnded {
 /// An operator's wish; the answer is sent at once, not when it is fulfilled.
 pub enum Ask {
     /// Let this worker end as soon as others can do without it. Refused with the names of those that are members.
-    Drain { worker: String, answer: tokio::sync::oneshot::Sender<Result<(), String>> },
+    Drain { worker: String, answer: oneshot::Sender<Result<(), String>> },
 }
 
 /// What the shell is built from.
@@ -72,7 +72,7 @@ pub struct Parts<S, P> {
 pub struct Shell<S, P> {
     parts: Parts<S, P>,
     began: Instant,
-    links: Links<Commands, StepStream>,
+    links: Links<Commands, Steps>,
     answers: Option<Answers>,
     /// Those that were named for being slow.
     slow: BTreeSet<WorkerId>,
@@ -81,6 +81,12 @@ pub struct Shell<S, P> {
 }
 
 type Commands = mpsc::Sender<Result<wire::Command, tonic::Status>>;
+
+/// A step stream, and how it is accepted.
+struct Steps {
+    stream: StepStream,
+    accept: Option<oneshot::Sender<mpsc::Sender<Answer>>>,
+}
 
 /// What comes up the step streams of the epoch that is being loaded or served.
 struct Answers {
@@ -129,12 +135,14 @@ impl<S: Store, P: Planner> Shell<S, P> {
 
     async fn notice(&mut self, notice: Notice) {
         match notice {
-            Notice::Joined { connection, offer, commands } => {
+            Notice::Joined { connection, offer, seen, commands } => {
                 tracing::info!("{} joined from {} with {} device(s)", offer.worker.0, offer.host, offer.devices.len());
                 let id = offer.worker.clone();
-                // Feed first: a worker of the same name is expelled from its old connection before the new one counts.
-                let actions = self.parts.cluster.handle(self.began.elapsed(), Event::Joined { offer });
-                self.links.add(id, connection, commands);
+                self.feed(Event::Seen { epoch: seen }).await;
+                let mut actions = self.parts.cluster.handle(self.began.elapsed(), Event::Joined { offer });
+                if self.links.add(id.clone(), connection, commands, &mut actions).is_some() {
+                    tracing::warn!("{} joined again: its older connection does not count any more", id.0);
+                }
                 self.perform(actions).await;
             }
             Notice::Gone { connection, worker, why } => {
@@ -150,14 +158,20 @@ impl<S: Store, P: Planner> Shell<S, P> {
                 }
             }
             Notice::StepsOpened { worker, epoch, stream, accept } => {
-                let Some(answers) = self.answers.as_ref().filter(|_| self.links.may_open(&worker, epoch)) else {
-                    return; // dropping `accept` refuses the stream
-                };
-                if accept.send(answers.sender.clone()).is_ok() {
-                    self.links.opened(worker.clone(), stream);
-                    self.feed(Event::Ready { worker, epoch }).await;
+                match self.links.knocks(&worker, epoch, Steps { stream, accept: Some(accept) }) {
+                    Knock::Open(steps) => self.open(worker, epoch, steps).await,
+                    Knock::Kept => {}
+                    Knock::Refused(steps) => drop(steps), // with it the means to accept it
                 }
             }
+        }
+    }
+
+    async fn open(&mut self, worker: WorkerId, epoch: Epoch, mut steps: Steps) {
+        let (Some(answers), Some(accept)) = (&self.answers, steps.accept.take()) else { return };
+        if accept.send(answers.sender.clone()).is_ok() {
+            self.links.opened(worker.clone(), steps);
+            self.feed(Event::Ready { worker, epoch }).await;
         }
     }
 
@@ -190,11 +204,14 @@ impl<S: Store, P: Planner> Shell<S, P> {
             Phase::Serving(plan) => Some(plan.epoch),
             _ => None,
         };
-        if let Some(event) = self.links.said(worker, message, serving) {
+        if let Some(event) = self.links.said(worker.clone(), message, serving) {
             if let Event::GroupFault { fault, .. } | Event::LoadFailed { fault, .. } = &event {
                 tracing::error!("{name}: {fault}");
             }
             self.feed(event).await;
+        }
+        if let Some((epoch, steps)) = self.links.proven(&worker) {
+            self.open(worker, epoch, steps).await;
         }
     }
 
@@ -223,6 +240,7 @@ impl<S: Store, P: Planner> Shell<S, P> {
         for action in actions {
             self.one(action).await;
         }
+        self.links.only(self.parts.cluster.plan().map(|plan| plan.epoch));
     }
 
     async fn one(&mut self, action: Action) {
@@ -252,7 +270,8 @@ impl<S: Store, P: Planner> Shell<S, P> {
             Action::Serve { plan } => {
                 let answers = self.answers.as_mut().expect("ready workers opened their streams");
                 let queue = answers.queue.take().expect("an epoch is served once");
-                let group = GrpcGroup::new(plan.clone(), self.links.streams(), queue);
+                let streams = self.links.streams().into_iter().map(|(id, steps)| (id, steps.stream)).collect();
+                let group = GrpcGroup::new(plan.clone(), streams, queue);
                 let weights = self.links.weights().unwrap_or_default();
                 self.parts.view.send_modify(|view| view.weights = weights);
                 tracing::info!("serving epoch {}: {}", plan.epoch.0, plan.mesh);

@@ -14,6 +14,10 @@ pub enum Event {
     Joined {
         offer: Offer,
     },
+    /// A worker that is about to join takes no epoch at or below this one.
+    Seen {
+        epoch: Epoch,
+    },
     /// Its stream ended.
     Lost {
         worker: WorkerId,

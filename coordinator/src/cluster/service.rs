@@ -25,11 +25,16 @@ const INTRODUCTION: Duration = Duration::from_secs(5);
 /// Commands waiting for a worker that does not read: far above what an epoch needs.
 const COMMANDS_MAX: usize = 64;
 
+/// Far above what a cluster ever plans: nobody may push it to where epochs end.
+const EPOCH_MAX: Epoch = Epoch(1 << 48);
+
 /// What the driver learns from the wire.
 pub enum Notice {
     Joined {
         connection: u64,
         offer: Offer,
+        /// The highest epoch that it was asked to load, under whichever leader.
+        seen: Epoch,
         commands: mpsc::Sender<Result<wire::Command, Status>>,
     },
     Said {
@@ -57,6 +62,7 @@ pub enum Notice {
 }
 
 /// A worker's message, understood.
+#[derive(Debug)]
 pub enum Said {
     Beat(Beat),
     Loading { epoch: Epoch, bytes_done: u64, bytes_total: u64 },
@@ -144,6 +150,11 @@ impl wire::cluster_server::Cluster for Service {
         let Some(Body::Offer(offer)) = first(&mut messages).await?.body else {
             return Err(Status::invalid_argument("the first message must be an offer"));
         };
+        let seen = Epoch(offer.epoch_seen);
+        if seen > EPOCH_MAX {
+            let text = format!("epoch {} was never planned: {} are the most", seen.0, EPOCH_MAX.0);
+            return Err(Status::invalid_argument(text));
+        }
         let offer = self.admit(offer)?;
         let notices = self.notices()?;
         let (worker, connection) = (offer.worker.clone(), self.connections.fetch_add(1, Ordering::Relaxed));
@@ -152,7 +163,7 @@ impl wire::cluster_server::Cluster for Service {
         let welcome = wire::Command { body: Some(wire::command::Body::Welcome(welcome)) };
         commands.try_send(Ok(welcome)).expect("the channel is empty");
         let stopped = |_| Status::unavailable("the coordinator is stopping");
-        notices.send(Notice::Joined { connection, offer, commands }).await.map_err(stopped)?;
+        notices.send(Notice::Joined { connection, offer, seen, commands }).await.map_err(stopped)?;
         tokio::spawn(async move {
             let why = loop {
                 let message = match messages.next().await {

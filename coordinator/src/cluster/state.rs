@@ -78,7 +78,7 @@ pub struct Cluster<P> {
     phase: Phase,
     /// Highest epoch ever used, or seen while planning.
     epoch: Epoch,
-    /// The store's, where that is higher.
+    /// The store's, or that of a worker that joined, where that is higher.
     epoch_stored: Epoch,
     /// Why the store can't be written; plans wait for it.
     store_lost: Option<String>,
@@ -164,8 +164,9 @@ impl<P: Planner> Cluster<P> {
         let mut actions = Vec::new();
         match event {
             Event::Joined { offer } => self.joined(now, offer, &mut actions),
+            Event::Seen { epoch } => self.epoch_stored = self.epoch_stored.max(epoch),
             Event::Lost { worker, why } => self.lost(now, &worker, &why, &mut actions),
-            Event::Beat { worker, beat } => self.beat(now, &worker, beat),
+            Event::Beat { worker, beat } => self.beat(now, &worker, beat, &mut actions),
             Event::Loading { worker, epoch, bytes_done, bytes_total } => {
                 if epoch == self.epoch
                     && let Some(w) = self.workers.get_mut(&worker)
@@ -250,8 +251,9 @@ impl<P: Planner> Cluster<P> {
         }
     }
 
-    fn beat(&mut self, now: Duration, worker: &WorkerId, beat: Beat) {
+    fn beat(&mut self, now: Duration, worker: &WorkerId, beat: Beat, actions: &mut Vec<Action>) {
         self.hear_paces(now, worker, &beat);
+        let epoch = beat.epoch;
         if let Some(w) = self.workers.get_mut(worker) {
             w.heard = now;
             // A step that has just begun has had no time to show progress.
@@ -260,6 +262,11 @@ impl<P: Planner> Cluster<P> {
                 w.moved = now;
             }
             w.beat = beat;
+        }
+        // Steps show it too, but there may be none for hours.
+        let serving = |p: &Plan| p.epoch != epoch && p.members.iter().any(|m| m.worker == *worker);
+        if matches!(&self.phase, Phase::Serving(p) if serving(p)) {
+            self.stand_down(now, format!("{} has dropped its ranks", worker.0), actions);
         }
     }
 

@@ -9,6 +9,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::error::HubError;
 
@@ -92,10 +93,12 @@ impl Cache {
     }
 }
 
-/// A name beside a path that no other process uses.
+/// A name beside a path that nobody else uses, be it another thread or another process.
 fn beside(path: &Path) -> PathBuf {
+    static NAMES: AtomicU64 = AtomicU64::new(0);
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    path.with_file_name(format!(".{name}.{}", std::process::id()))
+    let number = NAMES.fetch_add(1, Ordering::Relaxed);
+    path.with_file_name(format!(".{name}.{}.{number}", std::process::id()))
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), HubError> {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc, watch};
 
 /// Between two tries to enter a request.
-const RETRY: Duration = Duration::from_millis(50);
+pub const RETRY: Duration = Duration::from_millis(50);
 
 /// Where requests go now.
 #[derive(Clone)]

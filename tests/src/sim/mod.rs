@@ -1,6 +1,7 @@
 //! The simulation: production decision cores in one thread, driven by a seeded heap of (time, event). A simulated rank
 //! draws hashes of what it can reach through its block tables, so that any mistake about blocks changes an answer.
 
+pub mod cluster;
 pub mod oracle;
 pub mod profile;
 pub mod random;

@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
+use tokio::time::Interval;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
@@ -220,7 +221,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn offer(&self) -> wire::WorkerMessage {
+    fn offer(&self, agent: &Agent) -> wire::WorkerMessage {
         let families = self.identity.families.iter().map(|&f| proto::convert::family_to_wire(f).into()).collect();
         let offer = wire::Offer {
             wire_version: proto::WIRE_VERSION,
@@ -232,6 +233,7 @@ impl<'a> Session<'a> {
             families,
             token: self.config.token.clone(),
             process_id: std::process::id(),
+            epoch_seen: agent.seen().0,
         };
         message(wire::worker_message::Body::Offer(offer))
     }
@@ -239,7 +241,7 @@ impl<'a> Session<'a> {
     async fn run(mut self, agent: &mut Agent, mut leaving: watch::Receiver<bool>) -> Result<Ended, AgentError> {
         let messages = self.messages.take().expect("taken once");
         let mut reports = self.report_queue.take().expect("taken once");
-        let offer = self.offer();
+        let offer = self.offer(agent);
         self.say(offer);
         let joined = tokio::time::timeout(SILENCE, self.client.join(ReceiverStream::new(messages)));
         let Ok(joined) = joined.await else {
@@ -262,7 +264,7 @@ impl<'a> Session<'a> {
             let event = tokio::select! {
                 // Steps first: they are what the cluster exists for.
                 biased;
-                order = next_order(&mut orders), if orders.is_some() => match self.order(order) {
+                order = next_order(&mut orders), if orders.is_some() => match self.order(agent, order) {
                     Ok(()) => continue,
                     Err(event) => { orders = None; event }
                 },
@@ -290,7 +292,7 @@ impl<'a> Session<'a> {
                 _ = turns.tick() => { self.turn(agent); continue }
             };
             for action in agent.handle(event) {
-                if let Some(stream) = self.perform(action).await {
+                if let Some(stream) = self.perform(action, agent, &mut beat).await {
                     orders = Some(stream);
                 }
             }
@@ -301,11 +303,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn command(
-        &mut self,
-        command: wire::Command,
-        beat: &mut tokio::time::Interval,
-    ) -> Result<Option<Event>, AgentError> {
+    fn command(&mut self, command: wire::Command, beat: &mut Interval) -> Result<Option<Event>, AgentError> {
         use wire::command::Body;
         Ok(match command.body {
             Some(Body::Welcome(welcome)) => {
@@ -363,19 +361,24 @@ impl<'a> Session<'a> {
         None
     }
 
-    fn order(&mut self, order: Option<Result<wire::StepOrder, tonic::Status>>) -> Result<(), Event> {
+    fn order(&mut self, agent: &Agent, order: Option<Result<wire::StepOrder, tonic::Status>>) -> Result<(), Event> {
         let Some(ranks) = &self.ranks else { return Ok(()) };
         let epoch = ranks.epoch();
         let Some(Ok(order)) = order else { return Err(Event::StepsClosed { epoch }) };
-        if order.epoch != epoch.0 {
-            return Ok(()); // of an older epoch: dropped
+        if !agent.runs(Epoch(order.epoch)) {
+            return Ok(()); // of another epoch: dropped
         }
         let lanes = Arc::new(order.lanes.into_iter().map(proto::step::lane_from_wire).collect());
         ranks.order(Order { step: StepId(order.step), lanes }).map_err(|fault| Event::RankFailed { epoch, fault })
     }
 
     /// Does what the core decided; a newly opened step stream is returned.
-    async fn perform(&mut self, action: Action) -> Option<tonic::Streaming<wire::StepOrder>> {
+    async fn perform(
+        &mut self,
+        action: Action,
+        agent: &Agent,
+        beat: &mut Interval,
+    ) -> Option<tonic::Streaming<wire::StepOrder>> {
         use wire::worker_message::Body;
         match action {
             Action::StartRanks { plan, model_path } => {
@@ -397,9 +400,10 @@ impl<'a> Session<'a> {
             Action::StopRanks { epoch } => {
                 self.answers = None;
                 if let Some(ranks) = self.ranks.take_if(|r| r.epoch() == epoch) {
-                    // Threads are joined off this thread: beats go on.
-                    let joined = tokio::task::spawn_blocking(move || drop(ranks)).await;
-                    joined.expect("dropping ranks does not panic");
+                    // A rank that reads weights ends when it has read them, and a worker that is silent meanwhile is
+                    // taken for dead.
+                    let joined = tokio::task::spawn_blocking(move || drop(ranks));
+                    self.beating(agent, beat, joined).await.expect("dropping ranks does not panic");
                 }
             }
             Action::SayLoaded { epoch, identity, proof } => {
@@ -412,12 +416,17 @@ impl<'a> Session<'a> {
                 })));
             }
             Action::SayFailed { epoch, fault } => self.say(message(Body::Failed(proto::fault::to_wire(&fault, epoch)))),
-            Action::OpenSteps { epoch } => return self.open_steps(epoch).await,
+            Action::OpenSteps { epoch } => return self.open_steps(epoch, agent, beat).await,
         }
         None
     }
 
-    async fn open_steps(&mut self, epoch: Epoch) -> Option<tonic::Streaming<wire::StepOrder>> {
+    async fn open_steps(
+        &mut self,
+        epoch: Epoch,
+        agent: &Agent,
+        beat: &mut Interval,
+    ) -> Option<tonic::Streaming<wire::StepOrder>> {
         let (answers, queue) = mpsc::channel(OUTBOX_MAX);
         let hello = wire::StepAnswer {
             epoch: epoch.0,
@@ -426,13 +435,18 @@ impl<'a> Session<'a> {
             ..Default::default()
         };
         answers.try_send(hello).expect("the channel is empty");
-        match self.client.steps(ReceiverStream::new(queue)).await {
+        let mut client = self.client.clone();
+        let opened = client.steps(ReceiverStream::new(queue));
+        match self.beating(agent, beat, opened).await {
             Ok(response) => {
                 self.answers = Some(answers);
                 Some(response.into_inner())
             }
             Err(status) => {
-                tracing::warn!("the step stream of epoch {} was refused: {}", epoch.0, status.message());
+                let text = format!("the step stream of epoch {} was refused: {}", epoch.0, status.message());
+                tracing::warn!("{text}");
+                // Whoever waits for it must not wait for ever.
+                let _ = self.reports.try_send(Report::Failed { epoch, fault: Fault::new(FaultKind::RankLost, text) });
                 None
             }
         }
@@ -455,7 +469,21 @@ impl<'a> Session<'a> {
         self.pulse.turn(turn, Instant::now());
     }
 
-    fn beat(&mut self, agent: &Agent) {
+    /// Waits for something; beats go on meanwhile, nothing else does.
+    async fn beating<T>(&self, agent: &Agent, beat: &mut Interval, done: impl Future<Output = T>) -> T {
+        tokio::pin!(done);
+        loop {
+            tokio::select! {
+                done = &mut done => return done,
+                _ = beat.tick() => {
+                    self.beat(agent);
+                    self.turn(agent);
+                }
+            }
+        }
+    }
+
+    fn beat(&self, agent: &Agent) {
         use wire::worker_message::Body;
         let (phase, epoch) = match agent.phase() {
             Phase::Idle => (wire::Phase::Idle, Epoch(0)),

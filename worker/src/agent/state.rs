@@ -83,7 +83,8 @@ pub enum Phase {
 #[derive(Debug)]
 pub struct Agent {
     phase: Phase,
-    /// Highest epoch seen; nothing at or below it is ever loaded again.
+    /// Highest epoch seen; nothing at or below it is ever loaded again, whoever leads. Told at every join, so that the
+    /// leader plans above it.
     seen: Epoch,
 }
 
@@ -98,12 +99,21 @@ impl Agent {
         &self.phase
     }
 
+    pub fn seen(&self) -> Epoch {
+        self.seen
+    }
+
     /// The epoch whose ranks exist.
     pub fn epoch(&self) -> Option<Epoch> {
         match self.phase {
             Phase::Idle => None,
             Phase::Loading { epoch, .. } | Phase::Ready { epoch } => Some(epoch),
         }
+    }
+
+    /// Whether a step of this epoch is for the ranks that exist; others are dropped.
+    pub fn runs(&self, epoch: Epoch) -> bool {
+        self.epoch() == Some(epoch)
     }
 
     pub fn handle(&mut self, event: Event) -> Vec<Action> {
@@ -121,11 +131,7 @@ impl Agent {
                 actions.extend(self.stop(epoch));
                 actions
             }
-            Event::Disconnected => {
-                // A restarted coordinator counts from what its store holds, which may be nothing.
-                self.seen = Epoch(0);
-                self.epoch().map(|epoch| self.stop(epoch)).unwrap_or_default()
-            }
+            Event::Disconnected => self.epoch().map(|epoch| self.stop(epoch)).unwrap_or_default(),
         }
     }
 
@@ -214,6 +220,16 @@ mod tests {
         let actions = agent.handle(Event::RanksLoaded { epoch: Epoch(1), identity: vec![2], proof: Vec::new() });
         assert!(matches!(&actions[..], [Action::SayFailed { fault, .. }, Action::StopRanks { .. }]
             if fault.kind == FaultKind::Incompatible));
+    }
+
+    #[test]
+    fn what_was_left_under_one_leader_is_not_loaded_under_the_next() {
+        let mut agent = Agent::default();
+        agent.handle(load(5));
+        assert!(matches!(agent.handle(Event::Disconnected)[..], [Action::StopRanks { epoch: Epoch(5) }]));
+        assert_eq!(agent.seen(), Epoch(5));
+        assert!(matches!(agent.handle(load(5))[..], [Action::SayFailed { .. }]));
+        assert!(matches!(agent.handle(load(6))[..], [Action::StartRanks { .. }]));
     }
 
     #[test]

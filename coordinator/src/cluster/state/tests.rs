@@ -188,6 +188,29 @@ fn a_store_that_refuses_the_next_epoch_leaves_the_old_one_serving() {
 }
 
 #[test]
+fn a_member_that_dropped_its_ranks_is_no_member_though_it_beats() {
+    let mut c = served_by(1);
+    join(&mut c, 1, 1);
+    let beat = |epoch| Beat { epoch: Epoch(epoch), ..Beat::default() };
+    assert!(c.handle(ms(2), Event::Beat { worker: id(0), beat: beat(1) }).is_empty());
+    assert!(c.handle(ms(3), Event::Beat { worker: id(1), beat: beat(0) }).is_empty(), "a spare has none");
+    let actions = c.handle(ms(4), Event::Beat { worker: id(0), beat: beat(0) });
+    assert!(
+        matches!(&actions[..], [Action::Halt { .. }, Action::Release { .. }, Action::Commit { .. }]),
+        "{actions:?}"
+    );
+    assert!(c.reason().contains("w0 has dropped its ranks"));
+}
+
+#[test]
+fn the_first_plan_is_above_what_a_worker_has_seen() {
+    let mut c = cluster(1, None);
+    // The store is new, the worker is not.
+    assert!(c.handle(ms(0), Event::Seen { epoch: Epoch(6) }).is_empty());
+    assert!(matches!(&join(&mut c, 0, 0)[..], [Action::Commit { plan }] if plan.epoch == Epoch(7)));
+}
+
+#[test]
 fn a_stale_ready_is_ignored() {
     let mut c = cluster(1, None);
     join(&mut c, 0, 0);
@@ -333,7 +356,8 @@ fn a_worker_with_another_model_is_set_aside_and_the_others_serve_on() {
         |actions: &[Action]| actions.iter().any(|a| matches!(a, Action::Commit { plan } if plan.members.len() == 1));
     assert!(commits(&actions), "at once, without it: {actions:?}");
     serve(&mut c, 550);
-    (0..2).for_each(|n| drop(c.handle(ms(1000), Event::Beat { worker: id(n), beat: Beat::default() })));
+    let beat = Beat { epoch: c.epoch(), ..Beat::default() };
+    (0..2).for_each(|n| drop(c.handle(ms(1000), Event::Beat { worker: id(n), beat: beat.clone() })));
     assert!(
         c.handle(ms(1900), Event::Tick).iter().all(|a| !matches!(a, Action::Prepare { .. })),
         "nor is it grown onto"
