@@ -337,7 +337,10 @@ impl Net {
             return;
         }
         match &mut stream.breaks_in {
-            Some(0) => return self.reset(id),
+            Some(0) => {
+                stream.breaks_in = None;
+                return self.finish(id, from);
+            }
             Some(words) => *words -= 1,
             None => {}
         }
@@ -379,7 +382,7 @@ impl Net {
         open.map(|(id, s)| (*id, s.ends[0].node, s.ends[1].node)).collect()
     }
 
-    /// The connection is to break after so many more words.
+    /// The connection is to break after so many more words, which still arrive.
     pub fn break_in(&mut self, id: StreamId, words: usize) {
         if let Some(stream) = self.streams.get_mut(&id) {
             stream.breaks_in = Some(words);
