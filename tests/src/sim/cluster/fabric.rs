@@ -31,6 +31,8 @@ struct Group {
     seats: BTreeMap<WorkerId, Seat>,
     connected: bool,
     aborted: bool,
+    /// A host is gone, and no connection says so.
+    frozen: bool,
     /// What is computed now.
     computing: Option<(StepId, Vec<(WorkerId, Order)>)>,
     /// Of each worker and lane: all its ranks there do the same.
@@ -57,6 +59,7 @@ impl Fabric {
             seats: BTreeMap::new(),
             connected: false,
             aborted: false,
+            frozen: false,
             computing: None,
             ranks: BTreeMap::new(),
         });
@@ -69,7 +72,7 @@ impl Fabric {
             group.ranks.insert((me.clone(), lane), Rank::new(plan.limits));
         }
         net.world(net.now() + DEADLINE, Rpc::ConnectLate { epoch });
-        if group.seats.len() == plan.members.len() {
+        if group.seats.len() == plan.members.len() && !group.frozen {
             group.connected = true;
             let seats: Vec<WorkerId> = group.seats.keys().cloned().collect();
             for seat in seats {
@@ -86,6 +89,13 @@ impl Fabric {
         group.abort(net, FaultKind::Aborted, "a peer is gone");
         if group.seats.is_empty() {
             self.groups.remove(&epoch);
+        }
+    }
+
+    /// A host with ranks of the epoch is gone: its peers wait for it.
+    pub fn vanish(&mut self, epoch: Epoch) {
+        if let Some(group) = self.groups.get_mut(&epoch) {
+            group.frozen = true;
         }
     }
 
@@ -111,7 +121,12 @@ impl Fabric {
     fn compute(&mut self, net: &mut Net, epoch: Epoch) {
         let Some(group) = self.groups.get_mut(&epoch) else { return };
         let all = group.seats.values().all(|seat| !seat.orders.is_empty());
-        if group.aborted || group.computing.is_some() || !all || group.seats.len() < group.plan.members.len() {
+        if group.aborted
+            || group.frozen
+            || group.computing.is_some()
+            || !all
+            || group.seats.len() < group.plan.members.len()
+        {
             return;
         }
         let orders: Vec<(WorkerId, Order)> = group
@@ -147,7 +162,7 @@ impl Fabric {
 
     /// A step is computed; the worker that dies of it, if one does.
     pub fn computed(&mut self, net: &mut Net, epoch: Epoch, step: StepId) -> Option<usize> {
-        let group = self.groups.get_mut(&epoch).filter(|group| !group.aborted)?;
+        let group = self.groups.get_mut(&epoch).filter(|group| !group.aborted && !group.frozen)?;
         let (computed, orders) = group.computing.take()?;
         assert_eq!(computed, step, "one step at a time");
         if let Some((id, _)) = orders.iter().find(|(_, order)| kills(order)) {

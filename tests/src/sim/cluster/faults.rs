@@ -6,7 +6,7 @@ use model::plan::WorkerId;
 use model::step::StepId;
 
 use super::message::{Order, Rpc};
-use super::net::{MS, Node};
+use super::net::{MS, Node, StreamId};
 use super::outside::Outside;
 use super::world::World;
 
@@ -100,8 +100,10 @@ impl World {
             tally.workers_killed += 1;
             tally.hosts_lost += u64::from(silent);
         }
-        if let Some(epoch) = worker.epoch() {
-            self.out.stop_ranks(epoch, &WorkerId(format!("w{number}")));
+        match worker.epoch() {
+            Some(epoch) if silent => self.out.fabric.vanish(epoch),
+            Some(epoch) => self.out.stop_ranks(epoch, &WorkerId(format!("w{number}"))),
+            None => {}
         }
         self.out.net.end(Node::Worker(number), silent);
     }
@@ -116,6 +118,30 @@ impl World {
         self.out.leases.remove(&number);
         self.out.cut_off(number);
         self.out.net.end(Node::Coordinator(number), silent);
+    }
+
+    /// The last fault of all, after which nobody comes to help: a host that is lost for good where others can do without it,
+    /// or a worker's connection that breaks, perhaps while nobody asks for anything.
+    pub fn last_fault(&mut self) {
+        let workers: Vec<usize> = self.workers.iter().flatten().map(|worker| worker.number).collect();
+        let number = workers[self.out.net.random.within(0..=workers.len() - 1)];
+        let spare = workers.len() > 1 && (workers.len() - 1) * self.out.setting.devices > 1;
+        match self.out.net.random.within(0..=3) {
+            0 if spare => {
+                self.out.net.tally.lost_for_good += 1;
+                self.gone = Some(number);
+                self.kill_worker(number, true);
+            }
+            1 => {
+                let of = |(_, client, _): &(StreamId, Node, Node)| *client == Node::Worker(number);
+                let streams: Vec<StreamId> = self.out.net.streams().into_iter().filter(of).map(|s| s.0).collect();
+                // The youngest is a step stream, if there is one.
+                if let Some(stream) = streams.last() {
+                    self.out.net.reset(*stream);
+                }
+            }
+            _ => {}
+        }
     }
 
     /// A supervisor starts it again, soon or later.
@@ -184,8 +210,14 @@ impl World {
         }
         let (one, a, b) = streams[self.out.net.random.within(0..=streams.len() - 1)];
         self.out.net.tally.resets += 1;
-        if self.out.net.random.once_in(2) {
-            return self.out.net.reset(one);
+        match self.out.net.random.within(0..=3) {
+            0 => return self.out.net.reset(one),
+            // Exactly between two words.
+            1 | 2 => {
+                let words = self.out.net.random.within(0..=40);
+                return self.out.net.break_in(one, words);
+            }
+            _ => {}
         }
         for (stream, _, _) in streams.into_iter().filter(|(_, x, y)| (*x, *y) == (a, b)) {
             self.out.net.reset(stream);

@@ -271,8 +271,7 @@ impl Lead {
 
     fn expel(&mut self, out: &mut Outside, worker: &WorkerId) {
         if let Some(stream) = self.links.remove(worker) {
-            self.joined.remove(&stream);
-            out.net.close(stream, Side::Server);
+            out.net.finish(stream, Side::Server);
         }
     }
 
@@ -294,10 +293,9 @@ impl Lead {
                 out.net.tally.newcomers += u64::from(serves && !self.cluster.workers().contains_key(&worker));
                 let mut actions = self.cluster.handle(self.now(out), Event::Joined { offer });
                 self.say(out, &format!("{} joined", worker.0), &actions);
-                self.joined.retain(|_, known| *known != worker);
                 self.joined.insert(stream, worker.clone());
                 if let Some(older) = self.links.add(worker, stream.number(), stream, &mut actions) {
-                    out.net.close(older, Side::Server);
+                    out.net.finish(older, Side::Server);
                 }
                 self.perform_all(out, actions);
             }
@@ -330,6 +328,7 @@ impl Lead {
     fn said(&mut self, out: &mut Outside, stream: StreamId, said: Said) {
         let Some(worker) = self.joined.get(&stream).cloned() else { return };
         if !self.links.is_current(&worker, stream.number()) {
+            out.net.tally.words_of_older_connections += 1;
             return;
         }
         let serving = match self.cluster.phase() {

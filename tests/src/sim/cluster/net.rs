@@ -60,6 +60,8 @@ struct Stream {
     ends: [End; 2],
     /// Nothing that is under way arrives any more.
     reset: bool,
+    /// It breaks instead of the word after so many more.
+    breaks_in: Option<usize>,
     pinged: u64,
 }
 
@@ -68,6 +70,8 @@ struct End {
     node: Node,
     life: u64,
     open: bool,
+    /// It says nothing more, and still hears.
+    said_all: bool,
     /// When the last word towards this end arrives.
     last: u64,
 }
@@ -265,6 +269,7 @@ impl Net {
     pub fn heal(&mut self) {
         self.cuts.clear();
         self.slow.clear();
+        self.streams.values_mut().for_each(|stream| stream.breaks_in = None);
         for process in self.processes.values_mut() {
             process.paused_until = process.paused_until.min(self.now);
             self.ready.extend(std::mem::take(&mut process.waiting));
@@ -313,9 +318,9 @@ impl Net {
     pub fn open(&mut self, client: Node, server: Node) -> StreamId {
         self.streams_made += 1;
         let id = StreamId(self.streams_made);
-        let end = |node, life| End { node, life, open: true, last: 0 };
+        let end = |node, life| End { node, life, open: true, said_all: false, last: 0 };
         let ends = [end(client, self.life(client)), end(server, self.life(server))];
-        self.streams.insert(id, Stream { ends, reset: false, pinged: self.now });
+        self.streams.insert(id, Stream { ends, reset: false, breaks_in: None, pinged: self.now });
         self.push(self.now + PING, Event::Ping { stream: id });
         id
     }
@@ -326,8 +331,28 @@ impl Net {
 
     /// Says a word to the other end, unless this one is closed.
     pub fn send(&mut self, id: StreamId, from: Side, word: Word) {
-        if self.is_open(id, from) {
-            self.put(id, from, word);
+        let Some(stream) = self.streams.get_mut(&id) else { return };
+        let end = &stream.ends[from as usize];
+        if !end.open || end.said_all {
+            return;
+        }
+        match &mut stream.breaks_in {
+            Some(0) => {
+                stream.breaks_in = None;
+                return self.finish(id, from);
+            }
+            Some(words) => *words -= 1,
+            None => {}
+        }
+        self.put(id, from, word);
+    }
+
+    /// Says nothing more; what the other end says still comes until it closes.
+    pub fn finish(&mut self, id: StreamId, side: Side) {
+        let Some(stream) = self.streams.get_mut(&id) else { return };
+        let end = &mut stream.ends[side as usize];
+        if end.open && !std::mem::replace(&mut end.said_all, true) {
+            self.put(id, side, Word::Closed("closed".into()));
         }
     }
 
@@ -345,7 +370,8 @@ impl Net {
     /// Closes one end; the other learns of it after what was said before.
     pub fn close(&mut self, id: StreamId, side: Side) {
         let Some(stream) = self.streams.get_mut(&id) else { return };
-        if std::mem::replace(&mut stream.ends[side as usize].open, false) {
+        let end = &mut stream.ends[side as usize];
+        if std::mem::replace(&mut end.open, false) && !end.said_all {
             self.put(id, side, Word::Closed("closed".into()));
         }
     }
@@ -356,10 +382,17 @@ impl Net {
         open.map(|(id, s)| (*id, s.ends[0].node, s.ends[1].node)).collect()
     }
 
+    /// The connection is to break after so many more words, which still arrive.
+    pub fn break_in(&mut self, id: StreamId, words: usize) {
+        if let Some(stream) = self.streams.get_mut(&id) {
+            stream.breaks_in = Some(words);
+        }
+    }
+
     /// The connection breaks: what is under way is lost, and both ends learn of it.
     pub fn reset(&mut self, id: StreamId) {
         let Some(stream) = self.streams.get_mut(&id) else { return };
-        stream.reset = true;
+        (stream.reset, stream.breaks_in) = (true, None);
         for side in [Side::Client, Side::Server] {
             self.put(id, side, Word::Closed("connection reset".into()));
         }

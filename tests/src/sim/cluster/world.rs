@@ -41,6 +41,8 @@ pub struct World {
     /// Requests that waited when faults stopped.
     waited: Vec<usize>,
     checked: bool,
+    /// A worker whose host never comes back.
+    pub gone: Option<usize>,
 }
 
 /// Runs one seed to its end.
@@ -58,6 +60,7 @@ pub fn run(seed: u64, mode: Mode) -> Tally {
         arrived: 0,
         waited: Vec::new(),
         checked: false,
+        gone: None,
     };
     world.begin();
     world.live();
@@ -167,7 +170,9 @@ impl World {
                 self.out.net.tally.restarts += 1;
                 self.start_coordinator(number);
             }
-            Rpc::Restart { coordinator: false, number } if self.workers[number].is_none() => {
+            Rpc::Restart { coordinator: false, number }
+                if self.workers[number].is_none() && self.gone != Some(number) =>
+            {
                 self.out.net.tally.restarts += 1;
                 self.start_worker(number);
             }
@@ -259,6 +264,7 @@ impl World {
             self.happen(Rpc::Restart { coordinator: false, number });
         }
         if self.mode == Mode::Liveness {
+            self.last_fault();
             self.out.net.world(self.out.net.now() + RECOVERY, Rpc::Check);
         }
     }
