@@ -12,6 +12,7 @@ mod client;
 mod coordinator_command;
 mod drain;
 mod hub;
+mod keys;
 mod plan;
 mod progress;
 mod quickstart;
@@ -50,6 +51,8 @@ enum Command {
     Drain(drain::Args),
     /// Certificates for the processes of a cluster
     Certs(certs::Args),
+    /// Keys of the API
+    Keys(keys::Args),
     /// Measure a running server
     Bench(bench::Args),
 }
@@ -75,6 +78,7 @@ fn main() -> ExitCode {
         Command::Verify(args) => verify::run(args),
         Command::Drain(args) => drain::run(args),
         Command::Certs(args) => certs::run(args),
+        Command::Keys(args) => keys::run(args),
         Command::Bench(args) => bench::run(args),
     };
     match outcome {

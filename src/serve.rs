@@ -62,6 +62,9 @@ pub struct Options {
     /// Key that clients must send; better in the environment variable CONCLAVE_API_KEY
     #[arg(long)]
     pub api_key: Option<String>,
+    /// File of keys that clients may send, one a line as `conclave keys add` prints it; read anew when it changes
+    #[arg(long, value_name = "FILE")]
+    pub api_keys_file: Option<PathBuf>,
     /// Tokens in a step
     #[arg(long)]
     pub max_num_batched_tokens: Option<usize>,
@@ -129,6 +132,7 @@ impl Options {
             listen: self.listen.to_string(),
             token,
             api_keys: api_keys.into_iter().collect(),
+            api_keys_file: self.api_keys_file.clone(),
             workers,
             // A worker that dies is started again at once; should that fail, serve on with those that are left.
             settle_ms: 5_000,

@@ -186,6 +186,7 @@ fn reference(status: &Value, key: String) -> Result<Options> {
         served_model_name: status["model"].as_str().map(str::to_string),
         chat_template: None,
         api_key: Some(key),
+        api_keys_file: None,
         max_num_batched_tokens: None,
         max_num_seqs: None,
         threads: None,

@@ -42,6 +42,10 @@ pub struct Config {
     /// Keys that the API accepts; none opens it to whoever reaches the address.
     #[serde(default)]
     pub api_keys: Vec<String>,
+    /// More keys, as digests, one a line (`conclave keys add NAME` makes them): read anew when it changes. That it holds none
+    /// opens nothing.
+    #[serde(default)]
+    pub api_keys_file: Option<PathBuf>,
     /// Groups that each serve the whole model: workers are dealt out to them, requests go where their prefix was or where
     /// there is least to do.
     #[serde(default = "one", deserialize_with = "groups")]

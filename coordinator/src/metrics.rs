@@ -34,6 +34,8 @@ const MEMBERS: &str = "conclave_members";
 const SERVING: &str = "conclave_serving";
 const STORE_UP: &str = "conclave_store_up";
 const SLOW_WORKERS: &str = "conclave_slow_workers";
+const API_KEYS: &str = "conclave_api_keys";
+const API_KEYS_FILE_OK: &str = "conclave_api_keys_file_ok";
 
 /// From a token on a fast device to a long prefill on a slow one.
 const SECONDS: &[f64] = &[
@@ -103,6 +105,8 @@ fn describe() {
     describe_gauge!(SERVING, "1 while the cluster serves");
     describe_gauge!(SLOW_WORKERS, "Workers that compute at least twice as long as their peers before collectives");
     describe_gauge!(STORE_UP, "1 while the store of plans and members answers; serving goes on without it");
+    describe_gauge!(API_KEYS, "API keys that are accepted, where a file of keys is followed");
+    describe_gauge!(API_KEYS_FILE_OK, "1 while the file of API keys can be read and is right; else its last keys stay");
 }
 
 /// The load of a group's scheduler, after a step or when it changes. `before` is what this scheduler's was when last observed:
@@ -146,6 +150,12 @@ pub fn observe_cluster(view: &ClusterView, serving: bool) {
 /// Whether the store answered when it was last asked.
 pub fn store(up: bool) {
     gauge!(STORE_UP).set(f64::from(u8::from(up)));
+}
+
+/// The keys that are accepted, and whether their file is right.
+pub fn api_keys(count: usize, right: bool) {
+    gauge!(API_KEYS).set(count as f64);
+    gauge!(API_KEYS_FILE_OK).set(f64::from(u8::from(right)));
 }
 
 pub fn first_token(after: Duration, prompt_tokens: usize) {

@@ -1,7 +1,8 @@
 //! One coordinator: the API on the caller's runtime; scheduler, cluster and node plane on a thread of their own, whose
 //! single-threaded runtime keeps a step's path free of hops between threads.
 
-use crate::api::auth::Keys;
+use crate::api::keyfile::KeyFileError;
+use crate::api::keys::Keys;
 use crate::api::request::ModelFacts;
 use crate::api::view::{ClusterView, Phase};
 use crate::api::{self, State};
@@ -64,6 +65,8 @@ pub enum StartError {
     Store(String),
     #[error(transparent)]
     Tls(#[from] proto::tls::TlsError),
+    #[error("api_keys_file: {0}")]
+    Keys(#[from] KeyFileError),
     #[error("metrics can't be recorded: {0}")]
     Metrics(String),
     #[error("the engine's thread ended: {0}")]
@@ -120,7 +123,8 @@ pub fn random_token() -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-fn random_bytes<const N: usize>() -> [u8; N] {
+/// From the operating system: nobody can guess them.
+pub fn random_bytes<const N: usize>() -> [u8; N] {
     use std::io::Read;
     let mut bytes = [0; N];
     let mut source = std::fs::File::open("/dev/urandom").expect("every Linux has /dev/urandom");
@@ -140,6 +144,11 @@ pub fn rehearse(config: &Config, members: &[Offer]) -> Result<Source, StartError
 pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String) -> Result<Coordinator, StartError> {
     let source = Arc::new(Source::open(&config.model)?);
     let text = Text::load(&source.path, config.chat_template.as_deref())?;
+    let configured = config.api_keys.iter().map(String::as_str);
+    let keys = match &config.api_keys_file {
+        Some(file) => Keys::with_file(configured, file)?,
+        None => Keys::new(configured),
+    };
     let list = source.list_of_digests()?;
     let maker = PlanMaker { source: source.clone(), policy: policy(&config) };
     let store = Arc::new(AnyStore::open(&config.store).map_err(StartError::Store)?);
@@ -237,7 +246,6 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
         .map_err(|source| StartError::Io { what: "the engine's thread", source })?;
     let facts = ModelFacts::new(&config, &source, &text);
     metrics::install(&facts.names[0]).map_err(|e| StartError::Metrics(e.to_string()))?;
-    let keys = Keys::new(config.api_keys.iter().map(String::as_str));
     let state = State::new(door, text, facts, keys, view.clone(), config.body_bytes_max).asking(ask);
     let mut closing = closing;
     let api = tokio::spawn(async move {

@@ -6,7 +6,7 @@
 use axum::body::Body;
 use axum::http::{Request, StatusCode, header};
 use conclave_fuzz::demo_text;
-use coordinator::api::auth::Keys;
+use coordinator::api::keys::Keys;
 use coordinator::api::request::{Defaults, ModelFacts};
 use coordinator::api::view::{ClusterView, Phase};
 use coordinator::api::{State, router};

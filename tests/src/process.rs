@@ -116,18 +116,39 @@ impl Served {
         answer.json()
     }
 
+    /// Sends a request with an API key and reads the whole answer.
+    pub fn send_as(&self, key: &str, method: &str, path: &str, body: &[u8]) -> Result<Answer> {
+        let mut bytes = Vec::new();
+        self.open_with(&format!("authorization: Bearer {key}\r\n"), method, path, body)?.read_to_end(&mut bytes)?;
+        answer(&bytes)
+    }
+
     /// Sends a request and hands back the socket: what comes is the answer, and dropping it is a client that leaves.
     pub fn open(&self, method: &str, path: &str, body: &[u8]) -> Result<TcpStream> {
+        self.open_with("", method, path, body)
+    }
+
+    /// The same with further `headers`, whole lines.
+    pub fn open_with(&self, headers: &str, method: &str, path: &str, body: &[u8]) -> Result<TcpStream> {
         let mut stream = TcpStream::connect(&self.address)?;
         stream.set_read_timeout(Some(DEADLINE))?;
         let length = body.len();
         write!(
             stream,
-            "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
+            "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n{headers}\r\n"
         )?;
         // A server may refuse early and close; what it said is still to be read.
         let _ = stream.write_all(body);
         Ok(stream)
+    }
+
+    /// A metric now, summed over its labels, or over those lines whose labels have `label` in them.
+    pub fn metric(&self, name: &str, label: &str) -> Result<f64> {
+        let text = String::from_utf8(self.get("/metrics")?.body)?;
+        let named = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']));
+        let mut lines = text.lines().filter(named).filter(|line| line.contains(label)).peekable();
+        ensure!(lines.peek().is_some(), "no {name} with {label} in {text}");
+        lines.map(|line| Ok(line.rsplit(' ').next().unwrap_or_default().parse::<f64>()?)).sum()
     }
 
     /// Process ids of the workers.

@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
 
-use super::auth::Keys;
+use super::keys::Keys;
 use super::request::{Defaults, ModelFacts};
 use super::view::{ClusterView, Phase};
 use super::{State, serve};

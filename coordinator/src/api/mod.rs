@@ -15,6 +15,8 @@ pub mod fields;
 #[cfg(test)]
 mod harness;
 pub mod health;
+pub mod keyfile;
+pub mod keys;
 pub mod limits;
 pub mod logprobs;
 pub mod models;
@@ -41,16 +43,14 @@ use axum::routing::{get, post};
 use tokio::net::TcpListener;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
-use self::auth::Keys;
 use self::error::ApiError;
 use self::fields::Fields;
+use self::keys::Keys;
 use self::request::ModelFacts;
 use self::view::{ClusterView, Phase};
 use crate::cluster::driver::Ask;
-use crate::config::Config;
 use crate::metrics;
 use crate::schedule::job::Door;
-use crate::source::Source;
 use crate::text::Text;
 
 /// How often recorded samples are folded into histograms.
@@ -108,19 +108,6 @@ impl State {
     /// Takes operators' wishes too.
     pub fn asking(self, asks: mpsc::Sender<Ask>) -> State {
         State { asks: Some(asks), ..self }
-    }
-
-    /// For a model as its files and the configuration describe it.
-    pub fn for_model(
-        config: &Config,
-        source: &Source,
-        text: Text,
-        door: Door,
-        view: watch::Receiver<ClusterView>,
-    ) -> State {
-        let model = ModelFacts::new(config, source, &text);
-        let keys = Keys::new(config.api_keys.iter().map(String::as_str));
-        State::new(door, text, model, keys, view, config.body_bytes_max)
     }
 
     /// Longest sequence that the current plan holds.
@@ -277,6 +264,7 @@ pub fn router(state: Arc<State>) -> Router {
 
 /// Answers until `shutdown` resolves, then takes no new connections and finishes what is under way.
 pub async fn serve(listener: TcpListener, state: Arc<State>, shutdown: impl Future<Output = ()>) {
+    let keys = Arc::clone(&state);
     let server = connections::serve(listener, router(state), shutdown);
     let upkeep = async {
         let mut ticks = tokio::time::interval(UPKEEP);
@@ -288,6 +276,7 @@ pub async fn serve(listener: TcpListener, state: Arc<State>, shutdown: impl Futu
     tokio::select! {
         () = server => {}
         () = upkeep => {}
+        () = keys.keys.follow() => {}
     }
 }
 
