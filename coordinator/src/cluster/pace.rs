@@ -19,8 +19,9 @@ const WINDOW: Duration = Duration::from_secs(3);
 /// A rank that computed less in a window says nothing.
 const ENTERED_MIN: u64 = 100;
 
-/// Slower than the middle one of its peers by this is slow.
-const FACTOR: u32 = 2;
+/// Slower than the middle one of its peers by this, in halves, is slow; and then until it is less than this.
+const SLOW_HALVES: u64 = 4;
+const QUICK_HALVES: u64 = 3;
 
 /// For so long without a break: a neighbour's burst of work is no slow device.
 const LASTING: Duration = Duration::from_secs(3);
@@ -66,7 +67,8 @@ impl Paces {
             paces.sort_unstable();
             // Of two in the middle the slower one: who is slow must be slower than most.
             let (Some(own), Some(&middle)) = (self.pace(now, rank), paces.get(paces.len() / 2)) else { continue };
-            if own < middle.max(1) * u64::from(FACTOR) {
+            let halves = if self.since.contains_key(&rank) { QUICK_HALVES } else { SLOW_HALVES };
+            if own * 2 < middle.max(1) * halves {
                 continue;
             }
             behind.insert(rank);
