@@ -8,6 +8,7 @@ use ::metrics::{Unit, counter, describe_counter, describe_gauge, describe_histog
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::api::view::ClusterView;
+use crate::cluster::stranger::Stranger;
 use crate::schedule::load::Load;
 
 const RUNNING: &str = "conclave_num_requests_running";
@@ -34,6 +35,7 @@ const MEMBERS: &str = "conclave_members";
 const SERVING: &str = "conclave_serving";
 const STORE_UP: &str = "conclave_store_up";
 const SLOW_WORKERS: &str = "conclave_slow_workers";
+const STRANGERS: &str = "conclave_strangers_refused_total";
 const API_KEYS: &str = "conclave_api_keys";
 const API_KEYS_FILE_OK: &str = "conclave_api_keys_file_ok";
 
@@ -62,6 +64,9 @@ pub fn install(model_name: &str) -> Result<(), BuildError> {
     }
     for reason in ["stop", "length", "abort", "error"] {
         counter!(FINISHED, "finished_reason" => reason).absolute(0);
+    }
+    for stranger in Stranger::ALL {
+        counter!(STRANGERS, "reason" => stranger.label()).absolute(0);
     }
     observe(0, &Load::default(), &Load::default());
     RECORDER.get_or_init(|| handle);
@@ -105,6 +110,7 @@ fn describe() {
     describe_gauge!(SERVING, "1 while the cluster serves");
     describe_gauge!(SLOW_WORKERS, "Workers that compute at least twice as long as their peers before collectives");
     describe_gauge!(STORE_UP, "1 while the store of plans and members answers; serving goes on without it");
+    describe_counter!(STRANGERS, "Connections to the node plane that were refused, by reason");
     describe_gauge!(API_KEYS, "API keys that are accepted, where a file of keys is followed");
     describe_gauge!(API_KEYS_FILE_OK, "1 while the file of API keys can be read and is right; else its last keys stay");
 }
@@ -150,6 +156,11 @@ pub fn observe_cluster(view: &ClusterView, serving: bool) {
 /// Whether the store answered when it was last asked.
 pub fn store(up: bool) {
     gauge!(STORE_UP).set(f64::from(u8::from(up)));
+}
+
+/// Somebody was refused at the node plane.
+pub fn stranger(stranger: Stranger) {
+    counter!(STRANGERS, "reason" => stranger.label()).increment(1);
 }
 
 /// The keys that are accepted, and whether their file is right.

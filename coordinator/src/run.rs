@@ -7,6 +7,7 @@ use crate::api::request::ModelFacts;
 use crate::api::view::{ClusterView, Phase};
 use crate::api::{self, State};
 use crate::cluster::driver::Ask;
+use crate::cluster::incoming;
 use crate::cluster::role::{Lead, Role};
 use crate::cluster::service::{Door as NodeDoor, Service};
 use crate::cluster::state::{Planner, Rules};
@@ -28,13 +29,13 @@ use model::plan::{Epoch, Plan};
 use model::proof::{Digest, SegmentId};
 use proto::cluster::v1::cluster_server::ClusterServer;
 use proto::cluster::v1::peer_server::PeerServer;
-use proto::tls::Tls;
+use proto::tls::Renewed;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
-use tonic::transport::ServerTlsConfig;
+use tokio_stream::wrappers::ReceiverStream;
 
 /// How often workers say that they live; five silent intervals are a death.
 pub const BEAT: Duration = Duration::from_millis(300);
@@ -223,7 +224,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
         door: door.clone(),
         ask: ask.clone(),
         queues,
-        tls: config.tls.as_ref().map(Tls::server).transpose()?,
+        tls: config.tls.as_ref().map(|tls| Renewed::open(tls, Instant::now())).transpose()?,
         view: view_writer,
         config: config.clone(),
     };
@@ -308,7 +309,7 @@ struct Engine {
     door: Door,
     ask: mpsc::Sender<Ask>,
     queues: Option<(mpsc::Receiver<Submission>, mpsc::Receiver<Ask>)>,
-    tls: Option<ServerTlsConfig>,
+    tls: Option<Renewed>,
     view: watch::Sender<ClusterView>,
     config: Config,
 }
@@ -327,13 +328,20 @@ impl Engine {
                     .max_decoding_message_size(proto::MESSAGE_BYTES_MAX)
                     .max_encoding_message_size(proto::MESSAGE_BYTES_MAX)
             });
-            let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
             let mut builder =
                 tonic::transport::Server::builder().http2_keepalive_interval(Some(Duration::from_secs(5)));
-            if let Some(tls) = self.tls.take() {
-                builder = builder.tls_config(tls).map_err(std::io::Error::other)?;
-            }
-            let server = builder.add_service(service).add_optional_service(peers).serve_with_incoming(incoming);
+            let (router, tls) = (builder.add_service(service).add_optional_service(peers), self.tls.take());
+            let server = async {
+                let Some(tls) = tls else {
+                    let incoming = tonic::transport::server::TcpIncoming::from(listener);
+                    return router.serve_with_incoming(incoming.with_nodelay(Some(true))).await;
+                };
+                let (guest, guests) = mpsc::channel(incoming::GUESTS_MAX);
+                tokio::select! {
+                    served = router.serve_with_incoming(ReceiverStream::new(guests)) => served,
+                    () = incoming::accept(listener, tls, guest) => Ok(()),
+                }
+            };
             tokio::select! {
                 served = server => served.map_err(std::io::Error::other)?,
                 () = self.live() => {}

@@ -1,11 +1,15 @@
-//! Mutual TLS of the node plane: what a process shows and whom it trusts. `ranks` is about the workers' own sockets.
+//! Mutual TLS of the node plane: what a process shows and whom it trusts. `ranks` is about the workers' own sockets,
+//! `renewed` about a coordinator's.
 
 pub mod ranks;
+mod renewed;
+
+pub use renewed::Renewed;
 
 use serde::Deserialize;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use tonic::transport::{Certificate, ClientTlsConfig, Identity, ServerTlsConfig};
+use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 
 /// The name that a coordinator's certificate must carry, whatever its address: a worker's certificate, stolen, opens no
 /// coordinator.
@@ -15,7 +19,7 @@ pub const COORDINATOR_NAME: &str = "coordinator.conclave";
 /// dials, so it needs both purposes.
 pub const WORKER_NAME: &str = "worker.conclave";
 
-/// PEM files. Read whenever a connection or a listener is made.
+/// PEM files, read anew for connections as they are made.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Tls {
@@ -41,12 +45,6 @@ pub enum TlsError {
 }
 
 impl Tls {
-    /// Only those whom the authority vouches for come in.
-    pub fn server(&self) -> Result<ServerTlsConfig, TlsError> {
-        let config = ServerTlsConfig::new().identity(self.identity()?);
-        Ok(config.client_ca_root(Certificate::from_pem(read(&self.ca)?)))
-    }
-
     /// Speaks to none but a coordinator.
     pub fn client(&self) -> Result<ClientTlsConfig, TlsError> {
         let config = ClientTlsConfig::new().identity(self.identity()?).domain_name(COORDINATOR_NAME);
@@ -112,9 +110,12 @@ mod tests {
         let file = std::env::temp_dir().join(format!("conclave-tls-{}", std::process::id()));
         let tls = Tls { ca: file.clone(), certificate: file.clone(), key: file.clone() };
         let said = |error: Option<TlsError>| error.map(|e| e.to_string()).unwrap_or_default();
-        assert!(said(tls.server().err()).contains("can't be read"));
+        assert!(said(Renewed::open(&tls, std::time::Instant::now()).err()).contains("can't be read"));
         std::fs::write(&file, "x").expect("a temporary file");
         assert!(said(tls.client().err()).contains("holds no PEM block"));
+        std::fs::write(&file, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+            .expect("a temporary file");
+        assert!(said(Renewed::open(&tls, std::time::Instant::now()).err()).contains("can't be used"));
         std::fs::remove_file(&file).expect("it was just written");
     }
 }

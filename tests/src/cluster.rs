@@ -128,6 +128,19 @@ impl Place {
         self.worker_by(command, name, settings)
     }
 
+    /// The same of any program, with any token.
+    pub fn worker_of(
+        &self,
+        program: &str,
+        name: &str,
+        token: &str,
+        settings: &str,
+    ) -> Result<(Ending, Receiver<String>)> {
+        let mut command = Command::new(program);
+        command.env("CONCLAVE_TOKEN", token);
+        self.worker_by(command, name, settings)
+    }
+
     fn worker_by(&self, mut command: Command, name: &str, settings: &str) -> Result<(Ending, Receiver<String>)> {
         let file = self.folder.join(format!("{name}.toml"));
         let common =

@@ -1,6 +1,8 @@
 //! What the tests share: real processes ([`process`], [`cluster`], [`etcd`]), ranks as threads ([`ring`]) and requests for them
-//! ([`requests`]), the reference's numbers ([`golden`]), the simulator ([`sim`]).
+//! ([`requests`]), the reference's numbers ([`golden`]), the simulator ([`sim`]), and
+//! certificates ([`authority`]).
 
+pub mod authority;
 pub mod cluster;
 pub mod etcd;
 pub mod golden;

@@ -8,11 +8,12 @@ use super::proof::Reference;
 use super::service::{Notice, Said};
 use super::state::{Cluster, Phase, Planner};
 use super::store::Store;
+use super::stranger::Stranger;
 use crate::api::view::{self, ClusterView, LoadView, MemberView};
 use crate::group::{Answer, GrpcGroup, ORDERS_MAX, StepStream};
 use crate::metrics;
 use crate::schedule::load::Load;
-use model::fault::Fault;
+use model::fault::{Fault, FaultKind};
 use model::plan::{Epoch, Plan, WorkerId};
 use proto::cluster::v1 as wire;
 use std::collections::BTreeSet;
@@ -207,6 +208,11 @@ impl<S: Store, P: Planner> Shell<S, P> {
         if let Some(event) = self.links.said(worker.clone(), message, serving) {
             if let Event::GroupFault { fault, .. } | Event::LoadFailed { fault, .. } = &event {
                 tracing::error!("{name}: {fault}");
+            }
+            if let Event::LoadFailed { fault, .. } = &event
+                && fault.kind == FaultKind::Incompatible
+            {
+                Stranger::Model.refused(&name, fault);
             }
             self.feed(event).await;
         }

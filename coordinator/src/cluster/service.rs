@@ -3,6 +3,7 @@
 use super::event::Beat;
 use super::pace::Toll;
 use super::role::Role;
+use super::stranger::Stranger;
 use crate::group::{Answer, ORDERS_MAX, StepStream};
 use crate::plan::{Device, Offer};
 use model::fault::Fault;
@@ -10,6 +11,7 @@ use model::mesh::RankId;
 use model::plan::{Epoch, WorkerId};
 use proto::cluster::v1 as wire;
 use proto::cluster::v1::worker_message::Body;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -99,17 +101,18 @@ impl Service {
         }
     }
 
-    fn admit(&self, offer: wire::Offer) -> Result<Offer, Status> {
+    fn admit(&self, offer: wire::Offer, from: Option<SocketAddr>) -> Result<Offer, Status> {
         if !same_secret(&offer.token, &self.door.token) {
-            return Err(Status::unauthenticated("the cluster's token does not match"));
+            return Err(refuse(Stranger::Token, from, WRONG_TOKEN.into()));
         }
         if offer.wire_version != proto::WIRE_VERSION {
             let (theirs, ours) = (offer.wire_version, proto::WIRE_VERSION);
-            return Err(Status::failed_precondition(format!("wire version {theirs}, the coordinator speaks {ours}")));
+            let why = format!("wire version {theirs}, the coordinator speaks {ours}");
+            return Err(refuse(Stranger::Wire, from, why));
         }
         if offer.build != self.door.build {
             let (theirs, ours) = (&offer.build, &self.door.build);
-            return Err(Status::failed_precondition(format!("build {theirs}, the coordinator's is {ours}")));
+            return Err(refuse(Stranger::Build, from, format!("build {theirs}, the coordinator's is {ours}")));
         }
         let bad = |e: proto::WireError| Status::invalid_argument(e.to_string());
         let families: Result<Vec<_>, _> = offer.families().map(proto::convert::family_from_wire).collect();
@@ -130,6 +133,17 @@ impl Service {
     }
 }
 
+pub const WRONG_TOKEN: &str = "the cluster's token does not match";
+
+/// Counts a stranger and says so, here and to itself.
+pub fn refuse(stranger: Stranger, from: Option<SocketAddr>, why: String) -> Status {
+    stranger.refused(from.map_or("somebody".into(), |from| from.to_string()), &why);
+    match stranger {
+        Stranger::Token => Status::unauthenticated(why),
+        _ => Status::failed_precondition(why),
+    }
+}
+
 /// Compares without telling by its time where the difference is.
 pub fn same_secret(a: &str, b: &str) -> bool {
     a.len() == b.len() && a.bytes().zip(b.bytes()).fold(0, |acc, (x, y)| acc | (x ^ y)) == 0
@@ -146,6 +160,7 @@ impl wire::cluster_server::Cluster for Service {
         &self,
         request: Request<Streaming<wire::WorkerMessage>>,
     ) -> Result<Response<Self::JoinStream>, Status> {
+        let from = request.remote_addr();
         let mut messages = request.into_inner();
         let Some(Body::Offer(offer)) = first(&mut messages).await?.body else {
             return Err(Status::invalid_argument("the first message must be an offer"));
@@ -155,7 +170,7 @@ impl wire::cluster_server::Cluster for Service {
             let text = format!("epoch {} was never planned: {} are the most", seen.0, EPOCH_MAX.0);
             return Err(Status::invalid_argument(text));
         }
-        let offer = self.admit(offer)?;
+        let offer = self.admit(offer, from)?;
         let notices = self.notices()?;
         let (worker, connection) = (offer.worker.clone(), self.connections.fetch_add(1, Ordering::Relaxed));
         let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
@@ -186,10 +201,11 @@ impl wire::cluster_server::Cluster for Service {
         &self,
         request: Request<Streaming<wire::StepAnswer>>,
     ) -> Result<Response<Self::StepsStream>, Status> {
+        let from = request.remote_addr();
         let mut messages = request.into_inner();
         let hello = first(&mut messages).await?;
         if !same_secret(&hello.token, &self.door.token) {
-            return Err(Status::unauthenticated("the cluster's token does not match"));
+            return Err(refuse(Stranger::Token, from, WRONG_TOKEN.into()));
         }
         let (worker, epoch) = (WorkerId(hello.worker), Epoch(hello.epoch));
         let (orders, receiver) = mpsc::channel(ORDERS_MAX);

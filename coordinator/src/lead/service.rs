@@ -5,10 +5,12 @@ use super::peer::{Introduction, job_from_wire, output_to_wire, refusal_to_wire};
 use crate::api::view::ClusterView;
 use crate::cluster::driver::Ask;
 use crate::cluster::role::{Lead, Role};
-use crate::cluster::service::{Answers, first, same_secret};
+use crate::cluster::service::{Answers, WRONG_TOKEN, first, refuse, same_secret};
 use crate::cluster::store::Revision;
+use crate::cluster::stranger::Stranger;
 use crate::schedule::job::{OUTPUTS_BUFFERED, Outputs};
 use proto::cluster::v1 as wire;
+use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::StreamExt;
@@ -29,18 +31,18 @@ pub struct PeerService {
 }
 
 impl PeerService {
-    fn admit(&self, hello: Option<wire::PeerHello>) -> Result<(), Status> {
+    fn admit(&self, hello: Option<wire::PeerHello>, from: Option<SocketAddr>) -> Result<(), Status> {
         let hello = hello.ok_or_else(|| Status::invalid_argument("no introduction"))?;
         let own = &self.introduction;
         if !same_secret(&hello.token, &own.token) {
-            return Err(Status::unauthenticated("the cluster's token does not match"));
+            return Err(refuse(Stranger::Token, from, WRONG_TOKEN.into()));
         }
         if hello.wire_version != proto::WIRE_VERSION || hello.build != own.build {
             let text = format!("build {} of wire version {}", hello.build, hello.wire_version);
-            return Err(Status::failed_precondition(format!("{text}, the leader's is {}", own.build)));
+            return Err(refuse(Stranger::Build, from, format!("{text}, the leader's is {}", own.build)));
         }
         if hello.model_identity != own.identity {
-            return Err(Status::failed_precondition("its model files differ from the leader's"));
+            return Err(refuse(Stranger::Model, from, "its model files differ from the leader's".into()));
         }
         Ok(())
     }
@@ -62,11 +64,12 @@ impl wire::peer_server::Peer for PeerService {
         &self,
         request: Request<Streaming<wire::JobMessage>>,
     ) -> Result<Response<Self::CarryStream>, Status> {
+        let from = request.remote_addr();
         let mut messages = request.into_inner();
         let Some(wire::job_message::Body::Job(mut job)) = first(&mut messages).await?.body else {
             return Err(Status::invalid_argument("the first message must be a job"));
         };
-        self.admit(job.hello.take())?;
+        self.admit(job.hello.take(), from)?;
         if job.choices > CHOICES_MAX {
             return Err(Status::invalid_argument(format!("{} choices, {CHOICES_MAX} are allowed", job.choices)));
         }
@@ -89,7 +92,8 @@ impl wire::peer_server::Peer for PeerService {
     }
 
     async fn watch(&self, request: Request<wire::PeerHello>) -> Result<Response<Self::WatchStream>, Status> {
-        self.admit(Some(request.into_inner()))?;
+        let from = request.remote_addr();
+        self.admit(Some(request.into_inner()), from)?;
         let (mut view, mut role) = (self.view.clone(), self.role.clone());
         // What the role was when this receiver was made is no change.
         role.mark_unchanged();
@@ -114,8 +118,9 @@ impl wire::peer_server::Peer for PeerService {
     }
 
     async fn drain(&self, request: Request<wire::DrainRequest>) -> Result<Response<wire::DrainAnswer>, Status> {
+        let from = request.remote_addr();
         let wire::DrainRequest { hello, worker } = request.into_inner();
-        self.admit(hello)?;
+        self.admit(hello, from)?;
         let (answer, answered) = oneshot::channel();
         let stopping = || Status::unavailable("this coordinator does not lead any more");
         self.lead()?.asks.send(Ask::Drain { worker, answer }).await.map_err(|_| stopping())?;
@@ -124,8 +129,9 @@ impl wire::peer_server::Peer for PeerService {
     }
 
     async fn lead(&self, request: Request<wire::Leading>) -> Result<Response<wire::Yielded>, Status> {
+        let from = request.remote_addr();
         let wire::Leading { hello, address, term } = request.into_inner();
-        self.admit(hello)?;
+        self.admit(hello, from)?;
         // One that is told twice has heard it.
         let _ = self.deposed.try_send((address, Revision(term)));
         Ok(Response::new(wire::Yielded {}))
