@@ -1,6 +1,6 @@
 //! `conclave coordinator`: one coordinator of a cluster.
 
-use crate::{checksums, signals};
+use crate::{checksums, settings, signals};
 use anyhow::{Context, Result};
 use coordinator::config::Config;
 use proto::tls::guard;
@@ -18,7 +18,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let file = args.config.display().to_string();
     let text = std::fs::read_to_string(&args.config).with_context(|| format!("{file} can't be read"))?;
-    let mut config: Config = toml::from_str(&text).with_context(|| format!("{file} is wrong"))?;
+    let mut config: Config = settings::parse(&file, &text)?;
     if let Ok(token) = std::env::var("CONCLAVE_TOKEN") {
         config.token = token;
     }

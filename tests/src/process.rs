@@ -82,7 +82,8 @@ impl Served {
         Served::of(command, address.to_string())
     }
 
-    fn of(mut command: Command, address: String) -> Result<Served> {
+    /// Starts a command that will serve the API at `address`, without waiting.
+    pub fn of(mut command: Command, address: String) -> Result<Served> {
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
         let mut child = child.with_context(|| format!("{command:?} can't be started"))?;
         let stdout = BufReader::new(child.stdout.take().context("piped")?);
