@@ -223,6 +223,13 @@ pub fn children(parent: u32) -> Result<Vec<u32>> {
     Ok(found)
 }
 
+/// Bytes of memory that a process had at most.
+pub fn memory_peak(process: u32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("VmHWM")?;
+    Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? << 10)
+}
+
 /// Waits until `done` holds; fails with `what` after the deadline.
 pub fn until(what: &str, mut done: impl FnMut() -> bool) -> Result<()> {
     let deadline = Instant::now() + DEADLINE;
