@@ -52,7 +52,7 @@ fn worker(place: &Place, log: &Path, name: &str, token: &str) -> Result<Ending> 
 fn line_of(key: &str) -> Result<String> {
     let digest = Command::new("sh").args(["-c", &format!("printf %s '{key}' | sha256sum")]).output()?;
     let digest = String::from_utf8(digest.stdout)?;
-    Ok(format!("sha256:{} alice\n", digest.split(' ').next().context("a digest")?))
+    Ok(format!("sha256:{} alice requests_per_minute=1000\n", digest.split(' ').next().context("a digest")?))
 }
 
 #[test]

@@ -59,8 +59,7 @@ pub async fn create(
     (shape.first, shape.choice) = (first_chunk, chunk_choice);
     let reader = state.text.harmony.map(|harmony| harmony.reader(&state.text.tokenizer, &tokens));
     let prompt = Prompt { tokens, echo: None, scored: false, reader };
-    let salt = tenant.salt(&ask.cache_salt);
-    let running = Running::start(&state, &shape.id, salt, &ask, vec![prompt], vec![room]).await?;
+    let running = Running::start(&state, &shape.id, &tenant, &ask, vec![prompt], vec![room]).await?;
     if ask.report.stream {
         return Ok(EventStream::new(running, shape).respond());
     }

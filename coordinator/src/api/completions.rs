@@ -61,8 +61,7 @@ pub async fn create(
         shape.prompts = prompts.iter().flat_map(each).collect();
         shape.first = first_chunk;
     }
-    let salt = tenant.salt(&ask.cache_salt);
-    let running = Running::start(&state, &shape.id, salt, &ask, prompts, rooms).await?;
+    let running = Running::start(&state, &shape.id, &tenant, &ask, prompts, rooms).await?;
     if ask.report.stream {
         return Ok(EventStream::new(running, shape).respond());
     }

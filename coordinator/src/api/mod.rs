@@ -21,6 +21,7 @@ pub mod limits;
 pub mod logprobs;
 pub mod models;
 pub mod page;
+pub mod rates;
 pub mod refused;
 pub mod request;
 pub mod running;
