@@ -2,11 +2,11 @@
 
 use crate::{checksums, settings, signals};
 use anyhow::{Context, Result};
+use coordinator::api::connections;
 use coordinator::config::Config;
 use proto::tls::guard;
 use std::path::PathBuf;
 use std::time::Duration;
-use tokio::net::TcpListener;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -37,7 +37,7 @@ pub fn run(args: Args) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         let listen = async |address: &str, what: &str| {
-            TcpListener::bind(address).await.with_context(|| format!("{what} can't listen on {address}"))
+            connections::listen(address).await.with_context(|| format!("{what} can't listen on {address}"))
         };
         let (api, node) =
             (listen(&config.listen, "the API").await?, listen(&config.node_listen, "the node plane").await?);

@@ -14,7 +14,7 @@ use super::error::ApiError;
 use super::fields::{Fields, wrong};
 use super::limits;
 use super::logprobs;
-use super::read_fields;
+use super::read_work;
 use super::request::Ask;
 use super::running::Running;
 use super::shape::{Shape, reason, stop_reason, usage};
@@ -40,7 +40,7 @@ pub async fn create(
     Extension(tenant): Extension<Tenant>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let mut fields = read_fields(&state, request).await?;
+    let mut fields = read_work(&state, request).await?;
     let mut ask = Ask::read(&mut fields, &state.model)?;
     if ask.tokens_max == Some(0) {
         return Err(ApiError::invalid("max_tokens", "`max_tokens` must be at least 1, got 0"));

@@ -12,7 +12,7 @@ use super::error::ApiError;
 use super::limits;
 use super::request::Ask;
 use crate::metrics;
-use crate::schedule::job::{Door, Job, Outputs, Refusal};
+use crate::schedule::job::{Job, Outputs, Refusal};
 
 /// All of a request's answers.
 pub struct Whole {
@@ -62,7 +62,7 @@ impl Running {
                 resumed: None,
                 deaths: 0,
             };
-            let submitted = submit(&state.door, job).await;
+            let submitted = submit(state, job).await;
             jobs.push(Some(submitted.inspect_err(|_| tenant.refund(tokens))?));
         }
         let tokenizer = Arc::clone(&state.text.tokenizer);
@@ -161,9 +161,15 @@ impl Running {
     }
 }
 
-async fn submit(door: &Door, job: Job) -> Result<Outputs, ApiError> {
-    match tokio::time::timeout(limits::SUBMIT_TIME_MAX, door.submit(job)).await {
-        Ok(result) => Ok(result?),
+async fn submit(state: &State, job: Job) -> Result<Outputs, ApiError> {
+    match tokio::time::timeout(limits::SUBMIT_TIME_MAX, state.door.submit(job)).await {
+        Ok(Err(refusal)) => {
+            if matches!(refusal, Refusal::QueueFull { .. }) {
+                state.crowd.refused(state.began.elapsed());
+            }
+            Err(refusal.into())
+        }
+        Ok(Ok(outputs)) => Ok(outputs),
         Err(_) => Err(ApiError::NotServing("not serving: the scheduler does not answer".into())),
     }
 }
