@@ -11,6 +11,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream, ToSocketAddrs};
 use tokio::sync::{Semaphore, watch};
 
 use super::limits;
+use super::patient::Patient;
 
 /// Between an accept that failed, as it does without file descriptors, and the next.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -67,6 +68,10 @@ pub async fn serve(listener: TcpListener, router: Router, shutdown: impl Future<
 async fn answer(socket: TcpStream, router: Router, mut stopping: watch::Receiver<bool>) {
     // A token is a small packet that must not wait for the next one.
     let _ = socket.set_nodelay(true);
+    let socket = Patient::new(socket, limits::WRITE_TIME_MAX, |socket| {
+        // Else the system would keep what was not read, and go on asking whether it may come.
+        let _ = socket.set_zero_linger();
+    });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits::HEAD_TIME_MAX)

@@ -22,6 +22,7 @@ pub mod limits;
 pub mod logprobs;
 pub mod models;
 pub mod page;
+pub mod patient;
 pub mod rates;
 pub mod refused;
 pub mod request;
