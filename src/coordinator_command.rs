@@ -1,12 +1,12 @@
 //! `conclave coordinator`: one coordinator of a cluster.
 
-use crate::{checksums, signals};
+use crate::{checksums, settings, signals};
 use anyhow::{Context, Result};
+use coordinator::api::connections;
 use coordinator::config::Config;
 use proto::tls::guard;
 use std::path::PathBuf;
 use std::time::Duration;
-use tokio::net::TcpListener;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -18,7 +18,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let file = args.config.display().to_string();
     let text = std::fs::read_to_string(&args.config).with_context(|| format!("{file} can't be read"))?;
-    let mut config: Config = toml::from_str(&text).with_context(|| format!("{file} is wrong"))?;
+    let mut config: Config = settings::parse(&file, &text)?;
     if let Ok(token) = std::env::var("CONCLAVE_TOKEN") {
         config.token = token;
     }
@@ -37,7 +37,7 @@ pub fn run(args: Args) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         let listen = async |address: &str, what: &str| {
-            TcpListener::bind(address).await.with_context(|| format!("{what} can't listen on {address}"))
+            connections::listen(address).await.with_context(|| format!("{what} can't listen on {address}"))
         };
         let (api, node) =
             (listen(&config.listen, "the API").await?, listen(&config.node_listen, "the node plane").await?);

@@ -2,6 +2,7 @@
 
 use anyhow::{Result, ensure};
 use coordinator::api::keyfile;
+use coordinator::api::rates::Limits;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -15,14 +16,24 @@ enum Command {
     Add {
         /// Whose it is, for logs and metrics
         name: String,
+        /// Requests of it that may come in a minute
+        #[arg(long)]
+        requests_per_minute: Option<u32>,
+        /// Tokens that it may use in a minute, prompts and answers together
+        #[arg(long)]
+        tokens_per_minute: Option<u32>,
+        /// Requests of it that may run at a time
+        #[arg(long)]
+        max_concurrent: Option<u32>,
     },
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let Command::Add { name } = args.command;
+    let Command::Add { name, requests_per_minute, tokens_per_minute, max_concurrent } = args.command;
     ensure!(keyfile::is_name(&name), "{name:?} is no name: 1 to {} of a-z A-Z 0-9 . _ -", keyfile::NAME_BYTES_MAX);
     let key = keyfile::fresh(coordinator::run::random_bytes());
-    println!("{key}\n{}", keyfile::line(&key, &name));
+    let limits = Limits { requests_per_minute, tokens_per_minute, max_concurrent };
+    println!("{key}\n{}", keyfile::line(&key, &name, &limits));
     eprintln!("the first line is for {name} and not shown again; the second is for the coordinators' api_keys_file");
     Ok(())
 }

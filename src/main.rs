@@ -17,6 +17,7 @@ mod plan;
 mod progress;
 mod quickstart;
 mod serve;
+mod settings;
 mod signals;
 mod status;
 mod verify;

@@ -3,6 +3,7 @@
 use crate::workers::{Share, Workers};
 use crate::{checksums, progress, signals};
 use anyhow::{Context, Result};
+use coordinator::api::connections;
 use coordinator::config::{Config, parse_dtype};
 use coordinator::hub::Need;
 use coordinator::plan::{Device, Offer, explain, parse_bytes};
@@ -197,7 +198,7 @@ pub async fn serve<F: Future<Output = Result<After>>>(
     if let Some(part) = explain::part(&source.spec) {
         println!("only {part}");
     }
-    let api = TcpListener::bind(options.listen).await;
+    let api = connections::listen(options.listen).await;
     let api = api.with_context(|| format!("the API can't listen on {}", options.listen))?;
     let node = TcpListener::bind("127.0.0.1:0").await.context("no free port on loopback")?;
     let (api_address, node_address) = (api.local_addr()?, node.local_addr()?);

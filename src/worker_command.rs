@@ -1,6 +1,6 @@
 //! `conclave worker`: one worker of a cluster.
 
-use crate::signals;
+use crate::{settings, signals};
 use anyhow::{Context, Result};
 use model::plan::WorkerId;
 use std::path::PathBuf;
@@ -48,11 +48,18 @@ pub struct Args {
 }
 
 fn config(args: &Args) -> Result<Config> {
-    let text = match &args.config {
-        Some(file) => std::fs::read_to_string(file).with_context(|| format!("{} can't be read", file.display()))?,
-        None => format!("coordinator = {:?}", args.coordinator.as_deref().unwrap_or_default()),
+    let (what, text) = match &args.config {
+        Some(file) => {
+            let what = file.display().to_string();
+            let text = std::fs::read_to_string(file).with_context(|| format!("{what} can't be read"))?;
+            (what, text)
+        }
+        None => {
+            let text = format!("coordinator = {:?}", args.coordinator.as_deref().unwrap_or_default());
+            ("what the worker is told".to_string(), text)
+        }
     };
-    let mut config: Config = toml::from_str(&text).context("the worker's settings are wrong")?;
+    let mut config: Config = settings::parse(&what, &text)?;
     let set = |slot: &mut String, value: &Option<String>| {
         if let Some(value) = value {
             slot.clone_from(value);

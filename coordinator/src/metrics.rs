@@ -36,6 +36,7 @@ const SERVING: &str = "conclave_serving";
 const STORE_UP: &str = "conclave_store_up";
 const SLOW_WORKERS: &str = "conclave_slow_workers";
 const STRANGERS: &str = "conclave_strangers_refused_total";
+const LIMITED: &str = "conclave_requests_limited_total";
 const API_KEYS: &str = "conclave_api_keys";
 const API_KEYS_FILE_OK: &str = "conclave_api_keys_file_ok";
 
@@ -111,6 +112,7 @@ fn describe() {
     describe_gauge!(SLOW_WORKERS, "Workers that compute at least twice as long as their peers before collectives");
     describe_gauge!(STORE_UP, "1 while the store of plans and members answers; serving goes on without it");
     describe_counter!(STRANGERS, "Connections to the node plane that were refused, by reason");
+    describe_counter!(LIMITED, "Requests refused by a key's limits, by the key's name and what was used up");
     describe_gauge!(API_KEYS, "API keys that are accepted, where a file of keys is followed");
     describe_gauge!(API_KEYS_FILE_OK, "1 while the file of API keys can be read and is right; else its last keys stay");
 }
@@ -161,6 +163,11 @@ pub fn store(up: bool) {
 /// Somebody was refused at the node plane.
 pub fn stranger(stranger: Stranger) {
     counter!(STRANGERS, "reason" => stranger.label()).increment(1);
+}
+
+/// A key's limit was reached. Names come from the operator's file, so labels stay few.
+pub fn request_limited(key: &str, limit: &'static str) {
+    counter!(LIMITED, "key" => key.to_string(), "limit" => limit).increment(1);
 }
 
 /// The keys that are accepted, and whether their file is right.

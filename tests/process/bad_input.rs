@@ -2,7 +2,7 @@
 //! goes on answering as before, in the same memory.
 
 use anyhow::{Context, Result, ensure};
-use conclave_tests::process::{Answer, DEADLINE, Served, answer, demo, until};
+use conclave_tests::process::{Answer, DEADLINE, Served, answer, demo, memory_peak, until};
 use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -21,13 +21,6 @@ fn running(served: &Served) -> Result<(u64, f64)> {
     let status = served.get("/status")?.json()?;
     let load = &status["load"];
     Ok((load["running"].as_u64().context("running")?, load["cache_used"].as_f64().context("cache_used")?))
-}
-
-/// Bytes of memory that a process had at most.
-fn memory_peak(process: u32) -> Result<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{process}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("VmHWM")?;
-    Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? << 10)
 }
 
 /// An error in OpenAI's shape whose message has `part` in it.

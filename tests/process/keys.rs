@@ -1,7 +1,8 @@
 //! A server whose API keys lie in a file, as digests: holders come and go while it runs.
 
 use anyhow::{Context, Result, ensure};
-use conclave_tests::process::{Served, demo, until};
+use conclave_tests::process::{Answer, Served, demo, until};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -9,7 +10,12 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_conclave");
 
 /// A fresh key, and its line for the file.
 fn key(name: &str) -> Result<(String, String)> {
-    let made = Command::new(PROGRAM).args(["keys", "add", name]).output()?;
+    limited(name, &[])
+}
+
+/// One with limits.
+fn limited(name: &str, limits: &[&str]) -> Result<(String, String)> {
+    let made = Command::new(PROGRAM).args(["keys", "add", name]).args(limits).output()?;
     ensure!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     let said = String::from_utf8(made.stdout)?;
     let (key, line) = said.split_once('\n').context("two lines")?;
@@ -73,6 +79,54 @@ fn keys_come_and_go_while_it_serves() -> Result<()> {
     folder.write(4, &line_of_bob)?;
     until("alice is kept out", || status(&served, &alice).is_ok_and(|code| code == 401))?;
     ensure!(status(&served, &bob)? == 200);
+    Ok(())
+}
+
+/// A refusal that says when to come again, and what is left of what.
+fn refused(answer: &Answer, left: &str) -> Result<()> {
+    let body = String::from_utf8_lossy(&answer.body).into_owned();
+    ensure!(answer.status == 429 && answer.json()?["error"]["code"] == "rate_limit_exceeded", "{body}");
+    let wait = answer.head.lines().find_map(|line| line.strip_prefix("retry-after: ")).context("Retry-After")?;
+    ensure!((1..=60).contains(&wait.parse::<u32>()?), "{}", answer.head);
+    ensure!(answer.head.contains(left), "{left} is not in {}", answer.head);
+    Ok(())
+}
+
+#[test]
+fn each_key_has_limits_of_its_own() -> Result<()> {
+    let folder = Folder::new("rates")?;
+    let few = limited("few", &["--requests-per-minute", "2"])?;
+    let short = limited("short", &["--tokens-per-minute", "30"])?;
+    let single = limited("single", &["--max-concurrent", "1"])?;
+    let free = key("free")?;
+    folder.write(1, &[&few.1, &short.1, &single.1, &free.1].map(|line| format!("{line}\n")).concat())?;
+    let served = serve(&folder.file())?;
+    let ask = |key: &str, tokens: u32| {
+        let body = format!(r#"{{"prompt":"a","max_tokens":{tokens},"ignore_eos":true}}"#);
+        served.send_as(key, "POST", "/v1/completions", body.as_bytes())
+    };
+    let first = ask(&few.0, 2)?;
+    ensure!(first.status == 200 && first.head.contains("x-ratelimit-remaining-requests: 1"), "{}", first.head);
+    ensure!(ask(&few.0, 2)?.status == 200);
+    refused(&ask(&few.0, 2)?, "x-ratelimit-remaining-requests: 0")?;
+
+    ensure!(ask(&short.0, 40)?.status == 200, "an answer may take more than is left");
+    refused(&ask(&short.0, 1)?, "x-ratelimit-remaining-tokens: 0")?;
+
+    let body = br#"{"prompt":"a","max_tokens":900,"ignore_eos":true,"stream":true}"#;
+    let header = format!("authorization: Bearer {}\r\n", single.0);
+    let mut stream = served.open_with(&header, "POST", "/v1/completions", body)?;
+    stream.read_exact(&mut [0; 64])?;
+    refused(&ask(&single.0, 1)?, "retry-after: 1")?;
+    drop(stream);
+    until("its place is free", || ask(&single.0, 1).is_ok_and(|answer| answer.status == 200))?;
+
+    let free = ask(&free.0, 100)?;
+    ensure!(free.status == 200 && !free.head.contains("x-ratelimit"), "{}", free.head);
+    for (name, limit) in [("few", "requests"), ("short", "tokens"), ("single", "concurrent")] {
+        let label = format!("key=\"{name}\",limit=\"{limit}\"");
+        ensure!(served.metric("conclave_requests_limited_total", &label)? >= 1.0, "{name} is not counted");
+    }
     Ok(())
 }
 

@@ -156,6 +156,11 @@ impl Place {
         Ok((Ending(child), lines))
     }
 
+    /// Where its API listens.
+    pub fn api(&self) -> &str {
+        &self.api
+    }
+
     /// Where its node plane listens.
     pub fn node(&self) -> &str {
         &self.node

@@ -3,9 +3,12 @@
 //! certificates ([`authority`]).
 
 pub mod authority;
+pub mod cancels;
+pub mod client;
 pub mod cluster;
 pub mod etcd;
 pub mod golden;
+pub mod overload;
 pub mod planned;
 pub mod process;
 pub mod requests;

@@ -82,7 +82,8 @@ impl Served {
         Served::of(command, address.to_string())
     }
 
-    fn of(mut command: Command, address: String) -> Result<Served> {
+    /// Starts a command that will serve the API at `address`, without waiting.
+    pub fn of(mut command: Command, address: String) -> Result<Served> {
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
         let mut child = child.with_context(|| format!("{command:?} can't be started"))?;
         let stdout = BufReader::new(child.stdout.take().context("piped")?);
@@ -220,6 +221,13 @@ pub fn children(parent: u32) -> Result<Vec<u32>> {
         }
     }
     Ok(found)
+}
+
+/// Bytes of memory that a process had at most.
+pub fn memory_peak(process: u32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("VmHWM")?;
+    Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? << 10)
 }
 
 /// Waits until `done` holds; fails with `what` after the deadline.

@@ -14,7 +14,7 @@ use super::error::ApiError;
 use super::fields::{Fields, wrong};
 use super::limits;
 use super::logprobs;
-use super::read_fields;
+use super::read_work;
 use super::request::Ask;
 use super::running::Running;
 use super::shape::{Shape, reason, stop_reason, usage};
@@ -40,7 +40,7 @@ pub async fn create(
     Extension(tenant): Extension<Tenant>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let mut fields = read_fields(&state, request).await?;
+    let mut fields = read_work(&state, request).await?;
     let mut ask = Ask::read(&mut fields, &state.model)?;
     if ask.tokens_max == Some(0) {
         return Err(ApiError::invalid("max_tokens", "`max_tokens` must be at least 1, got 0"));
@@ -59,8 +59,7 @@ pub async fn create(
     (shape.first, shape.choice) = (first_chunk, chunk_choice);
     let reader = state.text.harmony.map(|harmony| harmony.reader(&state.text.tokenizer, &tokens));
     let prompt = Prompt { tokens, echo: None, scored: false, reader };
-    let salt = tenant.salt(&ask.cache_salt);
-    let running = Running::start(&state, &shape.id, salt, &ask, vec![prompt], vec![room]).await?;
+    let running = Running::start(&state, &shape.id, &tenant, &ask, vec![prompt], vec![room]).await?;
     if ask.report.stream {
         return Ok(EventStream::new(running, shape).respond());
     }

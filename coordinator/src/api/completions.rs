@@ -14,7 +14,7 @@ use super::error::ApiError;
 use super::fields::{self, Fields, wrong};
 use super::limits;
 use super::logprobs;
-use super::read_fields;
+use super::read_work;
 use super::request::Ask;
 use super::running::Running;
 use super::shape::{Shape, reason, stop_reason, usage};
@@ -38,7 +38,7 @@ pub async fn create(
     Extension(tenant): Extension<Tenant>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let mut fields = read_fields(&state, request).await?;
+    let mut fields = read_work(&state, request).await?;
     let mut ask = Ask::read(&mut fields, &state.model)?;
     scores(&mut fields, &mut ask)?;
     check_best_of(&mut fields, &ask)?;
@@ -61,8 +61,7 @@ pub async fn create(
         shape.prompts = prompts.iter().flat_map(each).collect();
         shape.first = first_chunk;
     }
-    let salt = tenant.salt(&ask.cache_salt);
-    let running = Running::start(&state, &shape.id, salt, &ask, prompts, rooms).await?;
+    let running = Running::start(&state, &shape.id, &tenant, &ask, prompts, rooms).await?;
     if ask.report.stream {
         return Ok(EventStream::new(running, shape).respond());
     }

@@ -7,13 +7,29 @@ use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, ToSocketAddrs};
 use tokio::sync::{Semaphore, watch};
 
 use super::limits;
+use super::patient::Patient;
 
 /// Between an accept that failed, as it does without file descriptors, and the next.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Listens. A crowd's connections wait with the system: one that finds no room there comes again a second later.
+pub async fn listen(address: impl ToSocketAddrs) -> std::io::Result<TcpListener> {
+    let mut failed = std::io::Error::from(std::io::ErrorKind::AddrNotAvailable);
+    for address in tokio::net::lookup_host(address).await? {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        // A server that is started again need not wait for connections that ended.
+        socket.set_reuseaddr(true)?;
+        match socket.bind(address).and_then(|()| socket.listen(limits::BACKLOG)) {
+            Ok(listener) => return Ok(listener),
+            Err(error) => failed = error,
+        }
+    }
+    Err(failed)
+}
 
 /// Answers on every connection until `shutdown` resolves, then takes no new ones and finishes what is under way.
 pub async fn serve(listener: TcpListener, router: Router, shutdown: impl Future<Output = ()>) {
@@ -52,6 +68,10 @@ pub async fn serve(listener: TcpListener, router: Router, shutdown: impl Future<
 async fn answer(socket: TcpStream, router: Router, mut stopping: watch::Receiver<bool>) {
     // A token is a small packet that must not wait for the next one.
     let _ = socket.set_nodelay(true);
+    let socket = Patient::new(socket, limits::WRITE_TIME_MAX, |socket| {
+        // Else the system would keep what was not read, and go on asking whether it may come.
+        let _ = socket.set_zero_linger();
+    });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits::HEAD_TIME_MAX)

@@ -5,6 +5,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
+use super::rates::Excess;
 use crate::schedule::job::Refusal;
 
 /// Seconds after which a refused client may try again: the queue moves every step.
@@ -40,6 +41,9 @@ pub enum ApiError {
     /// Try again soon.
     #[error("{0}")]
     Busy(String),
+    /// Try again when the key's limit allows it.
+    #[error("{0}")]
+    Limited(Excess),
     /// Try again when `/readyz` says so.
     #[error("{0}")]
     NotServing(String),
@@ -68,7 +72,7 @@ impl ApiError {
             ApiError::WrongMethod { .. } => StatusCode::METHOD_NOT_ALLOWED,
             ApiError::Unauthorized(_) => StatusCode::UNAUTHORIZED,
             ApiError::TooSlow { .. } => StatusCode::REQUEST_TIMEOUT,
-            ApiError::Busy(_) => StatusCode::TOO_MANY_REQUESTS,
+            ApiError::Busy(_) | ApiError::Limited(_) => StatusCode::TOO_MANY_REQUESTS,
             ApiError::NotServing(_) => StatusCode::SERVICE_UNAVAILABLE,
             ApiError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -87,6 +91,7 @@ impl ApiError {
             ApiError::Unauthorized(_) => ("authentication_error", Some("invalid_api_key")),
             ApiError::TooSlow { .. } => ("invalid_request_error", Some("request_timeout")),
             ApiError::Busy(_) => ("rate_limit_error", Some("queue_full")),
+            ApiError::Limited(_) => ("rate_limit_error", Some("rate_limit_exceeded")),
             ApiError::NotServing(_) => ("server_error", Some("not_serving")),
             ApiError::Failed(_) => ("server_error", Some("internal_error")),
         };
@@ -102,6 +107,7 @@ impl ApiError {
     fn retry_after_seconds(&self) -> Option<u32> {
         match self {
             ApiError::Busy(_) => Some(RETRY_QUEUE_SECONDS),
+            ApiError::Limited(excess) => Some(excess.seconds()),
             ApiError::NotServing(_) => Some(RETRY_SERVING_SECONDS),
             _ => None,
         }

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! # a comment
-//! sha256:HEX [NAME]
+//! sha256:HEX [NAME] [requests_per_minute=N] [tokens_per_minute=N] [max_concurrent=N]
 //! ```
 //!
 //! One plain SHA-256 is enough for keys of 256 random bits, as [`fresh`] makes them; a word that people chose could be
@@ -17,6 +17,8 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use sha2::{Digest, Sha256};
 
+use super::rates::Limits;
+
 /// Far above what [`KEYS_MAX`] lines take.
 pub const FILE_BYTES_MAX: u64 = 4 << 20;
 /// Each request is compared with every key.
@@ -28,12 +30,17 @@ pub const NAME_BYTES_MAX: usize = 64;
 const PREFIX: &str = "cnc-";
 const SCHEME: &str = "sha256:";
 
+const REQUESTS: &str = "requests_per_minute";
+const TOKENS: &str = "tokens_per_minute";
+const CONCURRENT: &str = "max_concurrent";
+
 /// A line: a key that is accepted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
     pub digest: [u8; 32],
     /// Whose it is, for logs and metrics; several keys may share one.
     pub name: String,
+    pub limits: Limits,
 }
 
 /// Why a file gives no keys. Never holds what the line says: somebody may have written a key there.
@@ -47,8 +54,10 @@ pub enum KeyFileError {
     Digest { line: usize },
     #[error("line {line}: a name has 1 to {NAME_BYTES_MAX} of a-z A-Z 0-9 . _ -")]
     Name { line: usize },
-    #[error("line {line}: word {word} is neither the name nor a setting")]
+    #[error("line {line}: word {word} is neither the name nor one of {REQUESTS}=N, {TOKENS}=N, {CONCURRENT}=N")]
     Word { line: usize, word: usize },
+    #[error("line {line}: word {word} needs a whole number from 0 to {}", u32::MAX)]
+    Number { line: usize, word: usize },
     #[error("line {line}: the same key as line {first}")]
     Twice { line: usize, first: usize },
     #[error("line {line}: more than {KEYS_MAX} keys")]
@@ -89,15 +98,21 @@ pub fn parse(text: &str) -> Result<Vec<Entry>, KeyFileError> {
 fn entry<'w>(line: usize, first: &str, words: impl Iterator<Item = &'w str>) -> Result<Entry, KeyFileError> {
     let hex = first.strip_prefix(SCHEME).unwrap_or_default();
     let digest = digest(hex).ok_or(KeyFileError::Digest { line })?;
-    let mut entry = Entry { digest, name: String::new() };
+    let mut entry = Entry { digest, name: String::new(), limits: Limits::default() };
     for (word, text) in (2..).zip(words) {
-        if word > 2 {
-            return Err(KeyFileError::Word { line, word });
-        }
-        if !is_name(text) {
-            return Err(KeyFileError::Name { line });
-        }
-        entry.name = text.into();
+        let limits = &mut entry.limits;
+        let (limit, number) = match text.split_once('=') {
+            Some((REQUESTS, number)) => (&mut limits.requests_per_minute, number),
+            Some((TOKENS, number)) => (&mut limits.tokens_per_minute, number),
+            Some((CONCURRENT, number)) => (&mut limits.max_concurrent, number),
+            None if word == 2 && is_name(text) => {
+                entry.name = text.into();
+                continue;
+            }
+            None if word == 2 => return Err(KeyFileError::Name { line }),
+            Some(_) | None => return Err(KeyFileError::Word { line, word }),
+        };
+        *limit = Some(number.parse().map_err(|_| KeyFileError::Number { line, word })?);
     }
     if entry.name.is_empty() {
         // Tells two apart and opens nothing.
@@ -129,9 +144,19 @@ pub fn fresh(random: [u8; 32]) -> String {
 }
 
 /// The line that lets `key` in.
-pub fn line(key: &str, name: &str) -> String {
+pub fn line(key: &str, name: &str, limits: &Limits) -> String {
     let digest: String = Sha256::digest(key).iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("{SCHEME}{digest} {name}")
+    let mut line = format!("{SCHEME}{digest} {name}");
+    for (what, limit) in [
+        (REQUESTS, limits.requests_per_minute),
+        (TOKENS, limits.tokens_per_minute),
+        (CONCURRENT, limits.max_concurrent),
+    ] {
+        if let Some(limit) = limit {
+            line += &format!(" {what}={limit}");
+        }
+    }
+    line
 }
 
 #[cfg(test)]
@@ -142,9 +167,10 @@ mod tests {
     fn a_fresh_key_s_line_is_read_as_that_key() {
         let key = fresh([7; 32]);
         assert!(key.starts_with("cnc-") && key.len() == 47, "{key}");
-        let text = format!("# keys\n\n  {} # of the night shift\n", line(&key, "alice"));
+        let limits = Limits { requests_per_minute: Some(60), tokens_per_minute: Some(9), max_concurrent: Some(0) };
+        let text = format!("# keys\n\n  {} # of the night shift\n", line(&key, "alice", &limits));
         let digest: [u8; 32] = Sha256::digest(&key).into();
-        assert_eq!(parse(&text).unwrap(), [Entry { digest, name: "alice".into() }]);
+        assert_eq!(parse(&text).unwrap(), [Entry { digest, name: "alice".into(), limits }]);
         assert!(!text.contains(&key));
     }
 
@@ -164,6 +190,9 @@ mod tests {
             (format!("sha256:{}", "é".repeat(32)), KeyFileError::Digest { line: 1 }),
             (format!("{good} al/ice"), KeyFileError::Name { line: 1 }),
             (format!("{good} alice cnc-secret"), KeyFileError::Word { line: 1, word: 3 }),
+            (format!("{good} alice max=2"), KeyFileError::Word { line: 1, word: 3 }),
+            (format!("{good} max_concurrent=-1"), KeyFileError::Number { line: 1, word: 2 }),
+            (format!("{good} alice tokens_per_minute=secret"), KeyFileError::Number { line: 1, word: 3 }),
             (format!("{good} a\n#\n{good} b"), KeyFileError::Twice { line: 3, first: 1 }),
         ] {
             let error = parse(&text).unwrap_err();

@@ -3,12 +3,13 @@
 
 use std::hint::black_box;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
 
 use super::keyfile::{self, Entry, KeyFileError};
+use super::rates::{Limits, Usage};
 use crate::metrics;
 
 /// Between two looks at the file. What is found twice is taken: nobody is halfway through writing it. So a key that is
@@ -18,14 +19,23 @@ const LOOK: Duration = Duration::from_millis(500);
 /// What the keys of the configuration are called.
 const CONFIGURED: &str = "configured";
 
-/// Who holds a key.
+/// Who holds a key, and what was used with it.
 #[derive(Debug)]
 pub struct Holder {
     digest: [u8; 32],
     pub name: String,
+    usage: Mutex<Usage>,
 }
 
 impl Holder {
+    fn new(digest: [u8; 32], name: &str, limits: Limits) -> Arc<Holder> {
+        Arc::new(Holder { digest, name: name.into(), usage: Mutex::new(Usage::new(limits, Instant::now())) })
+    }
+
+    pub fn usage(&self) -> MutexGuard<'_, Usage> {
+        self.usage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// A number of its own for each key, of which the key can't be guessed.
     pub fn number(&self) -> u64 {
         u64::from_le_bytes(self.digest[..8].try_into().expect("eight of 32 bytes"))
@@ -43,7 +53,7 @@ pub struct Keys {
 impl Keys {
     /// The keys of the configuration alone; none means that everyone may ask.
     pub fn new<'k>(configured: impl IntoIterator<Item = &'k str>) -> Keys {
-        let holder = |key| Arc::new(Holder { digest: Sha256::digest(key).into(), name: CONFIGURED.into() });
+        let holder = |key| Holder::new(Sha256::digest(key).into(), CONFIGURED, Limits::default());
         let configured: Vec<_> = configured.into_iter().map(holder).collect();
         Keys { ring: RwLock::new(Arc::new(configured.clone())), configured, file: None }
     }
@@ -103,10 +113,13 @@ impl Keys {
         let (mut now, mut new) = (self.configured.clone(), Vec::new());
         for entry in entries {
             match before.iter().find(|holder| holder.digest == entry.digest && holder.name == entry.name) {
-                Some(holder) => now.push(Arc::clone(holder)),
+                Some(holder) => {
+                    holder.usage().limit(entry.limits, Instant::now());
+                    now.push(Arc::clone(holder));
+                }
                 None => {
                     new.push(entry.name.clone());
-                    now.push(Arc::new(Holder { digest: entry.digest, name: entry.name }));
+                    now.push(Holder::new(entry.digest, &entry.name, entry.limits));
                 }
             }
         }
@@ -129,8 +142,12 @@ fn same(a: &[u8; 32], b: &[u8; 32]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::keyfile::line;
+    use super::super::keyfile;
     use super::*;
+
+    fn line(key: &str, name: &str) -> String {
+        keyfile::line(key, name, &Limits::default())
+    }
 
     /// A file of the test's own, replaced as Kubernetes replaces one: by a rename.
     struct File(PathBuf);

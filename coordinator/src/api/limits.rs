@@ -9,6 +9,10 @@ pub const BODY_BYTES_MAX: usize = 16 << 20;
 pub const BODY_TIME_MAX: Duration = Duration::from_secs(60);
 /// Slowest head of a request, and longest silence between two requests of a connection.
 pub const HEAD_TIME_MAX: Duration = Duration::from_secs(30);
+/// Longest time in which a client takes nothing of its answer.
+pub const WRITE_TIME_MAX: Duration = Duration::from_secs(60);
+/// Connections that wait to be accepted, as far as the system allows.
+pub const BACKLOG: u32 = 4096;
 /// Connections at a time, where file descriptors allow as many.
 pub const CONNECTIONS_MAX: usize = 16 << 10;
 pub const CONNECTIONS_LEAST: usize = 16;

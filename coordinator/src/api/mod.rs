@@ -10,6 +10,7 @@ pub mod completions;
 #[cfg(test)]
 mod conformance;
 pub mod connections;
+pub mod crowd;
 pub mod error;
 pub mod fields;
 #[cfg(test)]
@@ -21,6 +22,8 @@ pub mod limits;
 pub mod logprobs;
 pub mod models;
 pub mod page;
+pub mod patient;
+pub mod rates;
 pub mod refused;
 pub mod request;
 pub mod running;
@@ -43,6 +46,7 @@ use axum::routing::{get, post};
 use tokio::net::TcpListener;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
+use self::crowd::Crowd;
 use self::error::ApiError;
 use self::fields::Fields;
 use self::keys::Keys;
@@ -72,6 +76,7 @@ pub struct State {
     arriving: Arc<Semaphore>,
     /// Bounds how many long bodies are held parsed, which takes many times their length.
     parsed: Arc<Semaphore>,
+    crowd: Crowd,
     started: AtomicBool,
     began: Instant,
     began_unix_seconds: u64,
@@ -99,6 +104,7 @@ impl State {
             tokenising: Semaphore::new(cores.div_ceil(2)),
             arriving: Arc::new(Semaphore::new(limits::LONG_BODIES_MAX)),
             parsed: Arc::new(Semaphore::new(cores.clamp(2, limits::LONG_BODIES_MAX))),
+            crowd: Crowd::default(),
             started: AtomicBool::new(false),
             began: Instant::now(),
             began_unix_seconds: unix_seconds(),
@@ -171,6 +177,14 @@ impl State {
         Err(ApiError::NotServing(format!("not serving, the cluster is {}{colon}{reasons}", view.phase.name())))
     }
 
+    /// Refuses a request that would find the queue full, before anything is computed for it.
+    fn check_room(&self) -> Result<(), ApiError> {
+        match self.crowd.is_there(self.began.elapsed()) {
+            true => Err(ApiError::Busy("the queue is full; please try again".into())),
+            false => Ok(()),
+        }
+    }
+
     /// Runs text work of about `bytes` bytes: short work here, long work on another thread, a few at a time.
     async fn text_work<T, W>(&self, bytes: usize, work: W) -> Result<T, ApiError>
     where
@@ -204,6 +218,19 @@ async fn turn(places: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, ApiError>
 
 /// Reads a request's body as a JSON object, whatever content type it claims.
 async fn read_fields(state: &State, request: Request) -> Result<Fields, ApiError> {
+    let body = read_body(state, request).await?;
+    parse_fields(state, &body).await
+}
+
+/// The same of a request for the scheduler, if there is room for it.
+async fn read_work(state: &State, request: Request) -> Result<Fields, ApiError> {
+    // Read though it may be refused: a connection with nothing left on it can be used again.
+    let body = read_body(state, request).await?;
+    state.check_room()?;
+    parse_fields(state, &body).await
+}
+
+async fn read_body(state: &State, request: Request) -> Result<Bytes, ApiError> {
     let too_large = ApiError::TooLarge { bytes_max: state.body_bytes_max };
     let length = request.headers().get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
     if length.is_some_and(|length| length > state.body_bytes_max as u64) {
@@ -215,18 +242,22 @@ async fn read_fields(state: &State, request: Request) -> Result<Fields, ApiError
         _ => Some(turn(&state.arriving).await?),
     };
     let body = match tokio::time::timeout(limits::BODY_TIME_MAX, Bytes::from_request(request, &())).await {
-        Ok(Ok(body)) => body,
-        Ok(Err(rejection)) if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE => return Err(too_large),
+        Ok(Ok(body)) => Ok(body),
+        Ok(Err(rejection)) if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE => Err(too_large),
         Ok(Err(rejection)) => {
             let message = format!("the body could not be read: {}", rejection.body_text());
-            return Err(ApiError::Invalid { param: None, message });
+            Err(ApiError::Invalid { param: None, message })
         }
-        Err(_) => return Err(ApiError::TooSlow { seconds: limits::BODY_TIME_MAX.as_secs() }),
+        Err(_) => Err(ApiError::TooSlow { seconds: limits::BODY_TIME_MAX.as_secs() }),
     };
     drop(arriving);
+    body
+}
+
+async fn parse_fields(state: &State, body: &[u8]) -> Result<Fields, ApiError> {
     let turn = if body.len() > limits::SMALL_BODY_BYTES { Some(turn(&state.parsed).await?) } else { None };
     let values_max = limits::VALUES_MAX.max(2 * state.model.model_len_max);
-    let mut fields = Fields::parse(&body, values_max)?;
+    let mut fields = Fields::parse(body, values_max)?;
     fields.turn = turn;
     Ok(fields)
 }

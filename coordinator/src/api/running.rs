@@ -7,11 +7,12 @@ use std::time::Instant;
 
 use super::State;
 use super::answer::{Answers, Choice, Piece, Prompt, Usage};
+use super::auth::Tenant;
 use super::error::ApiError;
 use super::limits;
 use super::request::Ask;
 use crate::metrics;
-use crate::schedule::job::{Door, Job, Outputs, Refusal};
+use crate::schedule::job::{Job, Outputs, Refusal};
 
 /// All of a request's answers.
 pub struct Whole {
@@ -27,6 +28,8 @@ pub struct Running {
     /// Choices not finished.
     open: usize,
     meter: Meter,
+    /// Whose it is: it runs until this is gone, and what it generates is counted.
+    tenant: Tenant,
 }
 
 impl Running {
@@ -35,13 +38,16 @@ impl Running {
     pub async fn start(
         state: &State,
         id: &str,
-        salt: u64,
+        tenant: &Tenant,
         ask: &Ask,
         prompts: Vec<Prompt>,
         rooms: Vec<u32>,
     ) -> Result<Running, ApiError> {
         assert_eq!(prompts.len(), rooms.len());
         state.check_serving()?;
+        let tokens = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
+        tenant.prompt(tokens)?;
+        let salt = tenant.salt(&ask.cache_salt);
         let mut jobs = Vec::with_capacity(prompts.len());
         for (number, (prompt, tokens_max)) in prompts.iter().zip(rooms).enumerate() {
             let id = if prompts.len() == 1 { id.to_string() } else { format!("{id}-{number}") };
@@ -56,13 +62,14 @@ impl Running {
                 resumed: None,
                 deaths: 0,
             };
-            jobs.push(Some(submit(&state.door, job).await?));
+            let submitted = submit(state, job).await;
+            jobs.push(Some(submitted.inspect_err(|_| tenant.refund(tokens))?));
         }
         let tokenizer = Arc::clone(&state.text.tokenizer);
         let answers =
             Answers::new(tokenizer, ask.wording.clone(), ask.end_tokens.clone(), prompts, ask.choices as usize);
         let (open, meter) = (answers.count(), Meter::start(&answers));
-        Ok(Running { jobs, answers, open, meter })
+        Ok(Running { jobs, answers, open, meter, tenant: tenant.clone() })
     }
 
     pub fn usage(&self) -> Usage {
@@ -83,6 +90,9 @@ impl Running {
         loop {
             if let Some(piece) = self.answers.take() {
                 self.meter.piece(&piece);
+                if !piece.echo {
+                    self.tenant.generated(piece.tokens.len());
+                }
                 if piece.finish.is_some() {
                     self.open -= 1;
                     self.enough(piece.index);
@@ -151,9 +161,15 @@ impl Running {
     }
 }
 
-async fn submit(door: &Door, job: Job) -> Result<Outputs, ApiError> {
-    match tokio::time::timeout(limits::SUBMIT_TIME_MAX, door.submit(job)).await {
-        Ok(result) => Ok(result?),
+async fn submit(state: &State, job: Job) -> Result<Outputs, ApiError> {
+    match tokio::time::timeout(limits::SUBMIT_TIME_MAX, state.door.submit(job)).await {
+        Ok(Err(refusal)) => {
+            if matches!(refusal, Refusal::QueueFull { .. }) {
+                state.crowd.refused(state.began.elapsed());
+            }
+            Err(refusal.into())
+        }
+        Ok(Ok(outputs)) => Ok(outputs),
         Err(_) => Err(ApiError::NotServing("not serving: the scheduler does not answer".into())),
     }
 }
