@@ -11,7 +11,7 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_conclave");
 #[test]
 fn ten_times_too_much_is_refused_with_a_time_to_come_again_and_the_rest_is_answered() -> Result<()> {
     let served = Served::start(PROGRAM, &demo(), &[])?;
-    let report = overload::run(&served, Duration::from_secs(6), 10.0)?;
+    let report = overload::run(&served, Duration::from_secs(6), 10.0, 32)?;
     println!("{report}");
     ensure!(report.wrong.is_empty(), "{}", report.wrong[0]);
     ensure!(report.refused > 0 && report.answered > 0, "nothing was refused, or nothing answered:\n{report}");

@@ -40,26 +40,27 @@ pub struct Report {
     pub memory: Vec<u64>,
 }
 
-fn request(kind: usize) -> String {
-    json!({"prompt": format!("Story {kind}:"), "max_tokens": 8, "temperature": 0, "ignore_eos": true}).to_string()
+/// Asks for an answer of so many tokens.
+fn request(kind: usize, tokens: u32) -> String {
+    json!({"prompt": format!("Story {kind}:"), "max_tokens": tokens, "temperature": 0, "ignore_eos": true}).to_string()
 }
 
 fn text(answer: &Answer) -> Result<String> {
     Ok(answer.json()?["choices"][0]["text"].as_str().context("a text")?.to_string())
 }
 
-/// Offers `factor` times what the server can do for `length`.
-pub fn run(served: &Served, length: Duration, factor: f64) -> Result<Report> {
-    let ask = |kind| served.ask(PATH, &serde_json::from_str(&request(kind))?);
+/// Offers `factor` times what the server can do for `length`, by requests of `tokens` each.
+pub fn run(served: &Served, length: Duration, factor: f64, tokens: u32) -> Result<Report> {
+    let ask = |kind| served.ask(PATH, &serde_json::from_str(&request(kind, tokens))?);
     let expected = |reply: Value| reply["choices"][0]["text"].as_str().map(str::to_string).context("a text");
     let expected: Vec<String> = (0..KINDS).map(|kind| expected(ask(kind)?)).collect::<Result<_>>()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let client = Arc::new(Client::new(&served.address));
     let measured = (length / 4).clamp(Duration::from_secs(1), Duration::from_secs(10));
-    let capacity = runtime.block_on(capacity(&client, measured))?;
+    let capacity = runtime.block_on(capacity(&client, measured, tokens))?;
     ensure!(capacity > 0.0, "nothing was answered within {measured:?}");
     let seen = Arc::new(Mutex::new(Report { capacity, ..Report::default() }));
-    runtime.block_on(offer(&client, &expected, &seen, length, capacity * factor))?;
+    runtime.block_on(offer(&client, &expected, &seen, length, (capacity * factor, tokens)))?;
     drop(runtime);
     let mut report = std::mem::take(&mut *seen.lock().expect("no holder panics"));
     report.refusals.sort_unstable();
@@ -70,7 +71,7 @@ pub fn run(served: &Served, length: Duration, factor: f64) -> Result<Report> {
 }
 
 /// Answers in a second while many ask without pause.
-async fn capacity(client: &Arc<Client>, length: Duration) -> Result<f64> {
+async fn capacity(client: &Arc<Client>, length: Duration, tokens: u32) -> Result<f64> {
     let (done, count) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
     let mut clients = JoinSet::new();
     for first in 0..CLIENTS {
@@ -78,7 +79,7 @@ async fn capacity(client: &Arc<Client>, length: Duration) -> Result<f64> {
         clients.spawn(async move {
             let mut kind = first;
             while !done.load(Ordering::Relaxed) {
-                let answer = client.post(PATH, &request(kind % KINDS)).await?;
+                let answer = client.post(PATH, &request(kind % KINDS, tokens)).await?;
                 ensure!(answer.status == 200, "{}", answer.status);
                 count.fetch_add(1, Ordering::Relaxed);
                 kind += 1;
@@ -104,7 +105,7 @@ async fn offer(
     expected: &[String],
     seen: &Arc<Mutex<Report>>,
     length: Duration,
-    rate: f64,
+    (rate, tokens): (f64, u32),
 ) -> Result<()> {
     let (began, mut due) = (Instant::now(), 0);
     let mut open = JoinSet::new();
@@ -119,7 +120,7 @@ async fn offer(
             let expected = expected[kind].clone();
             open.spawn(async move {
                 let began = Instant::now();
-                let answer = client.post(PATH, &request(kind)).await;
+                let answer = client.post(PATH, &request(kind, tokens)).await;
                 seen.lock().expect("no holder panics").take(kind, answer, began.elapsed(), &expected);
             });
         }
