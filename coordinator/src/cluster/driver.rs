@@ -357,6 +357,7 @@ impl<S: Store, P: Planner> Shell<S, P> {
                     _ if w.slow.is_some() => {
                         format!("slow: {:.1} times its peers' pace", w.slow.map_or(0.0, |(times, _)| times))
                     }
+                    _ if cluster.avoids(id) => "avoided: it was slow".into(),
                     _ if cluster.prepares(id) => "preparing".into(),
                     (Some((done, total)), _) if total > 0 => format!("loading {}%", done * 100 / total),
                     (Some(_), _) => "loading".into(),

@@ -3,7 +3,7 @@
 //! over them than its peers is on a slow device. Pure; time is an argument.
 
 use model::mesh::{Mesh, RankId};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 /// What a rank has computed since it was loaded: collectives of its tensor group entered, and the time before them.
@@ -23,15 +23,22 @@ const ENTERED_MIN: u64 = 100;
 const SLOW_HALVES: u64 = 4;
 const QUICK_HALVES: u64 = 3;
 
-/// For so long without a break: a neighbour's burst of work is no slow device.
+/// For so long: a neighbour's burst of work is no slow device. Nor is a break shorter than this a recovery.
 const LASTING: Duration = Duration::from_secs(3);
 
 /// The paces of one epoch's ranks.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Paces {
     told: BTreeMap<RankId, VecDeque<(Duration, Toll)>>,
-    /// Since when each is slower than its peers.
-    since: BTreeMap<RankId, Duration>,
+    behind: BTreeMap<RankId, Behind>,
+}
+
+/// A rank that is slower than its peers: since when, when it last was, and how many times their pace it took then.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Behind {
+    since: Duration,
+    last: Duration,
+    times: f64,
 }
 
 impl Paces {
@@ -59,26 +66,22 @@ impl Paces {
 
     /// The ranks that are slow now, each with how many times its peers' pace it takes.
     pub fn slow(&mut self, now: Duration, mesh: &Mesh) -> Vec<(RankId, f64)> {
-        let mut slow = Vec::new();
-        let mut behind = BTreeSet::new();
+        self.behind.retain(|_, behind| now < behind.last + LASTING);
         for rank in mesh.all() {
             let peers = mesh.tensor_group(rank).into_iter().filter(|peer| *peer != rank);
             let mut paces: Vec<u64> = peers.filter_map(|peer| self.pace(now, peer)).collect();
             paces.sort_unstable();
             // Of two in the middle the slower one: who is slow must be slower than most.
             let (Some(own), Some(&middle)) = (self.pace(now, rank), paces.get(paces.len() / 2)) else { continue };
-            let halves = if self.since.contains_key(&rank) { QUICK_HALVES } else { SLOW_HALVES };
+            let halves = if self.behind.contains_key(&rank) { QUICK_HALVES } else { SLOW_HALVES };
             if own * 2 < middle.max(1) * halves {
                 continue;
             }
-            behind.insert(rank);
-            let since = *self.since.entry(rank).or_insert(now);
-            if since + LASTING <= now {
-                slow.push((rank, own as f64 / middle.max(1) as f64));
-            }
+            let since = self.behind.get(&rank).map_or(now, |behind| behind.since);
+            self.behind.insert(rank, Behind { since, last: now, times: own as f64 / middle.max(1) as f64 });
         }
-        self.since.retain(|rank, _| behind.contains(rank));
-        slow
+        let lasting = self.behind.iter().filter(|(_, behind)| behind.since + LASTING <= behind.last);
+        lasting.map(|(rank, behind)| (*rank, behind.times)).collect()
     }
 }
 

@@ -151,6 +151,11 @@ impl<P: Planner> Cluster<P> {
         self.reshape.as_ref().is_some_and(|r| r.waiting.contains(worker))
     }
 
+    /// Whether plans do without it where they can, because it was slow.
+    pub fn avoids(&self, worker: &WorkerId) -> bool {
+        self.avoided.contains_key(worker)
+    }
+
     /// The plan that members were asked to load or run.
     pub fn plan(&self) -> Option<&Arc<Plan>> {
         match &self.phase {
