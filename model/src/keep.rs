@@ -2,15 +2,16 @@
 //! it is loaded and those who load it, so that planned bytes are loaded bytes.
 //!
 //! ```text
-//! codes     of up to 4 bits a nibble, else a byte
+//! codes     of up to 4 bits a nibble (four pairs of inputs a word), else a byte
 //! scales    a number a span, in the scheme's format; nested: an f16 a span, and a byte a run
 //! minima    the same; points: a byte a run
 //! words     what is not kept in codes: pairs of bf16, or f32
 //! ```
-//! A run is what is left of a group once windows and segments have cut it: all runs are alike, and none crosses a cut.
+//! A run is what is left of a group once windows and segments have cut it: all runs are alike, and none crosses a cut. Runs
+//! are summed one by one, so they must be the same on every mesh.
 
 use crate::plan::KernelFamily;
-use crate::quant::{Code, Dtype, Format, ScaleFormat, Scales, Scheme, Shift};
+use crate::quant::{Dtype, Format, ScaleFormat, Scales, Scheme, Shift};
 
 /// Outputs come in vectors of this many, the last one padded.
 pub const LANES: usize = 16;
@@ -68,12 +69,17 @@ const fn word(wide: bool) -> usize {
     if wide { 4 } else { 2 }
 }
 
+/// Most inputs of a run.
+pub const RUN_MAX: usize = 128;
+
 /// The planes of a matrix that is kept in codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Coding {
     /// Inputs of a run, and of a span of runs that share a nested scale.
     pub run: usize,
     pub span: usize,
+    /// Codes are nibbles.
+    pub nibbles: bool,
     pub codes: Plane,
     pub scales: Plane,
     pub integers: Plane,
@@ -89,32 +95,30 @@ pub struct Plane {
     pub each: usize,
 }
 
-/// Whether two codes share a byte.
-pub const fn is_nibble(code: Code) -> bool {
-    code.bits() <= 4
-}
-
 impl Coding {
     /// For `cols` inputs of `segments` segments, from input `first` of the stored row on. `None` where codes are not kept:
-    /// a segment or a run of odd length, or no fewer bytes than the matrix would take widened.
+    /// a run of odd length, or no fewer bytes than the matrix would take widened.
     pub fn of(scheme: Scheme, first: usize, cols: usize, segments: usize, wide: bool) -> Option<Coding> {
         let length = cols / segments;
-        let cuts = if segments > 1 { divisor(first, length) } else { first };
-        let run = divisor(scheme.group, cuts);
+        // A rank's window begins a whole number of segments into the row, so this is the same wherever the cut runs.
+        let cuts = divisor(first, length);
+        let run = at_most(RUN_MAX, divisor(scheme.group, cuts));
         let (format, nested, span) = match scheme.scales {
             Scales::Single(format) => (format, false, run),
             Scales::Nested { groups } => (ScaleFormat::F16, true, divisor(scheme.group * groups, cuts)),
         };
         let (minimum, point) = (scheme.shift == Shift::Minimum, scheme.shift == Shift::Point);
-        if !run.is_multiple_of(2) || !length.is_multiple_of(2) || (nested && point) {
+        if !run.is_multiple_of(2) || (nested && point) {
             return None;
         }
-        let (runs, spans) = (cols.div_ceil(run), cols.div_ceil(span));
+        let (runs, spans) = (cols / run, cols / span);
+        let nibbles = scheme.code.bits() <= 4 && run.is_multiple_of(8);
         let plane = |present: bool, count, each| Plane { count: if present { count } else { 0 }, each };
         let coding = Coding {
             run,
             span,
-            codes: plane(true, if is_nibble(scheme.code) { cols / 2 } else { cols }, 1),
+            nibbles,
+            codes: if nibbles { plane(true, cols / 8, 4) } else { plane(true, cols, 1) },
             scales: plane(true, spans, format.bytes()),
             integers: plane(nested, runs, 1),
             minima: plane(minimum, spans, format.bytes()),
@@ -135,6 +139,11 @@ impl Coding {
     }
 }
 
+/// The largest divisor of `n` that is no more than `most`.
+fn at_most(most: usize, n: usize) -> usize {
+    (1..=most.min(n)).rev().find(|d| n.is_multiple_of(*d)).unwrap_or(n)
+}
+
 fn divisor(a: usize, b: usize) -> usize {
     if b == 0 { a } else { divisor(b, a % b) }
 }
@@ -142,6 +151,7 @@ fn divisor(a: usize, b: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quant::Code;
 
     fn window(stored: Stored) -> Window {
         Window { rows: 100, cols: 512, first: 0, stored }
@@ -197,8 +207,21 @@ mod tests {
         assert_eq!(runs(0, 512, 1), Some((128, 4)));
         assert_eq!(runs(64, 512, 1), Some((64, 8)));
         assert_eq!(runs(0, 512, 8), Some((64, 8)));
+        assert_eq!(runs(64, 64, 1), Some((64, 1)), "a rank's own segment of the row above");
+        assert_eq!(runs(128, 64, 1), Some((64, 1)), "and the next one, which begins with a group");
         assert_eq!(runs(0, 24, 8), None, "a segment of three inputs");
         assert_eq!(runs(4, 512, 1), None, "a scale of four bytes for four inputs saves nothing");
+    }
+
+    #[test]
+    fn a_long_group_is_several_runs_and_short_runs_share_no_words() {
+        let scheme =
+            |group| Scheme { code: Code::E2m1, group, scales: Scales::Single(ScaleFormat::F16), shift: Shift::None };
+        let of = |group| Coding::of(scheme(group), 0, 768, 1, true).map(|c| (c.run, c.nibbles));
+        assert_eq!(of(768), Some((128, true)));
+        assert_eq!(of(96), Some((96, true)));
+        assert_eq!(of(192), Some((96, true)));
+        assert_eq!(of(4), Some((4, false)));
     }
 
     #[test]

@@ -190,7 +190,16 @@ fn a_quantised_predictor_has_the_values_of_its_codes() {
     });
     let expected = reference(&plain.0, Dtype::F32, 1);
     assert!(!expected.predicted.is_empty());
-    same("eh_proj in codes", &reference(&coded.0, Dtype::F32, 1), &expected).unwrap();
+    // Runs of codes are scaled once, values each: the sums differ in their last bits.
+    let found = reference(&coded.0, Dtype::F32, 1);
+    assert_eq!(found.tokens, expected.tokens);
+    assert!(found.predicted.keys().eq(expected.predicted.keys()));
+    for (place, bits) in &found.predicted {
+        for (a, b) in bits.iter().zip(&expected.predicted[place]) {
+            let (a, b) = (f32::from_bits(*a), f32::from_bits(*b));
+            assert!((a - b).abs() <= 1e-4 * (1.0 + b.abs()), "{place:?}: {a} in codes, {b} widened");
+        }
+    }
     for dtype in [Dtype::F32, Dtype::Bf16] {
         let expected = reference(&coded.0, dtype, 1);
         for mesh in [(1, 1, 2, 2), (2, 1, 2, 1)] {

@@ -1,6 +1,6 @@
 //! Times the CPU's kernels against this host's own roofs:
-//! `cargo run --release -p worker --example ops -- [threads] [bf16 | f32] [vector | amx] [all]`; `all` runs every
-//! instruction set (portable code, which calls a function for each multiply-add on x86, is left out).
+//! `cargo run --release -p worker --example ops -- [threads] [bf16 | f32] [vector | amx] [all] [case]`; a case is one of matmuls,
+//! formats, experts, grouped, latent, rows, and all without; `all` runs every instruction set (portable code, which calls a function for each multiply-add on x86, is left out).
 
 use model::plan::KernelFamily;
 use model::quant::{Dtype, Format};
@@ -79,6 +79,8 @@ struct Host {
     element: f64,
 }
 
+type Case = fn(&mut Host);
+
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let threads = arguments.iter().find_map(|a| a.parse().ok()).unwrap_or(1);
@@ -96,12 +98,16 @@ fn main() {
             "\n{level:?}, {dtype}, {family:?}, {threads} threads: {bytes:.1} GB/s, {flops:.0} GFLOP/s of bf16 pairs"
         );
         let mut host = Host { backend, roofs, element: dtype.bytes() as f64 };
-        host.matmuls();
-        host.formats();
-        host.experts();
-        host.grouped();
-        host.latent();
-        host.rows();
+        let cases: [(&str, Case); 6] = [
+            ("matmuls", Host::matmuls),
+            ("formats", Host::formats),
+            ("experts", Host::experts),
+            ("grouped", Host::grouped),
+            ("latent", Host::latent),
+            ("rows", Host::rows),
+        ];
+        let some = cases.iter().any(|(name, _)| has(name));
+        cases.iter().filter(|(name, _)| !some || has(name)).for_each(|(_, run)| run(&mut host));
     }
 }
 

@@ -1,8 +1,7 @@
-//! Matrices kept in codes against the same ones widened: every product and every row, bit for bit.
+//! Matrices kept in codes against their values.
 
 use super::simd::Level;
 use super::simd::coded::Codes;
-use super::simd::flush::Flush;
 use super::simd::pack::{Packed, Rows};
 use super::simd::panel::{Input, Source, multiply, multiply_experts};
 use super::simd::pool::Pool;
@@ -151,42 +150,38 @@ fn inputs(n: usize) -> Vec<f32> {
     (0..n).map(|i| (mixed(i, 7, 8) % 4001) as f32 / 2000.0 - 1.0).collect()
 }
 
+/// Shapes: rows, first input, inputs, segments.
+const SHAPES: [(usize, usize, usize, usize); 4] =
+    [(80, 0, 512, 1), (70, 64, 256, 2), (16, 128, 1024, 8), (100, 0, 384, 1)];
+
 #[test]
-fn coded_products_and_rows_are_the_widened_ones_bit_for_bit() {
+fn coded_products_are_those_of_the_values_and_the_same_on_every_level_and_in_every_company() {
     let pool = Pool::new(2, 50).unwrap();
     for scheme in schemes() {
-        for (rows, first, cols, segments) in [(80, 0, 512, 1), (70, 64, 256, 2), (16, 16, 1216, 8), (100, 32, 90, 1)] {
+        for (rows, first, cols, segments) in SHAPES {
             let made = Made { scheme, first, cols };
-            for (wide, unit) in [(false, 1), (true, 1), (false, 16)] {
-                let plain = Packed::new(&pool, &made, (rows, cols), segments, wide, unit).unwrap();
-                let Some(coded) = Packed::coded(&pool, &made, (rows, cols), segments, wide, unit).unwrap() else {
-                    panic!("{scheme:?} is not kept in codes");
-                };
-                assert!(coded.bytes() < plain.bytes(), "{scheme:?}: {} bytes", coded.bytes());
-                let (mut got, mut want) = (vec![0.0f32; cols], vec![0.0f32; cols]);
-                let _flush = Flush::on();
-                for row in [0, rows / 2, rows - 1] {
-                    coded.row(row, &mut got);
-                    plain.row(row, &mut want);
-                    assert_eq!(
-                        bytemuck::cast_slice::<_, u32>(&got),
-                        bytemuck::cast_slice::<_, u32>(&want),
-                        "{scheme:?}"
-                    );
+            let plain = Packed::new(&pool, &made, (rows, cols), segments, true, 1).unwrap();
+            let Some(coded) = Packed::coded(&pool, &made, (rows, cols), segments, false).unwrap() else {
+                panic!("{scheme:?} is not kept in codes");
+            };
+            assert!(coded.bytes() * 2 < plain.bytes(), "{scheme:?}: {} bytes", coded.bytes());
+            let x: Vec<f32> = inputs(100 * cols).iter().map(|x| bf16::from_f32(*x).to_f32()).collect();
+            let halves: Vec<bf16> = x.iter().map(|x| bf16::from_f32(*x)).collect();
+            let want = product(&pool, Level::best(), KernelFamily::Vector, &plain, &x, 100);
+            let mut most = 0.0f32;
+            for family in [KernelFamily::Vector, KernelFamily::Amx] {
+                let all = product(&pool, Level::portable(), family, &coded, &halves, 100);
+                for (got, want) in all.iter().zip(&want) {
+                    let (got, want) = (f32::from_bits(*got), f32::from_bits(*want));
+                    most = most.max((got - want).abs() / (1.0 + want.abs()));
                 }
-                let x = inputs(100 * cols);
-                let halves: Vec<bf16> = x.iter().map(|x| bf16::from_f32(*x)).collect();
-                let family = if unit == 16 { KernelFamily::Amx } else { KernelFamily::Vector };
+                assert!(most < 2e-4, "{scheme:?} {family:?} {segments}: {most}");
                 for (level, n) in Level::all().into_iter().flat_map(|level| [(level, 1), (level, 7), (level, 100)]) {
-                    let what = format!("{scheme:?} {level:?} {family:?} {wide} {segments} {n}");
-                    if !wide {
-                        let of = |w| product(&pool, level, family, w, &halves, n);
-                        assert!(of(&coded) == of(&plain), "{what}");
-                    }
-                    if unit == 1 {
-                        let of = |w| product(&pool, level, family, w, &x, n);
-                        assert!(of(&coded) == of(&plain), "{what} f32");
-                    }
+                    let got = product(&pool, level, family, &coded, &halves, n);
+                    assert!(got == all[..n * rows], "{scheme:?} {level:?} {family:?} {segments} {n}");
+                    let wide = product(&pool, level, KernelFamily::Vector, &coded, &x, n);
+                    let vector = product(&pool, level, KernelFamily::Vector, &coded, &halves, n);
+                    assert!(wide == vector, "{scheme:?} {level:?} {segments} {n} f32");
                 }
             }
         }
@@ -194,19 +189,100 @@ fn coded_products_and_rows_are_the_widened_ones_bit_for_bit() {
 }
 
 #[test]
-fn coded_experts_are_the_widened_ones_bit_for_bit() {
+fn coded_rows_are_the_values_bit_for_bit() {
+    let pool = Pool::new(1, 50).unwrap();
+    for scheme in schemes() {
+        for (rows, first, cols, segments) in SHAPES {
+            let made = Made { scheme, first, cols };
+            let coded = Packed::coded(&pool, &made, (rows, cols), segments, false).unwrap().unwrap();
+            let (mut got, mut want) = (vec![0.0f32; cols], vec![0.0f32; cols]);
+            for row in [0, rows / 2, rows - 1] {
+                coded.row(row, &mut got);
+                made.read(row, &mut want);
+                let bits = |x: &[f32]| x.iter().map(|x| (x + 0.0).to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&got), bits(&want), "{scheme:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn windows_of_a_cut_sum_to_the_whole_bit_for_bit() {
+    let pool = Pool::new(1, 50).unwrap();
+    for scheme in schemes() {
+        // Segments that are no whole groups, and one that begins with a group and ends within one.
+        for length in [256, 96, 48] {
+            let x: Vec<bf16> = inputs(2 * length).into_iter().map(bf16::from_f32).collect();
+            let of = |first: usize, cols: usize, segments: usize| {
+                let made = Made { scheme, first, cols };
+                let coded = Packed::coded(&pool, &made, (40, cols), segments, false).unwrap()?;
+                let got = product(&pool, Level::best(), KernelFamily::Vector, &coded, &x[first..first + cols], 1);
+                Some(got.into_iter().map(f32::from_bits).collect::<Vec<f32>>())
+            };
+            let parts = [of(0, length, 1), of(length, length, 1)];
+            match (of(0, 2 * length, 2), parts) {
+                (Some(whole), [Some(a), Some(b)]) => {
+                    let sum: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a + b).collect();
+                    assert_eq!(whole, sum, "{scheme:?} {length}");
+                }
+                (None, [None, None]) => {}
+                (whole, parts) => {
+                    panic!("{scheme:?} {length}: {} and {:?}", whole.is_some(), parts.map(|p| p.is_some()))
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_code_that_is_no_number_makes_its_outputs_none() {
+    struct Broken(Made);
+    impl Codes for Broken {
+        fn scheme(&self) -> Scheme {
+            self.0.scheme
+        }
+        fn first(&self) -> usize {
+            0
+        }
+        fn codes(&self, row: usize, out: &mut [u8]) {
+            self.0.codes(row, out);
+            if row == 3 {
+                out[200] = 0x7f;
+            }
+        }
+        fn groups(&self, row: usize, out: &mut [Group]) {
+            self.0.groups(row, out);
+        }
+    }
+    let pool = Pool::new(1, 50).unwrap();
+    let scheme = schemes().into_iter().find(|scheme| scheme.code == Code::E4m3).unwrap();
+    let source = Broken(Made { scheme, first: 0, cols: 512 });
+    let coded = Packed::coded(&pool, &source, (16, 512), 1, false).unwrap().unwrap();
+    let x: Vec<bf16> = inputs(512).into_iter().map(bf16::from_f32).collect();
+    let got = product(&pool, Level::best(), KernelFamily::Vector, &coded, &x, 1);
+    for (row, bits) in got.into_iter().enumerate() {
+        assert_eq!(f32::from_bits(bits).is_nan(), row == 3, "{row}");
+    }
+}
+
+#[test]
+fn coded_experts_are_the_products_of_each() {
     let pool = Pool::new(2, 50).unwrap();
-    let made = Made { scheme: schemes()[1], first: 0, cols: 128 };
-    let plain = [0, 1].map(|_| Packed::new(&pool, &made, (96, 128), 2, false, 1).unwrap());
-    let coded = [0, 1].map(|_| Packed::coded(&pool, &made, (96, 128), 2, false, 1).unwrap().unwrap());
+    let coded = [0, 1].map(|expert| {
+        let made = Made { scheme: schemes()[1 + expert], first: 0, cols: 128 };
+        Packed::coded(&pool, &made, (96, 128), 2, false).unwrap().unwrap()
+    });
     let x: Vec<bf16> = inputs(60 * 128).into_iter().map(bf16::from_f32).collect();
-    let of = |w: &[Packed]| {
-        let mut out = vec![0.0f32; 60 * 96];
-        let source = Source { values: &x, start: 0, stride: 128, picks: None };
-        multiply_experts(&pool, Level::best(), KernelFamily::Vector, source, w, &[0, 5, 60], &[0, 1], &mut out);
-        out.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
-    };
-    assert!(of(&coded) == of(&plain));
+    let mut out = vec![0.0f32; 60 * 96];
+    let source = Source { values: &x, start: 0, stride: 128, picks: None };
+    let (level, family) = (Level::best(), KernelFamily::Vector);
+    multiply_experts(&pool, level, family, source, &coded, &[0, 5, 60], &[0, 1], &mut out);
+    let got: Vec<u32> = out.iter().map(|v| v.to_bits()).collect();
+    let alone = [
+        product(&pool, level, family, &coded[0], &x[..5 * 128], 5),
+        product(&pool, level, family, &coded[1], &x[5 * 128..], 55),
+    ];
+    assert!(got == alone.concat());
 }
 
 #[test]
@@ -215,6 +291,6 @@ fn what_codes_cannot_hold_is_left_to_widening() {
     let scheme = schemes()[0];
     for (first, cols, segments) in [(1, 64, 1), (0, 63, 1), (0, 66, 2)] {
         let made = Made { scheme, first, cols };
-        assert!(Packed::coded(&pool, &made, (16, cols), segments, false, 1).unwrap().is_none(), "{first} {cols}");
+        assert!(Packed::coded(&pool, &made, (16, cols), segments, false).unwrap().is_none(), "{first} {cols}");
     }
 }

@@ -119,7 +119,7 @@ pub(super) fn pack(
     let rows = parts.iter().map(|p| p.rows).sum();
     let wide = keep::is_wide(dtype, parts.iter().map(codes::stored));
     if let Some(stack) = CodedStack::new(parts)
-        && let Some(packed) = Packed::coded(pool, &stack, (rows, cols), segments, wide, keep::unit(family, wide))?
+        && let Some(packed) = Packed::coded(pool, &stack, (rows, cols), segments, wide)?
     {
         return Ok(Matrix(Arc::new(packed)));
     }

@@ -1,18 +1,20 @@
 //! Intel's tiles: 16 rows of activations times 32 inputs times 16 outputs an instruction.
 //!
-//! A part of a panel is multiplied by one asm block that configures the tiles, loads the accumulators, runs over all
-//! whole blocks of 32 inputs and stores the accumulators, so that no tile lives where the compiler can see it. A
-//! packed panel already is a column of B tiles (16 pair-rows of 16 words each).
+//! A part of a panel is multiplied by one asm block that loads the accumulators, runs over all whole blocks of 32 inputs and
+//! stores the accumulators, so that no tile lives where the compiler can see it. A packed panel already is a column of B
+//! tiles (16 pair-rows of 16 words each).
 
 use super::lanes::LANES;
 use super::pack::PANEL;
 use super::panel::{AMX_PAIRS, CHUNK};
 use half::bf16;
 use std::arch::asm;
+use std::cell::Cell;
+use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
 /// Rows of a tile.
-const ROWS: usize = 16;
+pub const ROWS: usize = 16;
 /// Inputs of a whole block.
 const BLOCK: usize = 2 * AMX_PAIRS;
 
@@ -41,7 +43,7 @@ fn permitted() -> bool {
     false
 }
 
-/// `LDTILECFG`'s operand: accumulators 0 to 3 and activations 4 have `rows` rows, weights 5 and 6 sixteen pairs.
+/// `LDTILECFG`'s operand: accumulators 0 to 3 and activations 4 have `rows` rows, activations and weights 5 and 6 `pairs` pairs.
 #[repr(C, align(64))]
 struct Configuration {
     palette: u8,
@@ -52,13 +54,41 @@ struct Configuration {
 }
 
 impl Configuration {
-    fn new(rows: usize) -> Configuration {
+    fn new(rows: usize, pairs: usize) -> Configuration {
         let (mut row_bytes, mut each) = ([0u16; 16], [0u8; 16]);
         for tile in 0..7 {
-            row_bytes[tile] = 64;
-            each[tile] = if tile < 5 { rows as u8 } else { AMX_PAIRS as u8 };
+            row_bytes[tile] = if tile == 4 { 4 * pairs as u16 } else { 64 };
+            each[tile] = if tile < 5 { rows as u8 } else { pairs as u8 };
         }
         Configuration { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows: each }
+    }
+}
+
+/// The shape that a task's tiles have; they are released with it.
+#[derive(Default)]
+pub struct Tiles(Cell<(usize, usize)>);
+
+impl Tiles {
+    /// # Safety
+    /// [`available`] said yes.
+    #[inline(always)]
+    unsafe fn shape(&self, rows: usize, pairs: usize) {
+        if self.0.replace((rows, pairs)) != (rows, pairs) {
+            let configuration = Configuration::new(rows, pairs);
+            // SAFETY: a whole configuration. No tile's contents outlive one asm block, so what it clears is not missed.
+            unsafe {
+                asm!("ldtilecfg [{}]", in(reg) &configuration, options(nostack, readonly));
+            }
+        }
+    }
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        if self.0.get().0 > 0 {
+            // SAFETY: tiles were configured, so they are available.
+            unsafe { asm!("tilerelease", options(nostack, nomem)) };
+        }
     }
 }
 
@@ -68,6 +98,7 @@ impl Configuration {
 /// [`available`] said yes; `x` rows hold the inputs from `at`; `w` points at the pair-rows of `width` words, zeros up
 /// to a whole block; `acc` is `[x.len()][PANEL]`; at most [`CHUNK`] pairs.
 pub unsafe fn accumulate(
+    tiles: &Tiles,
     x: &[*const bf16],
     at: usize,
     (pairs, lone): (usize, bool),
@@ -79,23 +110,15 @@ pub unsafe fn accumulate(
     debug_assert!(inputs <= 2 * CHUNK);
     for first in (0..x.len()).step_by(ROWS) {
         let rows = &x[first..x.len().min(first + ROWS)];
-        let configuration = Configuration::new(rows.len());
         // SAFETY: the caller's promises, a tile of rows at a time.
         unsafe {
+            tiles.shape(rows.len(), AMX_PAIRS);
             let acc = acc.add(first * PANEL);
             if blocks > 0 {
-                let mut copy = [bf16::ZERO; ROWS * 2 * CHUNK];
-                let (start, stride) = match even_stride(rows) {
-                    Some(stride) => (rows[0].add(at), stride),
-                    None => {
-                        for (row, x) in rows.iter().enumerate() {
-                            let to = copy.as_mut_ptr().add(row * 2 * CHUNK);
-                            std::ptr::copy_nonoverlapping(x.add(at), to, blocks * BLOCK);
-                        }
-                        (copy.as_ptr(), 2 * CHUNK * size_of::<bf16>())
-                    }
-                };
-                panel(&configuration, start, stride, w, width, blocks, acc);
+                match even_stride(rows) {
+                    Some(stride) => panel(rows[0].add(at), stride, w, width, blocks, acc),
+                    None => gathered(rows, at, blocks * BLOCK, |x, stride| panel(x, stride, w, width, blocks, acc)),
+                }
             }
             if rest > 0 {
                 let mut copy = [bf16::ZERO; ROWS * BLOCK];
@@ -104,9 +127,168 @@ pub unsafe fn accumulate(
                     std::ptr::copy_nonoverlapping(x.add(at + blocks * BLOCK), to, rest);
                 }
                 let w = w.add(blocks * AMX_PAIRS * width);
-                panel(&configuration, copy.as_ptr(), BLOCK * size_of::<bf16>(), w, width, 1, acc);
+                panel(copy.as_ptr(), BLOCK * size_of::<bf16>(), w, width, 1, acc);
             }
         }
+    }
+}
+
+/// Calls `with` with a copy of some rows' inputs, and its rows' distance in bytes. Apart, for its large frame.
+///
+/// # Safety
+/// At most [`ROWS`] rows hold the inputs, at most [`CHUNK`] pairs.
+#[inline(never)]
+unsafe fn gathered(x: &[*const bf16], at: usize, inputs: usize, with: impl FnOnce(*const bf16, usize)) {
+    let mut copy = MaybeUninit::<[bf16; ROWS * 2 * CHUNK]>::uninit();
+    let copy = copy.as_mut_ptr().cast::<bf16>();
+    for (row, x) in x.iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { std::ptr::copy_nonoverlapping(x.add(at), copy.add(row * inputs), inputs) };
+    }
+    with(copy, inputs * size_of::<bf16>());
+}
+
+/// The sums of `runs` runs of `pairs` pairs each, from zero: `[run][ROWS][PANEL]`, of which rows of `x` and outputs of the
+/// panel are written.
+///
+/// # Safety
+/// As [`accumulate`]; `x` has at most [`ROWS`] rows; a run is at most one block or whole blocks, all together at most
+/// [`CHUNK`] pairs; `out` holds the sums.
+#[inline(always)]
+pub unsafe fn sums(
+    tiles: &Tiles,
+    x: &[*const bf16],
+    at: usize,
+    (runs, pairs): (usize, usize),
+    (w, width): (*const u32, usize),
+    out: *mut f32,
+) {
+    let inputs = 2 * runs * pairs;
+    debug_assert!(inputs <= 2 * CHUNK && (pairs <= AMX_PAIRS || pairs.is_multiple_of(AMX_PAIRS)));
+    let block = pairs.min(AMX_PAIRS);
+    let extent = (runs, pairs / block, block);
+    // SAFETY: the caller's promises.
+    unsafe {
+        tiles.shape(x.len(), block);
+        match even_stride(x) {
+            Some(stride) => panel_sums((x[0].add(at), stride), (w, width), extent, out),
+            None => gathered(x, at, inputs, |x, stride| panel_sums((x, stride), (w, width), extent, out)),
+        }
+    }
+}
+
+/// Sums for all outputs of a panel.
+#[inline(always)]
+unsafe fn panel_sums(
+    x: (*const bf16, usize),
+    (w, width): (*const u32, usize),
+    extent: (usize, usize, usize),
+    out: *mut f32,
+) {
+    unsafe {
+        if width == PANEL {
+            return four_sums(x, w, extent, out);
+        }
+        for lane in (0..width).step_by(LANES) {
+            one_sum(x, (w.add(lane), width * 4), extent, out.add(lane));
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn four_sums(
+    (x, x_stride): (*const bf16, usize),
+    w: *const u32,
+    (runs, blocks, pairs): (usize, usize, usize),
+    out: *mut f32,
+) {
+    // SAFETY: as in `four`.
+    unsafe {
+        asm!(
+            "3:",
+            "mov {block}, {blocks}",
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "2:",
+            "tileloadd tmm4, [{x} + {x_stride}*1]",
+            "tileloadd tmm5, [{w} + {width}*1]",
+            "tdpbf16ps tmm0, tmm4, tmm5",
+            "tileloadd tmm6, [{w} + {width}*1 + 64]",
+            "tdpbf16ps tmm1, tmm4, tmm6",
+            "tileloadd tmm5, [{w} + {width}*1 + 128]",
+            "tdpbf16ps tmm2, tmm4, tmm5",
+            "tileloadd tmm6, [{w} + {width}*1 + 192]",
+            "tdpbf16ps tmm3, tmm4, tmm6",
+            "add {x}, {x_step}",
+            "add {w}, {w_step}",
+            "dec {block}",
+            "jnz 2b",
+            "tilestored [{out} + {width}*1], tmm0",
+            "tilestored [{out} + {width}*1 + 64], tmm1",
+            "tilestored [{out} + {width}*1 + 128], tmm2",
+            "tilestored [{out} + {width}*1 + 192], tmm3",
+            "add {out}, {out_step}",
+            "dec {runs}",
+            "jnz 3b",
+            block = out(reg) _,
+            blocks = in(reg) blocks,
+            width = in(reg) PANEL * 4,
+            x = inout(reg) x => _,
+            x_stride = in(reg) x_stride,
+            x_step = in(reg) 4 * pairs,
+            w = inout(reg) w => _,
+            w_step = in(reg) pairs * PANEL * 4,
+            out = inout(reg) out => _,
+            out_step = const ROWS * PANEL * 4,
+            runs = inout(reg) runs => _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _,
+            options(nostack),
+        );
+    }
+}
+
+unsafe fn one_sum(
+    (x, x_stride): (*const bf16, usize),
+    (w, w_stride): (*const u32, usize),
+    (runs, blocks, pairs): (usize, usize, usize),
+    out: *mut f32,
+) {
+    // SAFETY: as in `four`.
+    unsafe {
+        asm!(
+            "3:",
+            "mov {block}, {blocks}",
+            "tilezero tmm0",
+            "2:",
+            "tileloadd tmm4, [{x} + {x_stride}*1]",
+            "tileloadd tmm5, [{w} + {w_stride}*1]",
+            "tdpbf16ps tmm0, tmm4, tmm5",
+            "add {x}, {x_step}",
+            "add {w}, {w_step}",
+            "dec {block}",
+            "jnz 2b",
+            "tilestored [{out} + {out_stride}*1], tmm0",
+            "add {out}, {out_step}",
+            "dec {runs}",
+            "jnz 3b",
+            block = out(reg) _,
+            blocks = in(reg) blocks,
+            x = inout(reg) x => _,
+            x_stride = in(reg) x_stride,
+            x_step = in(reg) 4 * pairs,
+            w = inout(reg) w => _,
+            w_stride = in(reg) w_stride,
+            w_step = in(reg) w_stride * pairs,
+            out = inout(reg) out => _,
+            out_stride = in(reg) PANEL * 4,
+            out_step = const ROWS * PANEL * 4,
+            runs = inout(reg) runs => _,
+            out("tmm0") _, out("tmm4") _, out("tmm5") _,
+            options(nostack),
+        );
     }
 }
 
@@ -119,37 +301,21 @@ fn even_stride(rows: &[*const bf16]) -> Option<usize> {
 }
 
 /// All outputs of a panel: four tiles of accumulators at once where it is full, else one by one.
-unsafe fn panel(
-    configuration: &Configuration,
-    x: *const bf16,
-    x_stride: usize,
-    w: *const u32,
-    width: usize,
-    blocks: usize,
-    acc: *mut f32,
-) {
+unsafe fn panel(x: *const bf16, x_stride: usize, w: *const u32, width: usize, blocks: usize, acc: *mut f32) {
     unsafe {
         if width == PANEL {
-            return four(configuration, x, x_stride, w, blocks, acc);
+            return four(x, x_stride, w, blocks, acc);
         }
         for lane in (0..width).step_by(LANES) {
-            one(configuration, x, x_stride, w.add(lane), width * 4, blocks, acc.add(lane));
+            one(x, x_stride, w.add(lane), width * 4, blocks, acc.add(lane));
         }
     }
 }
 
-unsafe fn four(
-    configuration: &Configuration,
-    x: *const bf16,
-    x_stride: usize,
-    w: *const u32,
-    blocks: usize,
-    acc: *mut f32,
-) {
-    // SAFETY: tiles are configured for what is loaded, released at the end, and named as clobbers.
+unsafe fn four(x: *const bf16, x_stride: usize, w: *const u32, blocks: usize, acc: *mut f32) {
+    // SAFETY: tiles are configured for what is loaded, and named as clobbers.
     unsafe {
         asm!(
-            "ldtilecfg [{configuration}]",
             "tileloadd tmm0, [{acc} + {width}*1]",
             "tileloadd tmm1, [{acc} + {width}*1 + 64]",
             "tileloadd tmm2, [{acc} + {width}*1 + 128]",
@@ -172,8 +338,6 @@ unsafe fn four(
             "tilestored [{acc} + {width}*1 + 64], tmm1",
             "tilestored [{acc} + {width}*1 + 128], tmm2",
             "tilestored [{acc} + {width}*1 + 192], tmm3",
-            "tilerelease",
-            configuration = in(reg) configuration,
             acc = in(reg) acc,
             // A full panel's pair-rows are as wide as a row of accumulators.
             width = in(reg) PANEL * 4,
@@ -188,19 +352,10 @@ unsafe fn four(
     }
 }
 
-unsafe fn one(
-    configuration: &Configuration,
-    x: *const bf16,
-    x_stride: usize,
-    w: *const u32,
-    w_stride: usize,
-    blocks: usize,
-    acc: *mut f32,
-) {
+unsafe fn one(x: *const bf16, x_stride: usize, w: *const u32, w_stride: usize, blocks: usize, acc: *mut f32) {
     // SAFETY: as in `four`.
     unsafe {
         asm!(
-            "ldtilecfg [{configuration}]",
             "tileloadd tmm0, [{acc} + {acc_stride}*1]",
             "2:",
             "tileloadd tmm4, [{x} + {x_stride}*1]",
@@ -211,8 +366,6 @@ unsafe fn one(
             "dec {blocks}",
             "jnz 2b",
             "tilestored [{acc} + {acc_stride}*1], tmm0",
-            "tilerelease",
-            configuration = in(reg) configuration,
             acc = in(reg) acc,
             acc_stride = in(reg) PANEL * 4,
             x = inout(reg) x => _,
@@ -233,11 +386,12 @@ mod tests {
 
     #[test]
     fn a_configuration_is_one_line_with_rows_and_bytes_in_their_places() {
-        let configuration = Configuration::new(5);
+        let configuration = Configuration::new(5, 8);
         assert_eq!(size_of::<Configuration>(), 64);
         assert_eq!(std::mem::offset_of!(Configuration, row_bytes), 16);
         assert_eq!(std::mem::offset_of!(Configuration, rows), 48);
-        assert_eq!((configuration.palette, configuration.rows[4], configuration.rows[5]), (1, 5, 16));
+        assert_eq!((configuration.palette, configuration.rows[4], configuration.rows[5]), (1, 5, 8));
+        assert_eq!((configuration.row_bytes[0], configuration.row_bytes[4], configuration.row_bytes[5]), (64, 32, 64));
     }
 
     #[test]

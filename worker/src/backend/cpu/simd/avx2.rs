@@ -171,10 +171,9 @@ unsafe impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn right<const N: u32>(v: Self::I) -> Self::I {
+    unsafe fn signed(p: *const u8) -> Self::I {
         unsafe {
-            let count = _mm_cvtsi32_si128(N as i32);
-            (_mm256_srl_epi32(v.0, count), _mm256_srl_epi32(v.1, count))
+            (_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast())), _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.add(8).cast())))
         }
     }
     #[inline(always)]
@@ -187,12 +186,28 @@ unsafe impl Lanes for Avx2 {
             (_mm256_castsi256_ps(_mm256_slli_epi32::<23>(v.0)), _mm256_castsi256_ps(_mm256_slli_epi32::<23>(v.1)))
         }
     }
+    /// Lower bytes of the entries, and upper ones.
     #[inline(always)]
-    unsafe fn lookup(table: Self::F, v: Self::I) -> Self::F {
+    unsafe fn table(entries: &[bf16; 16]) -> Self::I {
+        let of = |shift: u32| {
+            let mut bytes = [0u8; 32];
+            for i in 0..32 {
+                bytes[i] = (entries[i % 16].to_bits() >> shift) as u8;
+            }
+            unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
+        };
+        (of(0), of(8))
+    }
+    #[inline(always)]
+    unsafe fn codes<const N: u32>(table: Self::I, v: Self::I) -> Self::I {
         unsafe {
+            let count = _mm_cvtsi32_si128(4 * N as i32);
             let one = |v: __m256i| {
-                let (low, high) = (_mm256_permutevar8x32_ps(table.0, v), _mm256_permutevar8x32_ps(table.1, v));
-                _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(v)))
+                let index = _mm256_and_si256(_mm256_srl_epi16(v, count), _mm256_set1_epi16(15));
+                // An index with its uppermost bit set gives zero.
+                let low = _mm256_shuffle_epi8(table.0, _mm256_or_si256(index, _mm256_set1_epi16(0x8000u16 as i16)));
+                let high = _mm256_or_si256(_mm256_slli_epi16::<8>(index), _mm256_set1_epi16(0x80));
+                _mm256_or_si256(low, _mm256_shuffle_epi8(table.1, high))
             };
             (one(v.0), one(v.1))
         }
@@ -217,8 +232,11 @@ unsafe impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn pair(even: Self::F, odd: Self::F) -> Self::I {
         unsafe {
-            let upper = |v: __m256| _mm256_slli_epi32::<16>(rounded(v));
-            (_mm256_or_si256(rounded(even.0), upper(odd.0)), _mm256_or_si256(rounded(even.1), upper(odd.1)))
+            let one = |even: __m256, odd: __m256| {
+                let even = _mm256_srli_epi32::<16>(_mm256_castps_si256(even));
+                _mm256_blend_epi16::<0b1010_1010>(even, _mm256_castps_si256(odd))
+            };
+            (one(even.0, odd.0), one(even.1, odd.1))
         }
     }
     #[inline(always)]
@@ -255,5 +273,9 @@ unsafe impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn prefetch_far(p: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
 }

@@ -28,17 +28,6 @@ pub unsafe fn run_tiles<K: Kernel>(kernel: K) -> K::Output {
     kernel.run::<Avx512<true, true>>()
 }
 
-/// Halves of a vector by turns.
-const INTERLEAVED: [u16; 32] = {
-    let mut places = [0; 32];
-    let mut i = 0;
-    while i < 32 {
-        places[i] = (i / 2 + i % 2 * LANES) as u16;
-        i += 1;
-    }
-    places
-};
-
 #[inline(always)]
 fn mask(n: usize) -> u16 {
     debug_assert!(n < LANES);
@@ -166,8 +155,8 @@ unsafe impl<const DOT: bool, const TILES: bool> Lanes for Avx512<DOT, TILES> {
         unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())) }
     }
     #[inline(always)]
-    unsafe fn right<const N: u32>(v: __m512i) -> __m512i {
-        unsafe { _mm512_srli_epi32::<N>(v) }
+    unsafe fn signed(p: *const u8) -> __m512i {
+        unsafe { _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())) }
     }
     #[inline(always)]
     unsafe fn number(v: __m512i) -> __m512 {
@@ -178,8 +167,20 @@ unsafe impl<const DOT: bool, const TILES: bool> Lanes for Avx512<DOT, TILES> {
         unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<23>(v)) }
     }
     #[inline(always)]
-    unsafe fn lookup(table: __m512, v: __m512i) -> __m512 {
-        unsafe { _mm512_permutexvar_ps(v, table) }
+    unsafe fn table(entries: &[bf16; 16]) -> __m512i {
+        // Twice, so that the fifth bit of an index does not count.
+        unsafe { _mm512_broadcast_i64x4(_mm256_loadu_si256(entries.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    unsafe fn codes<const N: u32>(table: __m512i, v: __m512i) -> __m512i {
+        unsafe {
+            match N {
+                0 => _mm512_permutexvar_epi16(v, table),
+                1 => _mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(v), table),
+                2 => _mm512_permutexvar_epi16(_mm512_srli_epi16::<8>(v), table),
+                _ => _mm512_permutexvar_epi16(_mm512_srli_epi16::<12>(v), table),
+            }
+        }
     }
     #[inline(always)]
     unsafe fn from_half(v: __m512i) -> __m512 {
@@ -195,19 +196,8 @@ unsafe impl<const DOT: bool, const TILES: bool> Lanes for Avx512<DOT, TILES> {
     #[inline(always)]
     unsafe fn pair(even: __m512, odd: __m512) -> __m512i {
         unsafe {
-            if DOT {
-                // Sixteen even ones, then sixteen odd ones. It takes subnormals for zero, as arithmetic here does.
-                let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(odd, even));
-                let places = std::mem::transmute::<[u16; 32], __m512i>(INTERLEAVED);
-                return _mm512_permutexvar_epi16(places, both);
-            }
-            let round = |v: __m512| {
-                let bits = _mm512_castps_si512(v);
-                let last = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-                _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last)
-            };
-            let upper = _mm512_and_si512(round(odd), _mm512_set1_epi32(0xffff_0000u32 as i32));
-            _mm512_or_si512(_mm512_srli_epi32::<16>(round(even)), upper)
+            let (even, odd) = (_mm512_castps_si512(even), _mm512_castps_si512(odd));
+            _mm512_mask_mov_epi16(_mm512_srli_epi32::<16>(even), 0xaaaa_aaaa, odd)
         }
     }
     #[inline(always)]
@@ -253,5 +243,9 @@ unsafe impl<const DOT: bool, const TILES: bool> Lanes for Avx512<DOT, TILES> {
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn prefetch_far(p: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
 }

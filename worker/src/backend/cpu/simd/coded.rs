@@ -1,28 +1,32 @@
-//! Weights kept in the codes that they are stored in, widened a chunk at a time into the words that the register tiles
-//! read. Panels and lanes are those of [`super::pack`]; every plane is `[panel][index][output]`:
+//! Weights kept in the codes that they are stored in, spread a chunk at a time into the bf16 pairs that the register tiles
+//! read (see [`super::runs`]). Panels and lanes are those of [`super::pack`]; every plane is `[panel][index][output]`:
 //!
 //! ```text
-//! codes     a byte a pair of inputs (even in the lower nibble), or a byte an input
+//! codes     a word for four pairs of inputs (nibbles: the even inputs in its lower half), or a byte an input: a signed
+//!           integer, or fp8
 //! scales, minima, points    as [`model::keep`] lays them out
 //! ```
 
 use super::aligned::Aligned;
 use super::lanes::{LANES, Lanes};
-use super::math::round_half;
 use super::pack::PANEL;
 use super::pool::Pool;
+use super::runs::Factors;
 use super::shared::Shared;
 use crate::load::codes::Group;
 use half::{bf16, f16};
 use model::fault::Fault;
-use model::keep::{self, Coding, is_nibble};
-use model::quant::{Code, ScaleFormat, Scales, Scheme};
-use std::sync::atomic::{AtomicBool, Ordering};
+use model::keep::{self, Coding};
+use model::quant::{Code, ScaleFormat, Scales, Scheme, Shift};
 
-/// Pairs of inputs that are widened at once: 16 KiB of a panel of bf16, a multiple of AMX's blocks.
-pub const TILE_PAIRS: usize = 64;
-/// Words of the widest tile.
-pub const TILE_WORDS: usize = TILE_PAIRS * 2 * PANEL;
+/// Pairs of inputs that are spread at once: 16 KiB of a panel. No run is longer.
+pub const TILE_PAIRS: usize = keep::RUN_MAX / 2;
+/// Words of a tile.
+pub const TILE_WORDS: usize = TILE_PAIRS * PANEL;
+/// Bytes of codes that are asked for ahead of their use: between bursts of reading the hardware would ask for too few.
+const AHEAD: usize = 4096;
+/// Runs that are summed at once.
+pub const RUNS_MAX: usize = 16;
 
 /// Stored rows, one byte a code.
 pub trait Codes: Sync {
@@ -59,12 +63,26 @@ impl Plane {
     }
 }
 
+/// What the plane of codes holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Held {
+    Nibbles,
+    Integers,
+    Fp8,
+}
+
 /// A matrix of codes.
 pub struct Coded {
     scheme: Scheme,
     /// Inputs of a run, and of a span of runs that share a nested scale.
     run: usize,
     span: usize,
+    held: Held,
+    /// What is held for a code, times this, less `point` or the run's own point, is the code's number.
+    unit: f32,
+    point: f32,
+    /// The numbers of nibbles, before a run's point is taken from them.
+    entries: [bf16; 16],
     codes: Plane,
     scales: Plane,
     integers: Plane,
@@ -73,8 +91,11 @@ pub struct Coded {
     points: Plane,
 }
 
+/// Bytes are signed: unsigned ones that have a point of their own are held less this.
+const MIDDLE: f32 = 128.0;
+
 impl Coded {
-    /// `None` where codes are not kept ([`Coding::of`]), or can't be: numbers that are not finite or do not fit their format.
+    /// `None` where codes are not kept ([`Coding::of`]).
     pub fn new(
         pool: &Pool,
         source: &dyn Codes,
@@ -84,33 +105,68 @@ impl Coded {
     ) -> Result<Option<Coded>, Fault> {
         let scheme = source.scheme();
         let Some(coding) = Coding::of(scheme, source.first(), cols, segments, wide) else { return Ok(None) };
-        let Coding { run, span, .. } = coding;
+        let Coding { run, span, nibbles, .. } = coding;
         let [codes, scales, integers, minima, minimum_integers, points] =
             coding.planes().map(|keep::Plane { count, each }| Plane::new(rows, count, each));
         let (codes, scales, integers) = (codes?, scales?, integers?);
         let (minima, minimum_integers, points) = (minima?, minimum_integers?, points?);
-        let mut coded = Coded { scheme, run, span, codes, scales, integers, minima, minimum_integers, points };
-        let fits = coded.fill(pool, source, (rows, cols));
-        Ok(fits.then_some(coded))
+        let (held, unit, point) = match scheme.code {
+            Code::E4m3 => (Held::Fp8, FP8_UNIT, 0.0),
+            _ if nibbles => (Held::Nibbles, 1.0, 0.0),
+            Code::E2m1 => (Held::Integers, 0.5, 0.0),
+            Code::Integer { bits: 8, offset } => (Held::Integers, 1.0, offset as f32 - MIDDLE),
+            Code::Integer { .. } | Code::Iq4Nl => (Held::Integers, 1.0, 0.0),
+        };
+        let own_point = (scheme.shift == Shift::Point).then_some(0);
+        let entries = match held {
+            Held::Nibbles => std::array::from_fn(|code| bf16::from_f32(scheme.code.decode(code as u8, own_point))),
+            Held::Integers | Held::Fp8 => [bf16::ZERO; 16],
+        };
+        let mut coded = Coded {
+            scheme,
+            run,
+            span,
+            held,
+            unit,
+            point,
+            entries,
+            codes,
+            scales,
+            integers,
+            minima,
+            minimum_integers,
+            points,
+        };
+        coded.fill(pool, source, (rows, cols));
+        Ok(Some(coded))
     }
 
     pub fn bytes(&self) -> usize {
         self.planes().iter().map(|plane| plane.bytes.len()).sum()
     }
 
+    /// Pairs of inputs of a run, at most [`TILE_PAIRS`].
+    pub fn run_pairs(&self) -> usize {
+        self.run / 2
+    }
+
+    /// Whether sums of inputs count too.
+    pub fn is_shifted(&self) -> bool {
+        self.minima.count > 0 || self.points.count > 0 || self.point != 0.0
+    }
+
     fn planes(&self) -> [&Plane; 6] {
         [&self.codes, &self.scales, &self.integers, &self.minima, &self.minimum_integers, &self.points]
     }
 
-    fn fill(&mut self, pool: &Pool, source: &dyn Codes, (rows, cols): (usize, usize)) -> bool {
-        let (scheme, run, span) = (self.scheme, self.run, self.span);
+    fn fill(&mut self, pool: &Pool, source: &dyn Codes, (rows, cols): (usize, usize)) {
+        let (scheme, run, span, held) = (self.scheme, self.run, self.span, self.held);
         let format = match scheme.scales {
             Scales::Single(format) => format,
             Scales::Nested { .. } => ScaleFormat::F16,
         };
         let first = source.first();
         let touched = (first + cols).div_ceil(scheme.group) - first / scheme.group;
-        let fits = AtomicBool::new(true);
         let planes = [
             &mut self.codes,
             &mut self.scales,
@@ -131,15 +187,17 @@ impl Coded {
             for (lane, row) in (panel * PANEL..rows.min((panel + 1) * PANEL)).enumerate() {
                 source.codes(row, &mut bytes);
                 source.groups(row, &mut groups);
-                let mut good = spread(scheme.code, &bytes, (width, lane), parts[0]);
+                hold(held, scheme, &bytes, (width, lane), parts[0]);
                 let group = |k: usize| &groups[(first + k) / scheme.group - first / scheme.group];
                 for (index, k) in (0..cols).step_by(span).enumerate() {
                     let mut number = |plane: usize, value: f32| {
                         let each = planes[plane].1;
                         let at = (index * width + lane) * each;
-                        good &= write(format, value, &mut parts[plane][at..at + each]);
+                        write(format, value, &mut parts[plane][at..at + each]);
                     };
-                    number(1, group(k).scale);
+                    // A code that is no number makes its whole run none: what becomes of it in a sum is the same.
+                    let broken = held == Held::Fp8 && bytes[k..k + span].iter().any(|byte| byte & 0x7f == 0x7f);
+                    number(1, if broken { f32::NAN } else { group(k).scale });
                     if planes[3].0 > 0 {
                         number(3, group(k).minimum);
                     }
@@ -154,42 +212,38 @@ impl Coded {
                         }
                     }
                 }
-                if !good {
-                    fits.store(false, Ordering::Relaxed);
-                }
             }
         });
-        fits.into_inner()
     }
 
-    /// One row's values, as the multiplication sees them.
-    pub fn row(&self, (panel, width): (usize, usize), lane: usize, wide: bool, out: &mut [f32]) {
-        let byte = |plane: &Plane, index: usize| plane.bytes[plane.at((panel, width), index, lane)];
+    /// One row's values.
+    pub fn row(&self, place: (usize, usize), lane: usize, out: &mut [f32]) {
+        let byte = |plane: &Plane, index: usize| plane.bytes[plane.at(place, index, lane)];
         let nested = self.integers.count > 0;
-        let half = !wide;
         for (index, out) in out.chunks_mut(self.run).enumerate() {
             let k = index * self.run;
-            let (mut scale, mut minimum) = (self.number(&self.scales, (panel, width), k / self.span, lane), 0.0);
+            let (mut scale, mut minimum) = (self.number(&self.scales, place, k / self.span, lane), 0.0);
             if nested {
                 scale *= f32::from(byte(&self.integers, index)) - 128.0;
             }
             if self.minima.count > 0 {
-                minimum = self.number(&self.minima, (panel, width), k / self.span, lane);
+                minimum = self.number(&self.minima, place, k / self.span, lane);
                 if nested {
                     minimum *= f32::from(byte(&self.minimum_integers, index));
                 }
             }
-            let point = (self.points.count > 0).then(|| byte(&self.points, index));
+            let point = if self.points.count > 0 { f32::from(byte(&self.points, index)) } else { 0.0 };
             for (i, out) in out.iter_mut().enumerate() {
-                let code = match is_nibble(self.scheme.code) {
-                    true => byte(&self.codes, (k + i) / 2) >> (4 * (i % 2)) & 15,
-                    false => byte(&self.codes, k + i),
+                let code = match self.held {
+                    Held::Nibbles => {
+                        let (pair, half) = ((k + i) / 2, (k + i) % 2);
+                        let at = self.codes.at(place, pair / 4, lane) + 2 * half + pair % 4 / 2;
+                        self.entries[usize::from(self.codes.bytes[at] >> (4 * (pair % 2)) & 15)].to_f32()
+                    }
+                    Held::Integers => f32::from(byte(&self.codes, k + i) as i8) * self.unit,
+                    Held::Fp8 => Code::E4m3.decode(byte(&self.codes, k + i), None),
                 };
-                let mut value = self.scheme.code.decode(code, point) * scale;
-                if self.minima.count > 0 {
-                    value -= minimum;
-                }
-                *out = if half { round_half(value).to_f32() } else { value };
+                *out = (code - (point + self.point)) * scale - minimum;
             }
         }
     }
@@ -203,101 +257,94 @@ impl Coded {
         self.scheme.scales == Scales::Single(ScaleFormat::Bf16)
     }
 
-    /// Writes `pairs` pairs of inputs from input `first` on, and `pad` pairs of zeros after them, as words of a panel.
+    /// Writes what is held for `pairs` pairs of inputs from input `first` on, as words of a panel.
     ///
     /// # Safety
-    /// The inputs are the matrix's, `first` is even, and `out` holds the words.
+    /// The inputs are whole runs of the matrix's, and `out` holds the words.
     #[inline(always)]
-    pub unsafe fn widen<L: Lanes>(
-        &self,
-        place: (usize, usize),
-        (first, pairs, pad): (usize, usize, usize),
-        wide: bool,
-        out: *mut u32,
-    ) {
+    pub unsafe fn spread<L: Lanes>(&self, place: (usize, usize), (first, pairs): (usize, usize), out: *mut u32) {
         unsafe {
-            match self.scheme.code {
-                Code::E4m3 => self.shifted::<L, Fp8>(place, first, pairs, wide, out),
-                code if is_nibble(code) => self.shifted::<L, Nibble<L>>(place, first, pairs, wide, out),
-                _ => self.shifted::<L, Byte<L>>(place, first, pairs, wide, out),
-            }
-            let each = place.1 * if wide { 2 } else { 1 };
-            std::ptr::write_bytes(out.add(pairs * each), 0, pad * each);
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn shifted<L: Lanes, D: Decode<L>>(
-        &self,
-        place: (usize, usize),
-        first: usize,
-        pairs: usize,
-        wide: bool,
-        out: *mut u32,
-    ) {
-        unsafe {
-            match wide {
-                true => self.lanes::<L, D, true>(place, first, pairs, out),
-                false => self.lanes::<L, D, false>(place, first, pairs, out),
+            match self.held {
+                Held::Nibbles => self.nibbles::<L>(place, (first, pairs), out),
+                Held::Integers => self.bytes_as::<L>(place, (first, pairs), out, |p| L::number(L::signed(p))),
+                Held::Fp8 => {
+                    self.bytes_as::<L>(place, (first, pairs), out, |p| L::from_half(L::spread_fp8(L::bytes(p))))
+                }
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn lanes<L: Lanes, D: Decode<L>, const WIDE: bool>(
-        &self,
-        place: (usize, usize),
-        first: usize,
-        pairs: usize,
-        out: *mut u32,
-    ) {
-        let (width, end) = (place.1, first + 2 * pairs);
-        let offset = match self.scheme.code {
-            Code::Integer { offset, .. } if self.points.count == 0 => offset as f32,
-            _ => 0.0,
-        };
-        let mut table = [0.0f32; LANES];
-        for (code, slot) in table.iter_mut().enumerate() {
-            *slot = self.scheme.code.decode(code as u8, (self.points.count > 0).then_some(0));
-        }
+    unsafe fn nibbles<L: Lanes>(&self, place: (usize, usize), (first, pairs): (usize, usize), out: *mut u32) {
+        let width = place.1;
         unsafe {
-            let decoder = D::new(&table, offset);
-            let mut k = first;
-            while k < end {
-                let run = k / self.run;
-                let stop = end.min((run + 1) * self.run);
+            let table = L::table(&self.entries);
+            for four in 0..pairs / 4 {
+                let from = self.codes.pointer(place, first / 8 + four, 0).cast::<u32>();
+                let to = out.add(four * 4 * width);
                 for lane in (0..width).step_by(LANES) {
+                    let (v, to) = (L::load_bits(from.add(lane)), to.add(lane));
+                    L::prefetch_far(from.wrapping_add(lane + AHEAD / 4).cast());
+                    L::store_bits(to, L::codes::<0>(table, v));
+                    L::store_bits(to.add(width), L::codes::<1>(table, v));
+                    L::store_bits(to.add(2 * width), L::codes::<2>(table, v));
+                    L::store_bits(to.add(3 * width), L::codes::<3>(table, v));
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn bytes_as<L: Lanes>(
+        &self,
+        place: (usize, usize),
+        (first, pairs): (usize, usize),
+        out: *mut u32,
+        number: impl Fn(*const u8) -> L::F,
+    ) {
+        let width = place.1;
+        unsafe {
+            for pair in 0..pairs {
+                let from = self.codes.pointer(place, first + 2 * pair, 0);
+                // A line each: a panel is no wider.
+                L::prefetch_far(from.wrapping_add(AHEAD));
+                L::prefetch_far(from.wrapping_add(width + AHEAD));
+                for lane in (0..width).step_by(LANES) {
+                    let from = from.add(lane);
+                    L::store_bits(out.add(pair * width + lane), L::pair(number(from), number(from.add(width))));
+                }
+            }
+        }
+    }
+
+    /// Writes scales and shifts of `runs` runs from input `first` on: what a run's sum is multiplied by, and what the sum of
+    /// its inputs is.
+    ///
+    /// # Safety
+    /// The runs are the matrix's; `out` is valid for writes.
+    #[inline(always)]
+    pub unsafe fn factors<L: Lanes>(&self, place: (usize, usize), (first, runs): (usize, usize), out: *mut Factors) {
+        unsafe {
+            let (unit, constant) = (L::splat(self.unit), L::splat(self.point));
+            for index in 0..runs {
+                let (k, run) = (first + index * self.run, first / self.run + index);
+                for lane in (0..place.1).step_by(LANES) {
                     let scale = self.factor::<L>((&self.scales, &self.integers, 128.0), place, (k, run), lane);
-                    let minimum = match self.minima.count {
+                    L::store((&raw mut (*out).scales[index]).cast::<f32>().add(lane), L::mul(scale, unit));
+                    if !self.is_shifted() {
+                        continue;
+                    }
+                    let mut shift = match self.minima.count {
                         0 => L::splat(0.0),
                         _ => self.factor::<L>((&self.minima, &self.minimum_integers, 0.0), place, (k, run), lane),
                     };
-                    let point = match self.points.count {
-                        0 => L::splat(0.0),
-                        _ => L::number(L::bytes(self.points.pointer(place, run, lane))),
-                    };
-                    let mut codes = self.codes.pointer(place, if D::NIBBLES { k / 2 } else { k }, lane);
-                    let mut to = out.add((k - first) / 2 * width * if WIDE { 2 } else { 1 } + lane);
-                    for _ in 0..(stop - k) / 2 {
-                        let (mut even, mut odd) = decoder.pair(codes, width);
-                        if self.points.count > 0 {
-                            (even, odd) = (L::sub(even, point), L::sub(odd, point));
-                        }
-                        (even, odd) = (L::mul(even, scale), L::mul(odd, scale));
-                        if self.minima.count > 0 {
-                            (even, odd) = (L::sub(even, minimum), L::sub(odd, minimum));
-                        }
-                        if WIDE {
-                            L::store(to.cast(), even);
-                            L::store(to.add(width).cast(), odd);
-                        } else {
-                            L::store_bits(to, L::pair(even, odd));
-                        }
-                        codes = codes.add(width * if D::NIBBLES { 1 } else { 2 });
-                        to = to.add(width * if WIDE { 2 } else { 1 });
+                    let mut point = constant;
+                    if self.points.count > 0 {
+                        point = L::add(point, L::number(L::bytes(self.points.pointer(place, run, lane))));
                     }
+                    shift = L::fma(scale, point, shift);
+                    L::store((&raw mut (*out).shifts[index]).cast::<f32>().add(lane), shift);
                 }
-                k = stop;
             }
         }
     }
@@ -330,25 +377,30 @@ impl Coded {
     }
 }
 
-/// Writes a row's codes to its lane; false where one is NaN.
-fn spread(code: Code, bytes: &[u8], (width, lane): (usize, usize), out: &mut [u8]) -> bool {
-    if is_nibble(code) {
-        for (pair, both) in bytes.chunks_exact(2).enumerate() {
-            out[pair * width + lane] = both[0] | both[1] << 4;
-        }
-        return true;
-    }
+/// E4M3 as f16 with the same bits of exponent, whose bias is 15 and not 7.
+const FP8_UNIT: f32 = 256.0;
+
+/// Writes a row's codes to its lane, which is zero.
+fn hold(held: Held, scheme: Scheme, bytes: &[u8], (width, lane): (usize, usize), out: &mut [u8]) {
+    let number = |byte: u8| match scheme.code {
+        Code::Integer { bits: 8, .. } => f32::from(byte) - MIDDLE,
+        Code::E2m1 => 2.0 * scheme.code.decode(byte, None),
+        code => code.decode(byte, (scheme.shift == Shift::Point).then_some(0)),
+    };
     for (k, &byte) in bytes.iter().enumerate() {
-        out[k * width + lane] = byte;
+        match held {
+            Held::Nibbles => {
+                let (pair, half) = (k / 2, k % 2);
+                out[(pair / 4 * width + lane) * 4 + 2 * half + pair % 4 / 2] |= byte << (4 * (pair % 2));
+            }
+            Held::Integers => out[k * width + lane] = number(byte) as i8 as u8,
+            Held::Fp8 => out[k * width + lane] = if byte & 0x7f == 0x7f { 0 } else { byte },
+        }
     }
-    code != Code::E4m3 || bytes.iter().all(|byte| byte & 0x7f != 0x7f)
 }
 
-/// Past this a product with a code might leave f32's range.
-const GREATEST: f32 = 1e30;
-
-/// Writes a scale in its format; false where it is not one of its numbers, or not fit for arithmetic.
-fn write(format: ScaleFormat, value: f32, out: &mut [u8]) -> bool {
+/// Writes a scale in its format.
+fn write(format: ScaleFormat, value: f32, out: &mut [u8]) {
     let bits = value.to_bits();
     match format {
         ScaleFormat::F32 => out.copy_from_slice(&bits.to_le_bytes()),
@@ -356,7 +408,6 @@ fn write(format: ScaleFormat, value: f32, out: &mut [u8]) -> bool {
         ScaleFormat::Bf16 => out.copy_from_slice(&((bits >> 16) as u16).to_le_bytes()),
         ScaleFormat::E8m0 => out[0] = (bits >> 23) as u8,
     }
-    value.abs() < GREATEST && read(out.len(), format == ScaleFormat::Bf16, out).to_bits() == bits
 }
 
 fn read(each: usize, is_bf16: bool, bytes: &[u8]) -> f32 {
@@ -365,69 +416,5 @@ fn read(each: usize, is_bf16: bool, bytes: &[u8]) -> f32 {
         2 if is_bf16 => bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
         2 => f16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
         _ => f32::from_bits(u32::from(bytes[0]) << 23),
-    }
-}
-
-/// How codes become numbers.
-trait Decode<L: Lanes> {
-    const NIBBLES: bool;
-    unsafe fn new(table: &[f32; LANES], offset: f32) -> Self;
-    /// A pair of inputs of sixteen outputs; rows of codes are `width` apart.
-    unsafe fn pair(&self, p: *const u8, width: usize) -> (L::F, L::F);
-}
-
-/// An entry of a table of sixteen.
-struct Nibble<L: Lanes>(L::F);
-
-impl<L: Lanes> Decode<L> for Nibble<L> {
-    const NIBBLES: bool = true;
-    #[inline(always)]
-    unsafe fn new(table: &[f32; LANES], _offset: f32) -> Self {
-        unsafe { Nibble(L::load(table.as_ptr())) }
-    }
-    #[inline(always)]
-    unsafe fn pair(&self, p: *const u8, _width: usize) -> (L::F, L::F) {
-        unsafe {
-            let codes = L::bytes(p);
-            (L::lookup(self.0, codes), L::lookup(self.0, L::right::<4>(codes)))
-        }
-    }
-}
-
-/// An integer.
-struct Byte<L: Lanes>(L::F);
-
-impl<L: Lanes> Decode<L> for Byte<L> {
-    const NIBBLES: bool = false;
-    #[inline(always)]
-    unsafe fn new(_table: &[f32; LANES], offset: f32) -> Self {
-        unsafe { Byte(L::splat(offset)) }
-    }
-    #[inline(always)]
-    unsafe fn pair(&self, p: *const u8, width: usize) -> (L::F, L::F) {
-        unsafe {
-            let (even, odd) = (L::number(L::bytes(p)), L::number(L::bytes(p.add(width))));
-            (L::sub(even, self.0), L::sub(odd, self.0))
-        }
-    }
-}
-
-/// E4M3 by way of f16, whose conversion knows subnormals whatever the mode of arithmetic is.
-struct Fp8;
-
-impl<L: Lanes> Decode<L> for Fp8 {
-    const NIBBLES: bool = false;
-    #[inline(always)]
-    unsafe fn new(_table: &[f32; LANES], _offset: f32) -> Self {
-        Fp8
-    }
-    #[inline(always)]
-    unsafe fn pair(&self, p: *const u8, width: usize) -> (L::F, L::F) {
-        unsafe {
-            // Exponents are biased by 7 here and by 15 there.
-            let scale = L::splat(256.0);
-            let one = |codes: L::I| L::mul(L::from_half(L::spread_fp8(codes)), scale);
-            (one(L::bytes(p)), one(L::bytes(p.add(width))))
-        }
     }
 }

@@ -58,18 +58,21 @@ pub unsafe trait Lanes: Copy + 'static {
     unsafe fn bytes(p: *const u8) -> Self::I;
     /// Sixteen 16-bit numbers as words.
     unsafe fn shorts(p: *const u16) -> Self::I;
-    unsafe fn right<const N: u32>(v: Self::I) -> Self::I;
-    /// Words below 2^24 as numbers.
+    /// Sixteen signed bytes as words.
+    unsafe fn signed(p: *const u8) -> Self::I;
+    /// Signed words of less than 2^24 as numbers.
     unsafe fn number(v: Self::I) -> Self::F;
     /// 2^(n - 127); 0 where n is 0.
     unsafe fn power(v: Self::I) -> Self::F;
-    /// The entry that a word's lower four bits name.
-    unsafe fn lookup(table: Self::F, v: Self::I) -> Self::F;
+    /// A table of sixteen bf16 for [`codes`](Lanes::codes).
+    unsafe fn table(entries: &[bf16; 16]) -> Self::I;
+    /// Of each half of a word the entry that its `N`th nibble names.
+    unsafe fn codes<const N: u32>(table: Self::I, v: Self::I) -> Self::I;
     /// Words whose lower half is an f16 (the upper one is zero), subnormal ones too.
     unsafe fn from_half(v: Self::I) -> Self::F;
     /// Bytes `seeeemmm` as f16 with the same exponent: `s0eeeemmm0000000`.
     unsafe fn spread_fp8(v: Self::I) -> Self::I;
-    /// bf16 pairs of numbers that are neither NaN nor subnormal, rounded to nearest even.
+    /// Pairs of numbers that bf16 holds exactly.
     unsafe fn pair(even: Self::F, odd: Self::F) -> Self::I;
     /// Adds both products of bf16 pairs, the odd one first.
     #[inline(always)]
@@ -79,6 +82,9 @@ pub unsafe trait Lanes: Copy + 'static {
     /// Asks for the cache line at `p`, which need not be valid.
     #[inline(always)]
     unsafe fn prefetch(_p: *const u8) {}
+    /// The same, into the second cache.
+    #[inline(always)]
+    unsafe fn prefetch_far(_p: *const u8) {}
 
     /// Sum over lanes by halving: lane i + lane i+8, then +4, +2, +1.
     #[inline(always)]

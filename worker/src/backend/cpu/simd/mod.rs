@@ -12,6 +12,7 @@ pub mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod chains;
 pub mod coded;
 pub mod flush;
 pub mod grouped;
@@ -24,8 +25,10 @@ pub mod panel;
 pub mod pool;
 mod portable;
 mod prepare;
+mod products;
 pub mod roof;
 pub mod rows;
+mod runs;
 pub mod shared;
 
 use lanes::Kernel;

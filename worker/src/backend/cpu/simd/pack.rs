@@ -29,7 +29,7 @@ pub struct Packed {
     pub pairs: usize,
     /// Words: pairs of bf16, or bits of f32.
     pub words: Aligned<u32>,
-    /// What takes the place of words: they are made of it a chunk at a time.
+    /// What takes the place of words ([`super::runs`]).
     pub coded: Option<Coded>,
     /// Words are f32.
     pub wide: bool,
@@ -68,22 +68,20 @@ impl Packed {
         Ok(Packed { rows, cols, segments, pairs, words, coded: None, wide })
     }
 
-    /// The same matrix kept in its codes; `None` where they can't be kept or would save nothing ([`Coded::new`]).
+    /// The same matrix kept in its codes, where they are fewer bytes than its words (f32 where `wide`); else `None`.
     pub fn coded(
         pool: &Pool,
         source: &dyn Codes,
         (rows, cols): (usize, usize),
         segments: usize,
         wide: bool,
-        unit: usize,
     ) -> Result<Option<Packed>, Fault> {
         check(cols, segments)?;
-        let pairs = (cols / segments).div_ceil(2).next_multiple_of(unit);
         let Some(coded) = Coded::new(pool, source, (rows, cols), segments, wide)? else {
             return Ok(None);
         };
         let words = Aligned::zeroed(0)?;
-        Ok(Some(Packed { rows, cols, segments, pairs, words, coded: Some(coded), wide }))
+        Ok(Some(Packed { rows, cols, segments, pairs: cols / segments / 2, words, coded: Some(coded), wide: false }))
     }
 
     pub fn panels(&self) -> usize {
@@ -114,7 +112,7 @@ impl Packed {
         let panel = row / PANEL;
         let (width, lane) = (self.width(panel), row % PANEL);
         if let Some(coded) = &self.coded {
-            return coded.row((panel, width), lane, self.wide, out);
+            return coded.row((panel, width), lane, out);
         }
         let length = self.cols / self.segments;
         let start = self.panel_start(panel) + lane;

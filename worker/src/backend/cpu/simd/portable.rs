@@ -126,20 +126,24 @@ unsafe impl Lanes for Portable {
         unsafe { p.cast::<[u16; LANES]>().read_unaligned() }.map(u32::from)
     }
     #[inline(always)]
-    unsafe fn right<const N: u32>(v: Self::I) -> Self::I {
-        v.map(|v| v >> N)
+    unsafe fn signed(p: *const u8) -> Self::I {
+        unsafe { p.cast::<[i8; LANES]>().read_unaligned() }.map(|v| i32::from(v) as u32)
     }
     #[inline(always)]
     unsafe fn number(v: Self::I) -> Self::F {
-        v.map(|v| v as f32)
+        v.map(|v| v as i32 as f32)
     }
     #[inline(always)]
     unsafe fn power(v: Self::I) -> Self::F {
         v.map(|v| f32::from_bits(v << 23))
     }
     #[inline(always)]
-    unsafe fn lookup(table: Self::F, v: Self::I) -> Self::F {
-        v.map(|v| table[(v & 15) as usize])
+    unsafe fn table(entries: &[bf16; 16]) -> Self::I {
+        entries.map(|entry| u32::from(entry.to_bits()))
+    }
+    #[inline(always)]
+    unsafe fn codes<const N: u32>(table: Self::I, v: Self::I) -> Self::I {
+        v.map(|v| table[(v >> (4 * N) & 15) as usize] | table[(v >> (16 + 4 * N) & 15) as usize] << 16)
     }
     #[inline(always)]
     unsafe fn from_half(v: Self::I) -> Self::F {
@@ -151,10 +155,9 @@ unsafe impl Lanes for Portable {
     }
     #[inline(always)]
     unsafe fn pair(even: Self::F, odd: Self::F) -> Self::I {
-        let bits = |x: f32| u32::from(super::math::round_half(x).to_bits());
         let mut out = [0; LANES];
         for i in 0..LANES {
-            out[i] = bits(even[i]) | bits(odd[i]) << 16;
+            out[i] = even[i].to_bits() >> 16 | odd[i].to_bits() & 0xffff_0000;
         }
         out
     }
