@@ -4,9 +4,10 @@
 use anyhow::{Context, Result, ensure};
 use conclave_tests::cluster::{Place, free_address};
 use conclave_tests::etcd;
-use conclave_tests::process::{Served, answer, demo, until};
+use conclave_tests::process::{Served, demo, until};
+use conclave_tests::stream::{self, Said};
 use serde_json::{Value, json};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -21,42 +22,9 @@ fn question(seed: u64) -> Value {
     })
 }
 
-/// What a whole stream said, each choice's text and log-probabilities and the usage, and its longest pause.
-fn streamed(served: &Served, seed: u64) -> Result<(Vec<String>, Duration)> {
-    let body = question(seed).to_string();
-    let mut stream = served.open("POST", "/v1/chat/completions", body.as_bytes())?;
-    let (mut bytes, mut part) = (Vec::new(), [0; 4096]);
-    let (mut last, mut pause) = (Instant::now(), Duration::ZERO);
-    loop {
-        let count = stream.read(&mut part)?;
-        (pause, last) = (pause.max(last.elapsed()), Instant::now());
-        if count == 0 {
-            break;
-        }
-        bytes.extend_from_slice(&part[..count]);
-    }
-    let answer = answer(&bytes)?;
-    ensure!(answer.status == 200, "{}: {}", answer.status, String::from_utf8_lossy(&answer.body));
-    let mut said = vec![String::new(); 4];
-    for line in std::str::from_utf8(&answer.body)?.lines().filter_map(|line| line.strip_prefix("data: ")) {
-        if line == "[DONE]" {
-            return Ok((said, pause));
-        }
-        let event: Value = serde_json::from_str(line)?;
-        ensure!(event.get("error").is_none(), "{event}");
-        if let Some(usage) = event["usage"].as_object() {
-            said[3] = format!("{} {}", usage["prompt_tokens"], usage["completion_tokens"]);
-        }
-        for choice in event["choices"].as_array().context("choices")? {
-            let text = &mut said[choice["index"].as_u64().context("an index")? as usize];
-            *text += choice["delta"]["content"].as_str().unwrap_or_default();
-            for scored in choice["logprobs"]["content"].as_array().into_iter().flatten() {
-                *text += &format!("[{}]", scored["logprob"]);
-            }
-            *text += choice["finish_reason"].as_str().unwrap_or_default();
-        }
-    }
-    anyhow::bail!("the stream ended without [DONE]")
+/// What a whole stream said, and its longest pause.
+fn streamed(served: &Served, seed: u64) -> Result<(Said, Duration)> {
+    stream::read(served.open("POST", "/v1/chat/completions", question(seed).to_string().as_bytes())?)
 }
 
 /// Asks through all of `doors` while `change` goes on, and for so long after: every answer is the one given before. How

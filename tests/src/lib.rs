@@ -14,3 +14,4 @@ pub mod process;
 pub mod requests;
 pub mod ring;
 pub mod sim;
+pub mod stream;
