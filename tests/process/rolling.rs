@@ -60,7 +60,7 @@ fn serving(served: &Served, workers: &[&str]) -> bool {
         let status = served.get("/status").ok()?.json().ok()?;
         let members = status["members"].as_array()?;
         let here = |name: &&str| members.iter().any(|m| m["id"] == **name && m["phase"] != "idle");
-        Some(status["phase"] == "serving" && workers.iter().all(|name| here(name)))
+        Some(status["phase"] == "serving" && workers.iter().all(here))
     };
     served.get("/readyz").is_ok_and(|answer| answer.status == 200) && members().unwrap_or(false)
 }
