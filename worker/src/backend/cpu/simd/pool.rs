@@ -1,5 +1,8 @@
 //! The threads of one backend: `run` divides a job's tasks among the caller and the helpers.
 //!
+//! Each thread has a share of neighbouring tasks, so that what it reads lies in one stretch, and takes from the ends of the
+//! others' shares when its own is done.
+//!
 //! A helper that comes late finds the job closed and touches nothing, so a caller waits only for helpers at work and
 //! ranks may outnumber cores. Helpers spin a little between jobs, then sleep; an idle pool costs nothing.
 
@@ -7,6 +10,7 @@ use super::flush::Flush;
 use super::shared::Shared;
 use std::any::Any;
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*, fence};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -24,8 +28,9 @@ pub struct Pool {
 /// `state` is `generation << 32 | open << 31 | helpers at work`.
 struct Control {
     state: AtomicU64,
-    next: AtomicUsize,
-    job: UnsafeCell<Option<(Task<'static>, usize)>>,
+    /// The caller's, then each helper's.
+    shares: Box<[Share]>,
+    job: UnsafeCell<Option<Task<'static>>>,
     sleeping: AtomicUsize,
     stop: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -34,6 +39,28 @@ struct Control {
     spin: u32,
 }
 
+/// Tasks that wait, `first << 32 | end`. A line of its own.
+#[derive(Default)]
+#[repr(align(128))]
+struct Share(AtomicU64);
+
+impl Share {
+    fn fill(&self, tasks: Range<usize>) {
+        self.0.store((tasks.start as u64) << 32 | tasks.end as u64, Relaxed);
+    }
+
+    fn first(&self) -> Option<usize> {
+        let taken = self.0.fetch_update(Relaxed, Relaxed, |s| (s >> 32 < s & LOW).then(|| s + (1 << 32)));
+        taken.ok().map(|s| (s >> 32) as usize)
+    }
+
+    fn last(&self) -> Option<usize> {
+        let taken = self.0.fetch_update(Relaxed, Relaxed, |s| (s >> 32 < s & LOW).then(|| s - 1));
+        taken.ok().map(|s| ((s & LOW) - 1) as usize)
+    }
+}
+
+const LOW: u64 = u32::MAX as u64;
 const OPEN: u64 = 1 << 31;
 const WORKING: u64 = OPEN - 1;
 
@@ -48,7 +75,7 @@ impl Pool {
     pub fn new(threads: usize, spin: u32) -> std::io::Result<Pool> {
         let shared = Arc::new(Control {
             state: AtomicU64::new(0),
-            next: AtomicUsize::new(0),
+            shares: (0..threads.max(1)).map(|_| Share::default()).collect(),
             job: UnsafeCell::new(None),
             sleeping: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
@@ -61,7 +88,7 @@ impl Pool {
         for index in 1..threads {
             let control = pool.shared.clone();
             let helper = std::thread::Builder::new().name(format!("kernel-{index}"));
-            pool.helpers.push(helper.spawn(move || control.help())?);
+            pool.helpers.push(helper.spawn(move || control.help(index))?);
         }
         Ok(pool)
     }
@@ -73,6 +100,7 @@ impl Pool {
     /// Calls `task` with each of `0..tasks` once, on any thread and in any order, and returns when all are done.
     /// A task's panic is passed on. Subnormals are flushed throughout.
     pub fn run(&self, tasks: usize, task: Task<'_>) {
+        assert!(tasks as u64 <= LOW, "{tasks} tasks");
         let _flush = Flush::on();
         if tasks <= 1 || self.helpers.is_empty() {
             (0..tasks).for_each(task);
@@ -80,7 +108,7 @@ impl Pool {
         }
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let open = self.shared.open(task, tasks);
-        self.shared.work(task, tasks);
+        self.shared.work(task, 0);
         drop(open);
         let panic = self.shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(panic) = panic {
@@ -143,8 +171,10 @@ impl Control {
     fn open<'a>(&'a self, task: Task<'_>, tasks: usize) -> Open<'a> {
         // SAFETY: the lifetime is erased, not extended: `Open`'s drop waits until no helper uses the task. The cell
         // is ours: the state is closed and nobody is at work since the last `Open` was dropped.
-        unsafe { *self.job.get() = Some((std::mem::transmute::<Task<'_>, Task<'static>>(task), tasks)) };
-        self.next.store(0, Relaxed);
+        unsafe { *self.job.get() = Some(std::mem::transmute::<Task<'_>, Task<'static>>(task)) };
+        for (index, share) in self.shares.iter().enumerate() {
+            share.fill(tasks * index / self.shares.len()..tasks * (index + 1) / self.shares.len());
+        }
         let generation = (self.state.load(Relaxed) >> 32).wrapping_add(1) & 0xffff_ffff;
         self.state.store(generation << 32 | OPEN, SeqCst);
         fence(SeqCst);
@@ -155,18 +185,20 @@ impl Control {
         Open(self)
     }
 
-    fn work(&self, task: Task<'_>, tasks: usize) {
-        loop {
-            let index = self.next.fetch_add(1, Relaxed);
-            if index >= tasks {
-                return;
-            }
+    fn work(&self, task: Task<'_>, own: usize) {
+        while let Some(index) = self.shares[own].first() {
             task(index);
+        }
+        for other in 1..self.shares.len() {
+            let share = &self.shares[(own + other) % self.shares.len()];
+            while let Some(index) = share.last() {
+                task(index);
+            }
         }
     }
 
     /// A helper's life.
-    fn help(&self) {
+    fn help(&self, own: usize) {
         let _flush = Flush::on();
         let mut seen = 0u64;
         while let Some(generation) = self.wait(seen) {
@@ -176,10 +208,10 @@ impl Control {
             }
             // SAFETY: entered while open, so the caller keeps the task alive until we leave.
             let job = unsafe { *self.job.get() };
-            if let Some((task, tasks)) = job
-                && let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.work(task, tasks)))
+            if let Some(task) = job
+                && let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.work(task, own)))
             {
-                self.next.store(tasks, Relaxed);
+                self.shares.iter().for_each(|share| share.fill(0..0));
                 *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
             }
             self.state.fetch_sub(1, AcqRel);
