@@ -266,10 +266,8 @@ impl Coded {
         unsafe {
             match self.held {
                 Held::Nibbles => self.nibbles::<L>(place, (first, pairs), out),
-                Held::Integers => self.bytes_as::<L>(place, (first, pairs), out, |p| L::number(L::signed(p))),
-                Held::Fp8 => {
-                    self.bytes_as::<L>(place, (first, pairs), out, |p| L::from_half(L::spread_fp8(L::bytes(p))))
-                }
+                Held::Integers => self.bytes_as::<L, Integers>(place, (first, pairs), out),
+                Held::Fp8 => self.bytes_as::<L, Fp8>(place, (first, pairs), out),
             }
         }
     }
@@ -295,12 +293,11 @@ impl Coded {
     }
 
     #[inline(always)]
-    unsafe fn bytes_as<L: Lanes>(
+    unsafe fn bytes_as<L: Lanes, B: Bytes<L>>(
         &self,
         place: (usize, usize),
         (first, pairs): (usize, usize),
         out: *mut u32,
-        number: impl Fn(*const u8) -> L::F,
     ) {
         let width = place.1;
         unsafe {
@@ -311,10 +308,45 @@ impl Coded {
                 L::prefetch_far(from.wrapping_add(width + AHEAD));
                 for lane in (0..width).step_by(LANES) {
                     let from = from.add(lane);
-                    L::store_bits(out.add(pair * width + lane), L::pair(number(from), number(from.add(width))));
+                    L::store_bits(out.add(pair * width + lane), L::pair(B::number(from), B::number(from.add(width))));
                 }
             }
         }
+    }
+
+    /// Four pairs of inputs of sixteen outputs: the even ones and the odd ones of each pair.
+    ///
+    /// # Safety
+    /// `first` begins four pairs of the matrix, and `lane` a vector of the panel.
+    #[inline(always)]
+    pub unsafe fn four<L: Lanes, D: Decode<L>>(
+        &self,
+        decode: &D,
+        place: (usize, usize),
+        first: usize,
+        lane: usize,
+    ) -> [[L::F; 2]; 4] {
+        let index = if D::NIBBLES { first / 8 } else { first };
+        let (p, width) = (self.codes.pointer(place, index, lane), place.1);
+        unsafe {
+            if D::NIBBLES || lane == 0 {
+                // A line of nibbles is a vector's, one of bytes the whole panel's.
+                L::prefetch_far(p.wrapping_add(AHEAD));
+                for line in 1..if D::NIBBLES { 1 } else { 8 } {
+                    L::prefetch_far(p.wrapping_add(line * width + AHEAD));
+                }
+            }
+            decode.four(p, width)
+        }
+    }
+
+    /// The entries of nibbles' table, or `None` where bytes are held.
+    pub fn table(&self) -> Option<&[bf16; 16]> {
+        (self.held == Held::Nibbles).then_some(&self.entries)
+    }
+
+    pub fn is_fp8(&self) -> bool {
+        self.held == Held::Fp8
     }
 
     /// Writes scales and shifts of `runs` runs from input `first` on: what a run's sum is multiplied by, and what the sum of
@@ -374,6 +406,70 @@ impl Coded {
                 }
             }
         }
+    }
+}
+
+/// How what is held for four pairs becomes numbers.
+pub trait Decode<L: Lanes> {
+    const NIBBLES: bool;
+    /// # Safety
+    /// As [`Coded::four`]; rows of codes are `width` apart.
+    unsafe fn four(&self, p: *const u8, width: usize) -> [[L::F; 2]; 4];
+}
+
+/// Entries of a table.
+pub struct Nibbles<L: Lanes>(pub L::I);
+
+impl<L: Lanes> Decode<L> for Nibbles<L> {
+    const NIBBLES: bool = true;
+    #[inline(always)]
+    unsafe fn four(&self, p: *const u8, _width: usize) -> [[L::F; 2]; 4] {
+        unsafe {
+            let v = L::load_bits(p.cast());
+            let (a, b) = (L::codes::<0>(self.0, v), L::codes::<1>(self.0, v));
+            let (c, d) = (L::codes::<2>(self.0, v), L::codes::<3>(self.0, v));
+            [[L::low(a), L::high(a)], [L::low(b), L::high(b)], [L::low(c), L::high(c)], [L::low(d), L::high(d)]]
+        }
+    }
+}
+
+/// A byte's number.
+pub trait Bytes<L: Lanes> {
+    unsafe fn number(p: *const u8) -> L::F;
+}
+
+pub struct Integers;
+
+impl<L: Lanes> Bytes<L> for Integers {
+    #[inline(always)]
+    unsafe fn number(p: *const u8) -> L::F {
+        unsafe { L::number(L::signed(p)) }
+    }
+}
+
+/// By way of f16, whose conversion knows subnormals whatever the mode of arithmetic is.
+pub struct Fp8;
+
+impl<L: Lanes> Bytes<L> for Fp8 {
+    #[inline(always)]
+    unsafe fn number(p: *const u8) -> L::F {
+        unsafe { L::from_half(L::spread_fp8(L::bytes(p))) }
+    }
+}
+
+/// A byte each.
+pub struct Whole<B>(pub B);
+
+impl<L: Lanes, B: Bytes<L>> Decode<L> for Whole<B> {
+    const NIBBLES: bool = false;
+    #[inline(always)]
+    unsafe fn four(&self, p: *const u8, width: usize) -> [[L::F; 2]; 4] {
+        let mut pairs = [[unsafe { L::splat(0.0) }; 2]; 4];
+        for n in 0..4 {
+            let even = p.wrapping_add(2 * n * width);
+            pairs[n] = unsafe { [B::number(even), B::number(even.wrapping_add(width))] };
+        }
+        pairs
     }
 }
 

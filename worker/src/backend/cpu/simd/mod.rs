@@ -5,6 +5,7 @@
 
 pub mod activations;
 pub mod aligned;
+mod alone;
 #[cfg(target_arch = "x86_64")]
 pub mod amx;
 pub mod attention;

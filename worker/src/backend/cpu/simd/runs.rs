@@ -6,13 +6,12 @@
 //! ```
 //! A run's sum starts at zero and follows the kernel family's order; `sum(x)` adds vectors of sixteen inputs, then their lanes.
 
+use super::alone;
 use super::chains::{Grid, cover, emulated};
 use super::coded::{Coded, RUNS_MAX, TILE_PAIRS, TILE_WORDS};
 use super::lanes::{Element, LANES, Lanes};
 use super::pack::PANEL;
-#[cfg(target_arch = "x86_64")]
-use super::panel::AMX_PAIRS;
-use super::panel::{Input, TASK_ROWS, Task};
+use super::panel::{AMX_PAIRS, Input, TASK_ROWS, Task};
 use super::products::{FullByHalf, HalfByHalf, Product};
 use half::bf16;
 use model::plan::KernelFamily;
@@ -92,7 +91,7 @@ pub unsafe fn stretches<L: Lanes, T: Input>(
 
 /// The sum of `n` inputs.
 #[inline(always)]
-unsafe fn total<L: Lanes, T: Element>(x: *const T, n: usize) -> f32 {
+pub unsafe fn total<L: Lanes, T: Element>(x: *const T, n: usize) -> f32 {
     unsafe {
         let mut sum = T::load_up_to::<L>(x, n);
         for i in (LANES..n).step_by(LANES) {
@@ -213,6 +212,9 @@ pub unsafe fn chained<L: Lanes, M: Product<L>>(stretch: &Stretch<'_, M::X>) {
 /// As [`stretches`].
 #[inline(always)]
 pub unsafe fn segment<L: Lanes>(task: &Task<'_, bf16>, coded: &Coded, (at, length): (usize, usize), acc: *mut f32) {
+    if task.family == KernelFamily::Amx && L::WIDE && task.x.len() == 1 && coded.run_pairs().is_multiple_of(4) {
+        return unsafe { alone::row::<L>(task, coded, (at, length), acc) };
+    }
     #[cfg(target_arch = "x86_64")]
     if task.family == KernelFamily::Amx && fits_tiles::<L>(coded.run_pairs()) && task.x.len() <= super::amx::ROWS {
         return unsafe { piped::<L>(task, coded, (at, length), acc) };
