@@ -43,7 +43,8 @@ fn permitted() -> bool {
     false
 }
 
-/// `LDTILECFG`'s operand: accumulators 0 to 3 and activations 4 have `rows` rows, activations and weights 5 and 6 `pairs` pairs.
+/// `LDTILECFG`'s operand: accumulators 0 to 3 and activations 4 have `rows` rows, activations and weights 5 to 7 `pairs` pairs.
+/// Where rows are full and so are blocks, 5 may hold activations too.
 #[repr(C, align(64))]
 struct Configuration {
     palette: u8,
@@ -56,7 +57,7 @@ struct Configuration {
 impl Configuration {
     fn new(rows: usize, pairs: usize) -> Configuration {
         let (mut row_bytes, mut each) = ([0u16; 16], [0u8; 16]);
-        for tile in 0..7 {
+        for tile in 0..8 {
             row_bytes[tile] = if tile == 4 { 4 * pairs as u16 } else { 64 };
             each[tile] = if tile < 5 { rows as u8 } else { pairs as u8 };
         }
@@ -108,7 +109,21 @@ pub unsafe fn accumulate(
     let inputs = 2 * pairs + usize::from(lone);
     let (blocks, rest) = (inputs / BLOCK, inputs % BLOCK);
     debug_assert!(inputs <= 2 * CHUNK);
-    for first in (0..x.len()).step_by(ROWS) {
+    let mut first = 0;
+    while first < x.len() {
+        if let Some(rows) = x.get(first..first + 2 * ROWS)
+            && width == PANEL
+            && rest == 0
+            && let Some(stride) = even_stride(rows)
+        {
+            // SAFETY: the caller's promises, two tiles of rows at a time.
+            unsafe {
+                tiles.shape(ROWS, AMX_PAIRS);
+                square(rows[0].add(at), stride, w, blocks, acc.add(first * PANEL));
+            }
+            first += 2 * ROWS;
+            continue;
+        }
         let rows = &x[first..x.len().min(first + ROWS)];
         // SAFETY: the caller's promises, a tile of rows at a time.
         unsafe {
@@ -130,6 +145,7 @@ pub unsafe fn accumulate(
                 panel(copy.as_ptr(), BLOCK * size_of::<bf16>(), w, width, 1, acc);
             }
         }
+        first += ROWS;
     }
 }
 
@@ -308,6 +324,51 @@ unsafe fn panel(x: *const bf16, x_stride: usize, w: *const u32, width: usize, bl
         }
         for lane in (0..width).step_by(LANES) {
             one(x, x_stride, w.add(lane), width * 4, blocks, acc.add(lane));
+        }
+    }
+}
+
+/// Two tiles of rows times a full panel, two columns of tiles at a time, so that each tile that is loaded meets two.
+unsafe fn square(x: *const bf16, x_stride: usize, w: *const u32, blocks: usize, acc: *mut f32) {
+    for half in 0..2 {
+        // SAFETY: tiles are configured for what is loaded, and named as clobbers.
+        unsafe {
+            let acc = acc.add(half * 2 * LANES);
+            asm!(
+                "tileloadd tmm0, [{acc} + {width}*1]",
+                "tileloadd tmm1, [{acc} + {width}*1 + 64]",
+                "tileloadd tmm2, [{lower} + {width}*1]",
+                "tileloadd tmm3, [{lower} + {width}*1 + 64]",
+                "2:",
+                "tileloadd tmm4, [{x} + {x_stride}*1]",
+                "tileloadd tmm6, [{w} + {width}*1]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm5, [{y} + {x_stride}*1]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tileloadd tmm7, [{w} + {width}*1 + 64]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {x}, 64",
+                "add {y}, 64",
+                "add {w}, 4096",
+                "dec {blocks}",
+                "jnz 2b",
+                "tilestored [{acc} + {width}*1], tmm0",
+                "tilestored [{acc} + {width}*1 + 64], tmm1",
+                "tilestored [{lower} + {width}*1], tmm2",
+                "tilestored [{lower} + {width}*1 + 64], tmm3",
+                acc = in(reg) acc,
+                lower = in(reg) acc.add(ROWS * PANEL),
+                width = in(reg) PANEL * 4,
+                x = inout(reg) x => _,
+                y = inout(reg) x.byte_add(ROWS * x_stride) => _,
+                x_stride = in(reg) x_stride,
+                w = inout(reg) w.add(half * 2 * LANES) => _,
+                blocks = inout(reg) blocks => _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
         }
     }
 }

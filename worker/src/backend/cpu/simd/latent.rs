@@ -7,7 +7,7 @@ use super::attention::{Answers, LOWEST, QUERIES, Running, Values, WIDTH_MAX, Wei
 use super::lanes::{Element, Kernel, LANES, Lanes};
 use super::norms::NormInPlace;
 use super::pack::Packed;
-use super::panel::{Input, Source, TASK_ROWS, Target, panel};
+use super::panel::{Input, Source, TASK_ROWS, Target, panels};
 use super::pool::Pool;
 use super::rows::{Rotate, Round, Scale};
 use super::{Level, math, shared::Shared};
@@ -363,13 +363,13 @@ impl Step<'_> {
     ) {
         let heads = self.shape.heads;
         let values = &Shared::new(out);
-        let panels = w[0].as_ref().panels();
-        self.pool.run(heads * panels, &|task| {
-            let (h, index) = (task / panels, task % panels);
+        let each = w[0].as_ref().panels();
+        self.pool.run(heads * each, &|task| {
+            let (h, index) = (task / each, task % each);
             let x = Source { values: x, start: h * inputs, stride: heads * inputs, picks: None };
             let target = Target { values, start: h * outputs, stride: heads * outputs };
             // SAFETY: each task has its own head's panel.
-            unsafe { panel(self.level, self.family, x, w[h].as_ref(), index, None, 0..count, target) };
+            unsafe { panels(self.level, self.family, x, w[h].as_ref(), index..index + 1, None, 0..count, target) };
         });
     }
 }

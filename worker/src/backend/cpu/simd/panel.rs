@@ -18,11 +18,12 @@ use super::runs::{self, Stretch};
 use super::shared::Shared;
 use half::bf16;
 use model::plan::KernelFamily;
+use std::cell::RefCell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// Rows of one task.
-pub const TASK_ROWS: usize = 48;
+/// Most rows of one task.
+pub const TASK_ROWS: usize = 64;
 /// Most pairs between two stores of the accumulators: 64 KiB of a bf16 panel.
 pub const CHUNK: usize = 256;
 /// Pairs that AMX sums from zero before it adds to the accumulator.
@@ -30,10 +31,18 @@ pub const AMX_PAIRS: usize = 16;
 /// Sums pending in the tree: one for each power of two up to 8 segments.
 const PENDING: usize = 4;
 
+/// Rows of one task: whole passes, or whole pairs of tiles.
+const fn task_rows(family: KernelFamily) -> usize {
+    match family {
+        KernelFamily::Amx => TASK_ROWS,
+        KernelFamily::Vector => 8 * PASS_ROWS,
+    }
+}
+
 /// Pairs between two stores: with a few passes over the rows a chunk stays in the first cache between them.
 const fn chunk(rows: usize, family: KernelFamily) -> usize {
     match (family, rows) {
-        (KernelFamily::Amx, 17..) => CHUNK / 4,
+        (KernelFamily::Amx, 17..) => CHUNK / 2,
         (KernelFamily::Amx, _) => CHUNK,
         (KernelFamily::Vector, _) => match rows.div_ceil(PASS_ROWS) {
             2 => CHUNK / 8,
@@ -227,17 +236,17 @@ pub struct Target<'a> {
     pub stride: usize,
 }
 
-/// One panel of `rows` of the result.
+/// Some panels of `rows` of the result.
 ///
 /// # Safety
 /// No two calls at the same time write the same (panel, row) of a target.
 #[allow(clippy::too_many_arguments)] // the parts of one product
-pub unsafe fn panel<T: Input>(
+pub unsafe fn panels<T: Input>(
     level: Level,
     family: KernelFamily,
     x: Source<'_, T>,
     w: &Packed,
-    panel: usize,
+    panels: Range<usize>,
     bias: Option<&[f32]>,
     rows: Range<usize>,
     out: Target<'_>,
@@ -245,22 +254,72 @@ pub unsafe fn panel<T: Input>(
     assert!(bias.is_none_or(|b| b.len() == w.rows));
     assert!(rows.is_empty() || out.start + (rows.end - 1) * out.stride + w.rows <= out.values.len());
     assert!(!w.wide || size_of::<T>() == 4, "f32 weights need f32 inputs");
+    let run = |x: &[*const T], panel: usize, first: usize| {
+        // SAFETY: inside the target by the assertion above.
+        let start = unsafe { out.values.pointer().add(out.start + first * out.stride) };
+        level.run(Task {
+            w,
+            panel,
+            family,
+            x,
+            bias,
+            out: start,
+            out_stride: out.stride,
+            #[cfg(target_arch = "x86_64")]
+            tiles: super::amx::Tiles::default(),
+        });
+    };
     let mut pointers = [std::ptr::null(); TASK_ROWS];
-    let first = rows.start;
-    let x = x.rows(rows, w.cols, &mut pointers);
-    // SAFETY: inside the target by the assertion above.
-    let start = unsafe { out.values.pointer().add(out.start + first * out.stride) };
-    level.run(Task {
-        w,
-        panel,
-        family,
-        x,
-        bias,
-        out: start,
-        out_stride: out.stride,
-        #[cfg(target_arch = "x86_64")]
-        tiles: super::amx::Tiles::default(),
+    if x.picks.is_some() && level.has_tiles() && family == KernelFamily::Amx && rows.len() > AMX_ROWS {
+        for first in rows.clone().step_by(TASK_ROWS) {
+            let some = x.rows(first..rows.end.min(first + TASK_ROWS), w.cols, &mut pointers);
+            gathered(some, w.cols, |x| panels.clone().for_each(|panel| run(x, panel, first)));
+        }
+        return;
+    }
+    let height = task_rows(family);
+    for panel in panels {
+        for first in rows.clone().step_by(height) {
+            run(x.rows(first..rows.end.min(first + height), w.cols, &mut pointers), panel, first);
+        }
+    }
+}
+
+/// Rows of a tile; more are worth a copy.
+const AMX_ROWS: usize = 16;
+
+/// Calls `with` with copies of rows, at one distance that is no multiple of large powers of two, or the lines of a tile would
+/// share few sets of the first cache.
+fn gathered<T: Input>(x: &[*const T], cols: usize, with: impl FnOnce(&[*const T])) {
+    thread_local! {
+        static COPY: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    }
+    const LINE: usize = 64;
+    let stride = (cols * size_of::<T>()).next_multiple_of(2 * LINE) + LINE;
+    COPY.with_borrow_mut(|copy| {
+        let needed = TASK_ROWS * stride + LINE;
+        if copy.len() < needed {
+            copy.resize(needed, 0);
+        }
+        let start = copy.as_mut_ptr();
+        let start = start.wrapping_add(start.align_offset(LINE));
+        let mut rows = [std::ptr::null::<T>(); TASK_ROWS];
+        for (row, from) in x.iter().enumerate() {
+            let to = start.wrapping_add(row * stride).cast::<T>();
+            // SAFETY: the maker of the rows checked that each holds `cols` inputs; the copy has room for `TASK_ROWS` of them.
+            unsafe { std::ptr::copy_nonoverlapping(*from, to, cols) };
+            rows[row] = to;
+        }
+        with(&rows[..x.len()]);
     });
+}
+
+/// Rows that a task multiplies with a panel: as many as fit in half of a usual second cache, where they stay while panels come
+/// and go.
+fn strip_rows(family: KernelFamily, cols: usize) -> usize {
+    const CACHE: usize = 1 << 20;
+    let height = task_rows(family);
+    (CACHE / (2 * cols) / height * height).clamp(height, 8 * height)
 }
 
 /// `out[n, w.rows] = x w^T (+ bias)`.
@@ -277,12 +336,12 @@ pub fn multiply<T: Input>(
 ) {
     let out = Shared::new(out);
     let target = Target { values: &out, start: 0, stride: w.rows };
-    let strips = n.div_ceil(TASK_ROWS);
-    pool.run(w.panels() * strips, &|task| {
-        let (panel_index, strip) = (task / strips, task % strips);
-        let rows = strip * TASK_ROWS..n.min((strip + 1) * TASK_ROWS);
+    let height = strip_rows(family, w.cols);
+    pool.run(n.div_ceil(height) * w.panels(), &|task| {
+        let (strip, panel) = (task / w.panels(), task % w.panels());
+        let rows = strip * height..n.min((strip + 1) * height);
         // SAFETY: each task has its own panel and rows.
-        unsafe { panel(level, family, x, w, panel_index, bias, rows, target) };
+        unsafe { panels(level, family, x, w, panel..panel + 1, bias, rows, target) };
     });
 }
 
@@ -299,17 +358,20 @@ pub fn multiply_experts<T: Input>(
     out: &mut [f32],
 ) {
     let Some(&first) = active.first() else { return };
-    let (panels, rows) = (w[first as usize].as_ref().panels(), w[first as usize].as_ref().rows);
+    let (all, rows) = (w[first as usize].as_ref().panels(), w[first as usize].as_ref().rows);
     let out = Shared::new(out);
-    pool.run(active.len() * panels, &|task| {
-        let expert = active[task / panels] as usize;
+    // What is gathered for a task is worth several panels.
+    let gathers = x.picks.is_some() && offsets.last().is_some_and(|&pairs| pairs as usize > active.len() * AMX_ROWS);
+    let each = if gathers { all.div_ceil(2) } else { 1 };
+    let groups = all.div_ceil(each);
+    pool.run(active.len() * groups, &|task| {
+        let (expert, group) = (active[task / groups] as usize, task % groups);
         let w = w[expert].as_ref();
         assert_eq!(w.rows, rows, "experts differ in shape");
         let target = Target { values: &out, start: 0, stride: rows };
         let (start, end) = (offsets[expert] as usize, offsets[expert + 1] as usize);
-        for at in (start..end).step_by(TASK_ROWS) {
-            // SAFETY: each task has its own panel of its own expert's pairs.
-            unsafe { panel(level, family, x, w, task % panels, None, at..end.min(at + TASK_ROWS), target) };
-        }
+        let range = group * each..all.min((group + 1) * each);
+        // SAFETY: each task has its own panels of its own expert's pairs.
+        unsafe { panels(level, family, x, w, range, None, start..end, target) };
     });
 }
