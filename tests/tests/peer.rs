@@ -1,0 +1,72 @@
+//! What ranks load of a peer's files is what they load of their own: every segment's digest, and the answer.
+
+#![allow(clippy::unwrap_used)] // all of this file is a test
+
+use conclave_tests::ring::{Ring, Setting, fixture, fixtures, plan};
+use model::mesh::{Mesh, RankId};
+use model::plan::Epoch;
+use model::quant::Dtype;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use worker::collective::connect::DataPlane;
+use worker::engine::shard::Shelves;
+use worker::load::checkpoint::Checkpoint;
+use worker::load::remote::Lender;
+
+const MESHES: [(usize, usize, usize, usize); 6] =
+    [(1, 1, 1, 1), (1, 1, 2, 2), (1, 1, 2, 1), (1, 1, 4, 1), (2, 1, 2, 1), (1, 2, 1, 2)];
+
+/// A worker that lends the model at `path`, and one that borrows it.
+struct Pair {
+    _giver: DataPlane,
+    _taker: DataPlane,
+    lender: Arc<dyn Lender>,
+}
+
+fn pair(path: &Path) -> Pair {
+    let plane = || DataPlane::bind("127.0.0.1:0", None).unwrap();
+    let (giver, taker) = (plane(), plane());
+    let checkpoint = Checkpoint::open(path).unwrap();
+    let (identity, paths): (Vec<u8>, Vec<PathBuf>) = (checkpoint.identity(), checkpoint.paths());
+    giver.lend(&identity, "t", Box::new(move || Ok(paths.clone()))).unwrap();
+    let lender = taker.borrow(&[giver.address().to_string()], (&identity, "t"), Epoch(1)).unwrap();
+    Pair { _giver: giver, _taker: taker, lender }
+}
+
+/// Loads one mesh after the other of both, over shelves that keep what stays; the digests of what each holds.
+fn check(name: &str) -> usize {
+    let path = fixture(name);
+    let pair = pair(&path);
+    let own = Arc::new(Checkpoint::open(&path).unwrap());
+    let lent = Arc::new(Checkpoint::borrow(&pair.lender).unwrap());
+    assert_eq!(own.identity(), lent.identity(), "{name}");
+    assert!(lent.is_lent() && own.names().eq(lent.names()), "{name}");
+    let whole = own.spec().unwrap();
+    assert_eq!(format!("{whole:?}"), format!("{:?}", lent.spec().unwrap()), "{name}");
+    let mut meshes = 0;
+    let shelves = [Arc::new(Shelves::default()), Arc::new(Shelves::default())];
+    for (pipeline, data, tensor, expert) in MESHES {
+        let mesh = Mesh::new(pipeline, data, tensor, expert).unwrap();
+        let setting = Setting { predictors: whole.predictors.len(), ..Setting::new(mesh, Dtype::Bf16) };
+        let spec = whole.predicting(setting.predictors).unwrap();
+        if model::cut::check(&spec, &mesh).is_err() {
+            continue;
+        }
+        let (plan, ranks): (_, Vec<RankId>) = (plan(&spec, setting), mesh.all().collect());
+        let proven = |checkpoint: &Arc<Checkpoint>, shelves: &Arc<Shelves>| {
+            let ring = Ring::load_of(checkpoint.clone(), setting, Some(shelves.clone())).unwrap();
+            (shelves.proof(&spec, &plan, &ranks).unwrap(), ring.bytes_read())
+        };
+        let (here, there) = (proven(&own, &shelves[0]), proven(&lent, &shelves[1]));
+        assert!(here == there, "{name} {mesh}: {} and {} bytes", here.1, there.1);
+        meshes += 1;
+    }
+    meshes
+}
+
+#[test]
+fn what_a_peer_lends_is_what_its_files_hold() {
+    let names = fixtures();
+    let meshes: usize = names.iter().map(|name| check(name)).sum();
+    assert!(meshes > 3 * names.len(), "{meshes} meshes of {} models", names.len());
+}
