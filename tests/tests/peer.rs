@@ -70,3 +70,32 @@ fn what_a_peer_lends_is_what_its_files_hold() {
     let meshes: usize = names.iter().map(|name| check(name)).sum();
     assert!(meshes > 3 * names.len(), "{meshes} meshes of {} models", names.len());
 }
+
+/// What a lender's files hold wrong is in what the borrower proves: the list of digests, or who loaded before, finds it.
+#[test]
+fn a_flipped_bit_of_a_lender_is_in_what_is_proven() {
+    let folder = std::env::temp_dir().join(format!("conclave-lent-wrong-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).unwrap();
+    for entry in std::fs::read_dir(fixture("qwen3_moe")).unwrap().flatten() {
+        std::fs::copy(entry.path(), folder.join(entry.file_name())).unwrap();
+    }
+    let proven = || {
+        let pair = pair(&folder);
+        let lent = Arc::new(Checkpoint::borrow(&pair.lender).unwrap());
+        let spec = lent.spec().unwrap().predicting(0).unwrap();
+        let (setting, shelves) = (Setting::new(Mesh::ONE, Dtype::Bf16), Arc::new(Shelves::default()));
+        let _ring = Ring::load_of(lent, setting, Some(shelves.clone())).unwrap();
+        shelves.proof(&spec, &plan(&spec, setting), &[RankId(0)]).unwrap()
+    };
+    let before = proven();
+    let file = folder.join("model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x40;
+    std::fs::write(&file, bytes).unwrap();
+    let after = proven();
+    let differ = before.chunks(16).zip(after.chunks(16)).filter(|(a, b)| a != b).count();
+    assert!(before.len() == after.len() && (1..=2).contains(&differ), "{differ} segments differ");
+    std::fs::remove_dir_all(&folder).unwrap();
+}
