@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use worker::collective::weights::wire::{ASK, Ask, GREETING, Greeting, HEAD, Head, decode_list, encode_list};
+use worker::collective::weights::words::{ASK, Ask, GREETING, Greeting, HEAD, Head, decode_list, encode_list};
 use worker::load::remote::PART;
 
 fuzz_target!(|input: &[u8]| {

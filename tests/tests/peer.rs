@@ -6,6 +6,7 @@ use conclave_tests::ring::{Ring, Setting, fixture, fixtures, plan};
 use model::mesh::{Mesh, RankId};
 use model::plan::Epoch;
 use model::quant::Dtype;
+use model::step::{Begin, BlockId, Chunk, LaneBatch, Sampling, SeqId, StepBatch};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use worker::collective::connect::DataPlane;
@@ -33,7 +34,24 @@ fn pair(path: &Path) -> Pair {
     Pair { _giver: giver, _taker: taker, lender }
 }
 
-/// Loads one mesh after the other of both, over shelves that keep what stays; the digests of what each holds.
+/// A prompt in each lane, answered with log-probabilities.
+fn step(lanes: usize) -> StepBatch {
+    let sampling = Sampling { logprobs: Some(5), ..Sampling::GREEDY };
+    let lane = LaneBatch {
+        begun: vec![Begin { seq: SeqId(1), sampling, prompt_len: 6, history: Vec::new() }],
+        chunks: vec![Chunk {
+            seq: SeqId(1),
+            start: 0,
+            tokens: vec![3, 1, 4, 1, 5, 9],
+            blocks: vec![BlockId(0)],
+            sample: true,
+        }],
+        ended: Vec::new(),
+    };
+    StepBatch { lanes: vec![lane; lanes] }
+}
+
+/// Loads one mesh after the other of both, over shelves that keep what stays; compares what each proves and answers.
 fn check(name: &str) -> usize {
     let path = fixture(name);
     let pair = pair(&path);
@@ -53,12 +71,14 @@ fn check(name: &str) -> usize {
             continue;
         }
         let (plan, ranks): (_, Vec<RankId>) = (plan(&spec, setting), mesh.all().collect());
-        let proven = |checkpoint: &Arc<Checkpoint>, shelves: &Arc<Shelves>| {
-            let ring = Ring::load_of(checkpoint.clone(), setting, Some(shelves.clone())).unwrap();
-            (shelves.proof(&spec, &plan, &ranks).unwrap(), ring.bytes_read())
+        let loaded = |checkpoint: &Arc<Checkpoint>, shelves: &Arc<Shelves>| {
+            let mut ring = Ring::load_of(checkpoint.clone(), setting, Some(shelves.clone())).unwrap();
+            let answer = format!("{:?}", ring.step(&step(data)).unwrap());
+            (shelves.proof(&spec, &plan, &ranks).unwrap(), answer)
         };
-        let (here, there) = (proven(&own, &shelves[0]), proven(&lent, &shelves[1]));
-        assert!(here == there, "{name} {mesh}: {} and {} bytes", here.1, there.1);
+        let (here, there) = (loaded(&own, &shelves[0]), loaded(&lent, &shelves[1]));
+        assert!(here.0 == there.0, "{name} {mesh}: other digests");
+        assert!(here.1 == there.1 && here.1.contains("logprob"), "{name} {mesh}: {} and {}", here.1, there.1);
         meshes += 1;
     }
     meshes

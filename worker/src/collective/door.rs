@@ -7,7 +7,7 @@ use super::link::Link;
 use super::refused::{Reason, Refused};
 use super::sockets::{Interest, poll};
 use super::weights::give::Giver;
-use super::weights::wire::Greeting;
+use super::weights::words::Greeting;
 use model::fault::{Fault, FaultKind};
 use model::plan::Epoch;
 use std::collections::BTreeMap;

@@ -139,6 +139,7 @@ mod tests {
     }
 
     #[test]
+    #[allow(clippy::single_range_in_vec_init)] // lists of ranges
     fn the_rest_of_a_range_is_what_nobody_else_has() {
         for (others, left) in [
             (&[][..], &[10..20][..]),

@@ -11,6 +11,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Bytes asked for at a time.
 pub const PART: u64 = 1 << 20;
 
+/// Gets bytes, and which of those that were asked for they are, counted from the first.
+pub type Take<'a> = &'a mut dyn FnMut(u64, &[u8]) -> Result<(), Fault>;
+
 /// Workers that have a model's files, all with the same names and sizes.
 pub trait Lender: Send + Sync {
     /// Names and lengths: descriptions first, then what holds weights.
@@ -19,12 +22,7 @@ pub trait Lender: Send + Sync {
     /// Reads a strip of at most [`PART`] bytes of the file of that number. `take` gets pieces, each with its place in the strip;
     /// after a lender is lost all may come again from another one. Ends within a bounded time of silence, or as soon as
     /// the bytes are not wanted any more.
-    fn read(
-        &self,
-        file: usize,
-        strip: &Strip,
-        take: &mut dyn FnMut(u64, &[u8]) -> Result<(), Fault>,
-    ) -> Result<(), Fault>;
+    fn read(&self, file: usize, strip: &Strip, take: Take<'_>) -> Result<(), Fault>;
 }
 
 /// One file of a lender's.
@@ -34,8 +32,10 @@ pub struct Remote {
     index: usize,
     image: Arc<Image>,
     /// What was read to stay: headers, and small tensors that are looked at again and again.
-    stays: Arc<Mutex<Vec<(Range<u64>, Hold)>>>,
+    stays: Arc<Mutex<Vec<Kept>>>,
 }
+
+type Kept = (Range<u64>, Hold);
 
 impl std::fmt::Debug for Remote {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

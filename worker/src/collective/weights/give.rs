@@ -1,6 +1,6 @@
 //! The side that has the files: each stream is served by a thread of low priority, and there are few of them.
 
-use super::wire::{ASK, Ask, GREETING, Greeting, HEAD, Head, LIST_BYTES_MAX, WHY_BYTES_MAX, encode_list, proof};
+use super::words::{ASK, Ask, GREETING, Greeting, HEAD, Head, LIST_BYTES_MAX, WHY_BYTES_MAX, encode_list, proof};
 use crate::collective::hello::Answer;
 use crate::collective::link::Link;
 use crate::collective::refused::{Reason, Refused};

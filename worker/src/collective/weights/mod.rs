@@ -3,7 +3,7 @@
 
 pub mod give;
 pub mod take;
-pub mod wire;
+pub mod words;
 
 #[cfg(test)]
 mod tests;

@@ -1,13 +1,13 @@
 //! The side that needs the files: connections to workers that may have them, as many as threads read; each read goes to
 //! one that is idle, or to the next worker in turn, and on to another when a worker is lost.
 
-use super::wire::{Ask, Greeting, HEAD, Head, decode_list, proof};
+use super::words::{Ask, Greeting, HEAD, Head, decode_list, proof};
 use crate::collective::credentials::Credentials;
 use crate::collective::door::Fence;
 use crate::collective::hello::Answer;
 use crate::collective::link::Link;
 use crate::collective::sockets::{lost, read_exact, tune};
-use crate::load::remote::Lender;
+use crate::load::remote::{Lender, Take};
 use crate::load::strip::Strip;
 use model::fault::{Fault, FaultKind};
 use model::plan::Epoch;
@@ -190,12 +190,7 @@ impl Peers {
     }
 
     /// Asks once, and hands on what comes.
-    fn ask(
-        &self,
-        stream: &mut Stream,
-        ask: &Ask,
-        take: &mut dyn FnMut(u64, &[u8]) -> Result<(), Fault>,
-    ) -> Result<(), Missed> {
+    fn ask(&self, stream: &mut Stream, ask: &Ask, take: Take<'_>) -> Result<(), Missed> {
         let failed = |error| Missed::Lost(lost("asked", &error).text);
         stream.link.write_all(&ask.encode()).map_err(failed)?;
         let mut head = [0; HEAD];
@@ -232,12 +227,7 @@ impl Lender for Peers {
         &self.files
     }
 
-    fn read(
-        &self,
-        file: usize,
-        strip: &Strip,
-        take: &mut dyn FnMut(u64, &[u8]) -> Result<(), Fault>,
-    ) -> Result<(), Fault> {
+    fn read(&self, file: usize, strip: &Strip, take: Take<'_>) -> Result<(), Fault> {
         let ask = Ask::Read { file: file as u32, strip: *strip };
         loop {
             let idle = self.lock().idle.pop();

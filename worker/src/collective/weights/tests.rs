@@ -1,6 +1,6 @@
 //! Real sockets on loopback: givers that are sound, silent, dying or lying.
 
-use super::wire::*;
+use super::words::*;
 use crate::collective::authority::Authority;
 use crate::collective::connect::DataPlane;
 use crate::collective::hello::Answer;
@@ -11,7 +11,7 @@ use model::fault::{Fault, FaultKind};
 use model::plan::Epoch;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -158,8 +158,10 @@ fn nothing_outside_the_files_is_lent() {
     assert!(read(1, Strip::of(0..5)).0.given);
 }
 
+type Wrong = fn(&mut TcpStream);
+
 /// A giver that does well until it was asked so often, and then does `wrong`.
-fn dying(folder: &Folder, after: usize, wrong: fn(&mut TcpStream)) -> String {
+fn dying(folder: &Folder, after: usize, wrong: Wrong) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let files = [("a".to_owned(), 5), ("b".to_owned(), 3 * PART + 77)];
@@ -199,7 +201,7 @@ fn dying(folder: &Folder, after: usize, wrong: fn(&mut TcpStream)) -> String {
 fn the_next_peer_goes_on_where_one_is_lost() {
     let folder = Folder::new("dying");
     let sound = plane(&folder);
-    let wrongs: [(&str, fn(&mut TcpStream)); 3] = [
+    let wrongs: [(&str, Wrong); 3] = [
         ("closes", |_| {}),
         ("is cut in the middle", |socket| {
             let _ = socket.write_all(&Head { given: true, bytes: PART }.encode());
@@ -266,5 +268,4 @@ fn peers_whose_files_are_others_are_left_out() {
             scope.spawn(|| assert_eq!(read(&*lender, SOME).unwrap(), right(SOME)));
         }
     });
-    assert!(Path::new(&folder.0).is_dir());
 }

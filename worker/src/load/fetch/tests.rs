@@ -1,5 +1,5 @@
 use super::*;
-use crate::load::remote::Lender;
+use crate::load::remote::{Lender, Take};
 use model::catalog::Role;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -19,12 +19,7 @@ impl Lender for Made {
         &self.files
     }
 
-    fn read(
-        &self,
-        _: usize,
-        strip: &Strip,
-        take: &mut dyn FnMut(u64, &[u8]) -> Result<(), Fault>,
-    ) -> Result<(), Fault> {
+    fn read(&self, _: usize, strip: &Strip, take: Take<'_>) -> Result<(), Fault> {
         self.reads.fetch_add(1, Ordering::Relaxed);
         if self.broken.load(Ordering::Relaxed) {
             return Err(Fault::new(FaultKind::RankLost, "all are gone"));
