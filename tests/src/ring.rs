@@ -92,7 +92,11 @@ impl Ring {
 
     /// The same, all ranks with what they need of `shelves`, which keep nothing else.
     pub fn load_from(path: &Path, setting: Setting, shelves: Option<Arc<Shelves>>) -> Result<Ring> {
-        let checkpoint = Arc::new(Checkpoint::open(path)?);
+        Ring::load_of(Arc::new(Checkpoint::open(path)?), setting, shelves)
+    }
+
+    /// The same of a checkpoint that is open.
+    pub fn load_of(checkpoint: Arc<Checkpoint>, setting: Setting, shelves: Option<Arc<Shelves>>) -> Result<Ring> {
         let spec = Arc::new(checkpoint.spec()?);
         let plan = Arc::new(plan(&spec, setting));
         let ranks: Vec<RankId> = setting.mesh.all().collect();

@@ -258,9 +258,9 @@ impl<S: Store, P: Planner> Shell<S, P> {
                     let (sender, queue) = mpsc::channel(ORDERS_MAX * plan.members.len());
                     self.answers = Some(Answers { sender, queue: Some(queue) });
                 }
-                self.command(&worker, Body::Load(self.load(&plan)));
+                self.command(&worker, Body::Load(self.load(&worker, &plan)));
             }
-            Action::Prepare { worker, plan } => self.command(&worker, Body::Prepare(self.load(&plan))),
+            Action::Prepare { worker, plan } => self.command(&worker, Body::Prepare(self.load(&worker, &plan))),
             Action::Dismiss { worker } => {
                 tracing::info!("{} is drained", worker.0);
                 self.command(&worker, Body::Drained(wire::Drained {}));
@@ -299,11 +299,12 @@ impl<S: Store, P: Planner> Shell<S, P> {
         }
     }
 
-    fn load(&self, plan: &Plan) -> wire::Load {
+    fn load(&self, worker: &WorkerId, plan: &Plan) -> wire::Load {
         wire::Load {
             plan: Some(proto::convert::plan_to_wire(plan)),
             model_path: self.parts.model_path.clone(),
             model_identity: self.parts.identity.clone(),
+            lenders: self.parts.cluster.lenders(worker),
         }
     }
 

@@ -79,6 +79,9 @@ pub struct Door {
     pub token: String,
     pub build: String,
     pub beat_interval: Duration,
+    /// Where workers find the model, and what proves that they read the same.
+    pub model_path: String,
+    pub identity: Vec<u8>,
 }
 
 pub struct Service {
@@ -174,7 +177,11 @@ impl wire::cluster_server::Cluster for Service {
         let notices = self.notices()?;
         let (worker, connection) = (offer.worker.clone(), self.connections.fetch_add(1, Ordering::Relaxed));
         let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
-        let welcome = wire::Welcome { beat_interval_ms: self.door.beat_interval.as_millis() as u32 };
+        let welcome = wire::Welcome {
+            beat_interval_ms: self.door.beat_interval.as_millis() as u32,
+            model_path: self.door.model_path.clone(),
+            model_identity: self.door.identity.clone(),
+        };
         let welcome = wire::Command { body: Some(wire::command::Body::Welcome(welcome)) };
         commands.try_send(Ok(welcome)).expect("the channel is empty");
         let stopped = |_| Status::unavailable("the coordinator is stopping");

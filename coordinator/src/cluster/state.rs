@@ -25,6 +25,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+/// Told to one worker: enough to find one that has the model's files, short enough for a message to each.
+const LENDERS_MAX: usize = 256;
+
 /// What the core is told once.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rules {
@@ -144,6 +147,14 @@ impl<P: Planner> Cluster<P> {
     /// Plans and loads that failed since it last served.
     pub fn failures(&self) -> u32 {
         self.failures
+    }
+
+    /// Data addresses of all others that may lend `worker` the model's files: each is told to begin with another one.
+    pub fn lenders(&self, worker: &WorkerId) -> Vec<String> {
+        let others = || self.workers.iter().filter(|(id, w)| *id != worker && w.unfit.is_none());
+        let first = others().take_while(|(id, _)| *id < worker).count();
+        let addresses = others().cycle().skip(first).take(others().count().min(LENDERS_MAX));
+        addresses.map(|(_, w)| w.offer.data_address.clone()).collect()
     }
 
     /// Whether a worker loads for an epoch that is to follow the one that serves.

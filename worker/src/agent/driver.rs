@@ -1,6 +1,7 @@
 //! The agent's shell: the control stream, the step stream, beats and the rank threads.
 
 use super::door::{Door, SILENCE};
+use super::model::Model;
 use super::rank::{Counters, Order, Preparation, Ranks, Report};
 use super::state::{Action, Agent, Event, Phase};
 use crate::collective::connect::DataPlane;
@@ -14,7 +15,6 @@ use model::step::StepId;
 use proto::cluster::v1 as wire;
 use proto::cluster::v1::cluster_client::ClusterClient;
 use proto::tls::{TlsError, guard};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -182,7 +182,8 @@ struct Session<'a> {
     reports: mpsc::Sender<Report>,
     report_queue: Option<mpsc::Receiver<Report>>,
     ranks: Option<Ranks>,
-    model: PathBuf,
+    /// Who may lend what the last order to load is of, which has this identity.
+    lent: (Vec<u8>, Vec<String>),
     /// Where answers of the open step stream go.
     answers: Option<mpsc::Sender<wire::StepAnswer>>,
 }
@@ -216,7 +217,7 @@ impl<'a> Session<'a> {
             reports,
             report_queue: Some(report_queue),
             ranks: None,
-            model: PathBuf::new(),
+            lent: (Vec::new(), Vec::new()),
             answers: None,
         }
     }
@@ -308,20 +309,26 @@ impl<'a> Session<'a> {
         Ok(match command.body {
             Some(Body::Welcome(welcome)) => {
                 self.joined = true;
+                if let Err(fault) = self.model(&welcome.model_path, welcome.model_identity).lend(&self.plane) {
+                    tracing::warn!("no weights are lent: {fault}");
+                }
                 *beat = tokio::time::interval(Duration::from_millis(welcome.beat_interval_ms.clamp(50, 10_000).into()));
                 None
             }
             Some(Body::Load(load)) => match load.plan.map(proto::convert::plan_from_wire) {
-                Some(Ok(plan)) => Some(Event::Load {
-                    plan: Arc::new(plan),
-                    model_path: load.model_path,
-                    identity: load.model_identity,
-                }),
+                Some(Ok(plan)) => {
+                    self.lent = (load.model_identity.clone(), load.lenders);
+                    let (model_path, identity) = (load.model_path, load.model_identity);
+                    Some(Event::Load { plan: Arc::new(plan), model_path, identity })
+                }
                 Some(Err(e)) => return Err(Fault::new(FaultKind::Incompatible, e.to_string()).into()),
                 None => None,
             },
             Some(Body::Prepare(load)) => match load.plan.map(proto::convert::plan_from_wire) {
-                Some(Ok(plan)) => Some(Event::Prepare { plan: Arc::new(plan), model_path: load.model_path }),
+                Some(Ok(plan)) => {
+                    self.lent = (load.model_identity, load.lenders);
+                    Some(Event::Prepare { plan: Arc::new(plan), model_path: load.model_path })
+                }
                 Some(Err(e)) => return Err(Fault::new(FaultKind::Incompatible, e.to_string()).into()),
                 None => None,
             },
@@ -334,6 +341,17 @@ impl<'a> Session<'a> {
             // Ends the session before it comes here.
             Some(Body::Drained(_)) | None => None,
         })
+    }
+
+    /// The model that the coordinator keeps at `path`.
+    fn model(&self, path: &str, identity: Vec<u8>) -> Model {
+        Model { path: self.config.model(path), identity, token: self.config.token.clone(), lenders: Vec::new() }
+    }
+
+    /// The same of the last order to load, with who may lend it.
+    fn lent_model(&self, path: &str) -> Model {
+        let (identity, lenders) = self.lent.clone();
+        Model { lenders, ..self.model(path, identity) }
     }
 
     fn report(&mut self, report: Report) -> Option<Event> {
@@ -382,20 +400,20 @@ impl<'a> Session<'a> {
         use wire::worker_message::Body;
         match action {
             Action::StartRanks { plan, model_path } => {
-                self.model = self.config.model(&model_path);
+                let model = self.lent_model(&model_path);
                 let me = self.identity.name.clone();
-                tracing::info!("loading epoch {} of {}: {}", plan.epoch.0, self.model.display(), plan.mesh);
-                let (model, plane, reports) = (self.model.clone(), self.plane.clone(), self.reports.clone());
+                tracing::info!("loading epoch {} of {}: {}", plan.epoch.0, model.path.display(), plan.mesh);
+                let (plane, reports) = (self.plane.clone(), self.reports.clone());
                 self.ranks =
                     Some(Ranks::start(plan, me, model, (plane, self.shelves.clone()), &self.counters, reports));
             }
             Action::Prepare { plan, model_path } => {
-                let model = self.config.model(&model_path);
-                tracing::info!("preparing epoch {} of {}: {}", plan.epoch.0, model.display(), plan.mesh);
+                let model = self.lent_model(&model_path);
+                tracing::info!("preparing epoch {} of {}: {}", plan.epoch.0, model.path.display(), plan.mesh);
                 let offered: u64 = self.identity.devices.iter().map(|device| device.memory_bytes).sum();
                 let room = offered.saturating_sub(resident_bytes());
-                let (me, shelves) = (self.identity.name.clone(), self.shelves.clone());
-                Preparation { plan, me, model, shelves, room }.start(self.reports.clone());
+                let (me, shelves, plane) = (self.identity.name.clone(), self.shelves.clone(), self.plane.clone());
+                Preparation { plan, me, model, plane, shelves, room }.start(self.reports.clone());
             }
             Action::StopRanks { epoch } => {
                 self.answers = None;

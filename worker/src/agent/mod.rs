@@ -3,5 +3,6 @@
 
 pub mod door;
 pub mod driver;
+mod model;
 pub mod rank;
 pub mod state;

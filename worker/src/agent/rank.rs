@@ -1,5 +1,6 @@
 //! The device threads of one epoch: each rank is one OS thread that connects, loads its shard and runs steps in order.
 
+use super::model::Model;
 use crate::collective::connect::{Communicators, DataPlane, Options};
 use crate::collective::timed::{Stopwatch, Timed};
 use crate::engine::shard::{Shard, ShardConfig, Shelves, load_shard};
@@ -12,7 +13,6 @@ use model::step::{LaneBatch, LaneResult, StepBatch, StepId};
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc as channel;
@@ -82,7 +82,7 @@ pub struct Ranks {
 struct Setting {
     plan: Arc<Plan>,
     me: WorkerId,
-    model: PathBuf,
+    model: Model,
     shelves: Arc<Shelves>,
     plane: Arc<DataPlane>,
     watches: BTreeMap<RankId, Arc<Stopwatch>>,
@@ -99,7 +99,7 @@ impl Ranks {
     pub fn start(
         plan: Arc<Plan>,
         me: WorkerId,
-        model: PathBuf,
+        model: Model,
         (plane, shelves): (Arc<DataPlane>, Arc<Shelves>),
         counters: &Counters,
         reports: mpsc::Sender<Report>,
@@ -185,7 +185,8 @@ impl Drop for Ranks {
 pub struct Preparation {
     pub plan: Arc<Plan>,
     pub me: WorkerId,
-    pub model: PathBuf,
+    pub model: Model,
+    pub plane: Arc<DataPlane>,
     pub shelves: Arc<Shelves>,
     /// Bytes that it may take beside what is in use.
     pub room: u64,
@@ -208,7 +209,7 @@ impl Preparation {
     }
 
     fn run(&self) -> Result<(), Fault> {
-        let checkpoint = Checkpoint::open(&self.model)?;
+        let checkpoint = self.model.open(&self.plane, self.plan.epoch)?;
         let spec = checkpoint.spec()?.predicting(self.plan.predictors);
         let spec = spec.map_err(|e| Fault::new(FaultKind::Incompatible, e.to_string()))?;
         let Some(member) = self.plan.members.iter().find(|m| m.worker == self.me) else { return Ok(()) };
@@ -247,7 +248,7 @@ fn start(setting: Setting, seats: Vec<(RankId, channel::Receiver<Order>)>) {
 
 fn run_ranks(setting: &Setting, seats: Vec<(RankId, channel::Receiver<Order>)>) -> Result<(), Fault> {
     // A checkpoint that can't be read is the better message than peers that wait for us.
-    let checkpoint = Checkpoint::open(&setting.model)?;
+    let checkpoint = setting.model.open(&setting.plane, setting.plan.epoch)?;
     let spec = Arc::new(checkpoint.spec()?);
     let ranks: Vec<RankId> = seats.iter().map(|(rank, _)| *rank).collect();
     let predicting = spec.predicting(setting.plan.predictors);

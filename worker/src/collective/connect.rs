@@ -16,7 +16,10 @@ use super::solo::Solo;
 use super::tcp::Tcp;
 use super::wait::spin_for;
 use super::watch::{Lifeline, Watch};
+use super::weights::give::Open;
+use super::weights::take::Peers;
 use super::{Abort, Collective, local};
+use crate::load::remote::Lender;
 use model::fault::{Fault, FaultKind};
 use model::mesh::RankId;
 use model::plan::{Epoch, Member, Plan, WorkerId};
@@ -121,6 +124,23 @@ impl DataPlane {
         Ok(member.ranks.iter().map(|rank| (*rank, communicators(*rank))).collect())
     }
 
+    /// Lends the files that `open` finds to workers that need the model with this identity and know the cluster's token.
+    pub fn lend(&self, identity: &[u8], token: &str, open: Open) -> Result<(), Fault> {
+        self.door.giver().lend(whole(identity)?, token, open);
+        Ok(())
+    }
+
+    /// The files of the model with this identity, lent by workers at `addresses`, until `epoch` is over.
+    pub fn borrow(
+        &self,
+        addresses: &[String],
+        (identity, token): (&[u8], &str),
+        epoch: Epoch,
+    ) -> Result<Arc<dyn Lender>, Fault> {
+        let (identity, fence) = (whole(identity)?, self.door.fence(epoch));
+        Ok(Arc::new(Peers::find(addresses, (&identity, token), epoch, self.credentials.clone(), fence)?))
+    }
+
     /// Ends everything of `epoch` and before: communicators, connections that wait, a `connect` under way.
     pub fn abort_all(&self, epoch: Epoch) {
         self.door.raise(Epoch(epoch.0 + 1));
@@ -144,6 +164,12 @@ impl DataPlane {
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<(Epoch, Weak<dyn Abort>)>> {
         self.built.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A model's identity as it travels.
+fn whole(identity: &[u8]) -> Result<[u8; 32], Fault> {
+    let wrong = |_| Fault::new(FaultKind::Incompatible, format!("{} bytes identify no model", identity.len()));
+    identity.try_into().map_err(wrong)
 }
 
 /// A communicator to build: who is in it, and which worker holds each place.
@@ -367,7 +393,9 @@ impl<'a> Connecting<'a> {
             Some(Answer::OtherPlan) => (FaultKind::Incompatible, "acts on another plan of this epoch"),
             Some(Answer::OtherWire) => (FaultKind::Incompatible, "speaks another version of the data plane"),
             Some(Answer::Full) => (FaultKind::Internal, "holds too many connections already"),
-            None => (FaultKind::Incompatible, "does not answer as a data plane does"),
+            Some(Answer::Lacks | Answer::Busy) | None => {
+                (FaultKind::Incompatible, "does not answer as a data plane does")
+            }
         };
         Err(Fault::new(kind, format!("{}: {what}", self.who(group, place))))
     }

@@ -1,11 +1,13 @@
 //! The listener of a worker's data plane: takes peers' connections, hears who they are, and keeps each until its
-//! communicator claims it. Everything a stranger can make it hold is bounded.
+//! communicator claims it; those that ask for weights go to the giver. Everything a stranger can make it hold is bounded.
 
 use super::credentials::Credentials;
 use super::hello::{Answer, HELLO, Hello, Key};
 use super::link::Link;
 use super::refused::{Reason, Refused};
 use super::sockets::{Interest, poll};
+use super::weights::give::Giver;
+use super::weights::words::Greeting;
 use model::fault::{Fault, FaultKind};
 use model::plan::Epoch;
 use std::collections::BTreeMap;
@@ -42,6 +44,20 @@ struct Lobby {
     inner: Mutex<Parked>,
     arrived: Condvar,
     refused: Arc<Refused>,
+    giver: Giver,
+}
+
+/// Tells when an epoch is over.
+pub struct Fence {
+    lobby: Arc<Lobby>,
+    epoch: Epoch,
+}
+
+impl Fence {
+    /// Why nothing of the epoch may go on, if so.
+    pub fn ended(&self) -> Option<Fault> {
+        ended(&self.lobby.lock(), self.epoch)
+    }
 }
 
 #[derive(Default)]
@@ -118,6 +134,15 @@ impl Door {
             }
             parked = self.lobby.arrived.wait_timeout(parked, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// What this worker lends to others.
+    pub fn giver(&self) -> &Giver {
+        &self.lobby.giver
+    }
+
+    pub fn fence(&self, epoch: Epoch) -> Fence {
+        Fence { lobby: self.lobby.clone(), epoch }
     }
 
     /// Why nothing of `epoch` may go on, if so.
@@ -247,7 +272,14 @@ fn hear(mut stranger: Stranger, now: Instant, lobby: &Lobby) -> Option<Stranger>
     match Hello::decode(&stranger.bytes) {
         Some(Ok(hello)) => lobby.park(hello, stranger.link),
         Some(Err(answer)) => lobby.refuse(&mut stranger.link, answer),
-        None => lobby.refused.add(Reason::Stranger),
+        None => match Greeting::decode(&stranger.bytes) {
+            Some(Ok(greeting)) => {
+                let floor = lobby.lock().floor;
+                lobby.giver.serve(greeting, stranger.link, floor, &lobby.refused);
+            }
+            Some(Err(_)) => lobby.refuse(&mut stranger.link, Answer::OtherWire),
+            None => lobby.refused.add(Reason::Stranger),
+        },
     }
     None
 }

@@ -76,12 +76,16 @@ pub enum Answer {
     OtherWire = 4,
     /// Too many connections wait already.
     Full = 5,
+    /// It has not all of the files that it is asked to lend.
+    Lacks = 6,
+    /// It lends to as many as it may: to be asked again.
+    Busy = 7,
 }
 
 impl Answer {
     pub fn decode(byte: u8) -> Option<Answer> {
         use Answer::*;
-        [Welcome, Stale, OtherPlan, OtherWire, Full].into_iter().find(|answer| *answer as u8 == byte)
+        [Welcome, Stale, OtherPlan, OtherWire, Full, Lacks, Busy].into_iter().find(|answer| *answer as u8 == byte)
     }
 }
 

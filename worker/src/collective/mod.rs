@@ -7,6 +7,8 @@
 //! tcp      processes of several hosts          a full mesh of sockets, under TLS where the worker has certificates
 //! ```
 //!
+//! Over the same door one worker lends another its model's files ([`weights`]).
+//!
 //! Bits are part of the contract (*Canonical* level): [`Collective::sum`] adds by the balanced binary tree over ranks
 //! in f32 whatever the transport, so that a rank of a power-of-two communicator continues the tree of segments that
 //! its kernels began (see `model::cut`).
@@ -36,6 +38,7 @@ pub mod timed;
 mod tree;
 mod wait;
 mod watch;
+pub mod weights;
 
 use model::fault::Fault;
 use std::sync::Arc;

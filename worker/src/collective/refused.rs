@@ -21,11 +21,20 @@ pub enum Reason {
     OtherPlan,
     OtherWire,
     Full,
+    /// It asked for weights without the cluster's token.
+    Token,
 }
 
 impl Reason {
-    pub const ALL: [Reason; 6] =
-        [Reason::Stranger, Reason::Certificate, Reason::Stale, Reason::OtherPlan, Reason::OtherWire, Reason::Full];
+    pub const ALL: [Reason; 7] = [
+        Reason::Stranger,
+        Reason::Certificate,
+        Reason::Stale,
+        Reason::OtherPlan,
+        Reason::OtherWire,
+        Reason::Full,
+        Reason::Token,
+    ];
 
     /// For a metric's label.
     pub fn word(self) -> &'static str {
@@ -36,13 +45,14 @@ impl Reason {
             Reason::OtherPlan => "other_plan",
             Reason::OtherWire => "other_wire",
             Reason::Full => "full",
+            Reason::Token => "token",
         }
     }
 
-    /// What a peer that said hello is told; `None`: it is welcome.
+    /// What a peer that said hello is told; `None`: it belongs here, whatever it gets.
     pub fn of(answer: Answer) -> Option<Reason> {
         match answer {
-            Answer::Welcome => None,
+            Answer::Welcome | Answer::Lacks | Answer::Busy => None,
             Answer::Stale => Some(Reason::Stale),
             Answer::OtherPlan => Some(Reason::OtherPlan),
             Answer::OtherWire => Some(Reason::OtherWire),

@@ -49,6 +49,12 @@ pub fn option(stream: &TcpStream, level: i32, name: i32, value: libc::c_uint) ->
     if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Lets every other thread of the process go before the one that calls: for work that can wait.
+pub fn step_back() {
+    // SAFETY: only a number is passed; on Linux it is the calling thread's alone. Where it fails, it fails.
+    unsafe { libc::nice(10) };
+}
+
 /// The fault of a connection that broke; `who` is for the text.
 pub fn lost(who: &str, error: &std::io::Error) -> Fault {
     let kind = match error.kind() {

@@ -126,7 +126,8 @@ fn halves<B: Backend>(
     from: &LayerLoader<'_, B>,
 ) -> Result<(Vec<B::Matrix>, Vec<B::Matrix>), Fault> {
     let heads = |role, each: usize| -> Result<Vec<B::Matrix>, Fault> {
-        let all = from.window(role)?;
+        let window = from.window(role)?;
+        let all = window.view();
         assert_eq!(all.rows, shape.heads * each, "the catalogue declares this rank's heads");
         let head = |head| MatrixView { row: all.row + head * each, rows: each, ..all };
         (0..shape.heads).map(|h| from.made_of(role, h, || from.backend.matrix(&[head(h)], 1))).collect()

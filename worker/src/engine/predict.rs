@@ -37,7 +37,8 @@ impl<B: Backend> Predictor<B> {
         kinds: &Kinds,
         blocks: usize,
     ) -> Result<Predictor<B>, Fault> {
-        let all = from.window(Role::PredictorProjection)?;
+        let window = from.window(Role::PredictorProjection)?;
+        let all = window.view();
         let half = |index: usize| {
             let view = MatrixView { col: all.col + index * from.hidden, cols: from.hidden, ..all };
             from.made_of(Role::PredictorProjection, index, || from.backend.matrix(&[view], 1))

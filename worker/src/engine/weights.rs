@@ -8,7 +8,7 @@ use super::moe::Mixture;
 use super::pass::Pass;
 use super::tables::Kinds;
 use crate::backend::{Backend, MatrixView, NormWeights};
-use crate::load::loader::Loader;
+use crate::load::loader::{Loader, Window};
 use crate::load::shelf::{Label, Shelf};
 use model::catalog::{self, Role, TensorId};
 use model::fault::Fault;
@@ -69,7 +69,7 @@ impl<B: Backend> Vocabulary<B> {
         let outer = |role| TensorId { layer: None, role, expert: None };
         let table = |role| {
             let label = Label { pieces: vec![from.piece(outer(role))?], segments: 1, number: 0 };
-            shelf.get(label, || backend.matrix(&[from.window(outer(role))?], 1))
+            shelf.get(label, || backend.matrix(&[from.window(outer(role))?.view()], 1))
         };
         let norm = |of: &Norm, [weight, bias]: [Role; 2]| -> Result<NormWeights<B::Vector>, Fault> {
             let vector = |role| backend.vector(&from.values(outer(role))?);
@@ -148,8 +148,11 @@ impl<B: Backend> LayerLoader<'_, B> {
         let segments = self.loader.segments(self.id(roles[0], expert))?;
         let pieces: Result<Vec<_>, Fault> = roles.iter().map(|&r| self.loader.piece(self.id(r, expert))).collect();
         self.shelf.get(Label { pieces: pieces?, segments, number: 0 }, || {
-            let parts: Result<Vec<_>, Fault> = roles.iter().map(|&r| self.loader.window(self.id(r, expert))).collect();
-            self.backend.matrix(&parts?, segments)
+            let windows: Result<Vec<Window<'_>>, Fault> =
+                roles.iter().map(|&r| self.loader.window(self.id(r, expert))).collect();
+            let windows = windows?;
+            let parts: Vec<MatrixView<'_>> = windows.iter().map(Window::view).collect();
+            self.backend.matrix(&parts, segments)
         })
     }
 
@@ -165,7 +168,7 @@ impl<B: Backend> LayerLoader<'_, B> {
     }
 
     /// This rank's window of a tensor.
-    pub fn window(&self, role: Role) -> Result<MatrixView<'_>, Fault> {
+    pub fn window(&self, role: Role) -> Result<Window<'_>, Fault> {
         self.loader.window(self.id(role, None))
     }
 

@@ -57,10 +57,14 @@ impl Drop for Ahead {
     }
 }
 
-/// A layer's experts come last, gate and up of each together; else the sort keeps the declarations' order.
 fn ordered(mut windows: Vec<(TensorId, Span)>) -> Vec<(TensorId, Span)> {
-    windows.sort_by_key(|(id, _)| (id.layer, is_expert(id.role), id.role == Role::ExpertDown, id.expert));
+    windows.sort_by_key(|(id, _)| order(id));
     windows
+}
+
+/// A layer's experts come last, gate and up of each together; else a stable sort keeps the declarations' order.
+pub fn order(id: &TensorId) -> (Option<usize>, bool, bool, Option<usize>) {
+    (id.layer, is_expert(id.role), id.role == Role::ExpertDown, id.expert)
 }
 
 /// Stays [`AHEAD_BYTES`] ahead of the end of the last place that was told.

@@ -1,12 +1,17 @@
 //! One [`Checkpoint`] over the two layouts models are published in: a Hugging Face directory (`config.json` beside one
-//! or many safetensors files) and a single `.gguf` file. The files stay mapped; a tensor is a slice of them.
+//! or many safetensors files) and a single `.gguf` file. The files stay mapped; a tensor is a slice of them. Where the
+//! files are another worker's ([`Checkpoint::borrow`]), what is mapped is an image of them, and a slice may be read only
+//! after it was asked for.
 
 use super::ahead::Span;
+use super::needs::Need;
+use super::remote::{Lender, PART, Remote};
+use super::strip::Strip;
 use super::{Encoding, Entry, bad, gguf, safetensors};
 use crate::backend::MatrixView;
 use memmap2::Mmap;
 use model::catalog::ROPE_FACTORS;
-use model::fault::Fault;
+use model::fault::{Fault, FaultKind};
 use model::gguf::Value;
 use model::gguf::split::Split;
 use model::identity::identity;
@@ -14,9 +19,12 @@ use model::quant::Format;
 use model::spec::ModelSpec;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+const CONFIG: &str = "config.json";
+const GENERATION: &str = "generation_config.json";
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
@@ -32,6 +40,14 @@ pub struct Checkpoint {
 struct File {
     path: PathBuf,
     map: Arc<Mmap>,
+    /// Where it is another worker's.
+    remote: Option<Remote>,
+}
+
+/// Where files come from.
+enum Source<'a> {
+    Folder(&'a Path),
+    Lent(&'a Arc<dyn Lender>),
 }
 
 #[derive(Debug)]
@@ -68,19 +84,29 @@ impl Checkpoint {
     pub fn open(path: &Path) -> Result<Checkpoint, Fault> {
         let is_file = path.is_file();
         if is_file && path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
-            return Checkpoint::gguf(path);
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            return Checkpoint::gguf(&Source::Folder(path.parent().unwrap_or(Path::new(""))), &name);
         }
         if is_file {
             return Err(bad(format!("{}: a model is a directory or a .gguf file", path.display())));
         }
-        Checkpoint::directory(path)
+        Checkpoint::directory(&Source::Folder(path))
     }
 
-    fn gguf(path: &Path) -> Result<Checkpoint, Fault> {
-        let file = File::map(path)?;
-        let header = gguf::header(&file.map).map_err(|f| file.blame(f))?;
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let split = Split::of(&name, &header.metadata).map_err(|e| file.blame(bad(e.to_string())))?;
+    /// Opens what others lend: headers are read now, weights as they are used.
+    pub fn borrow(lender: &Arc<dyn Lender>) -> Result<Checkpoint, Fault> {
+        let source = Source::Lent(lender);
+        let gguf = |name: &str| Path::new(name).extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+        match lender.files().iter().find(|(name, _)| gguf(name)) {
+            Some((name, _)) => Checkpoint::gguf(&source, name),
+            None => Checkpoint::directory(&source),
+        }
+    }
+
+    fn gguf(source: &Source<'_>, name: &str) -> Result<Checkpoint, Fault> {
+        let file = source.file(name)?;
+        let header = file.gguf()?;
+        let split = Split::of(name, &header.metadata).map_err(|e| file.blame(bad(e.to_string())))?;
         let Some(split) = split else {
             let mut tensors = Tensors::default();
             tensors.add(file, header.entries)?;
@@ -89,30 +115,31 @@ impl Checkpoint {
         let mut tensors = Tensors::default();
         let mut first = None;
         for index in 0..split.parts {
-            let path = path.with_file_name(split.name(index));
-            if !path.is_file() {
-                let (parts, shown) = (split.parts, path.display());
-                return Err(bad(format!("{shown}: part {} of {parts} is missing", index + 1)));
+            let part = split.name(index);
+            if !source.has(&part) {
+                let (parts, shown) = (split.parts, source.path(&part));
+                return Err(bad(format!("{}: part {} of {parts} is missing", shown.display(), index + 1)));
             }
-            let file = File::map(&path)?;
-            let header = gguf::header(&file.map).map_err(|f| file.blame(f))?;
+            let file = source.file(&part)?;
+            let header = file.gguf()?;
             split.check(index, &header.metadata).map_err(|e| file.blame(bad(e.to_string())))?;
             tensors.add(file, header.entries)?;
             first.get_or_insert((header.metadata, header.data));
         }
         let (metadata, header) = first.expect("a split has two parts or more");
-        split.check_tensors(&metadata, tensors.places.len()).map_err(|e| bad(format!("{}: {e}", path.display())))?;
+        let shown = source.path(name);
+        split.check_tensors(&metadata, tensors.places.len()).map_err(|e| bad(format!("{}: {e}", shown.display())))?;
         Ok(tensors.described(Description::Gguf { metadata, header }))
     }
 
-    fn directory(path: &Path) -> Result<Checkpoint, Fault> {
-        let config = read(&path.join("config.json"))?;
-        let generation = path.join("generation_config.json");
-        let generation = if generation.is_file() { Some(read(&generation)?) } else { None };
-        let (names, promised) = shards(path)?;
+    fn directory(source: &Source<'_>) -> Result<Checkpoint, Fault> {
+        let config = source.text(CONFIG)?;
+        let generation = if source.has(GENERATION) { Some(source.text(GENERATION)?) } else { None };
+        let (names, promised) = shards(source)?;
         let mut tensors = Tensors::default();
         for name in names {
-            let file = File::map(&path.join(name))?;
+            let file = source.file(&name)?;
+            file.safetensors_ready()?;
             let entries = safetensors::entries(&file.map).map_err(|f| file.blame(f))?;
             tensors.add(file, entries)?;
         }
@@ -178,17 +205,62 @@ impl Checkpoint {
 
     /// Where bytes that it lent lie.
     pub fn span(&self, bytes: &[u8]) -> Option<Span> {
+        let (file, from) = self.place(bytes)?;
+        Some(Span { map: file.map.clone(), bytes: from..from + bytes.len() })
+    }
+
+    fn place(&self, bytes: &[u8]) -> Option<(&File, usize)> {
         let start = bytes.as_ptr().addr();
         self.files.iter().find_map(|file| {
             let from = start.checked_sub(file.map.as_ptr().addr())?;
-            let end = from.checked_add(bytes.len())?;
-            (end <= file.map.len()).then(|| Span { map: file.map.clone(), bytes: from..end })
+            (from.checked_add(bytes.len())? <= file.map.len()).then_some((file, from))
         })
+    }
+
+    /// Whether its files are another worker's.
+    pub fn is_lent(&self) -> bool {
+        self.files.iter().any(|file| file.remote.is_some())
+    }
+
+    /// Where another worker has what is needed.
+    pub fn remote(&self, need: &Need<'_>) -> Option<(Remote, Strip)> {
+        let (file, from) = self.place(need.of)?;
+        Some((file.remote.clone()?, Strip { start: need.strip.start + from as u64, ..need.strip }))
+    }
+
+    /// Lets bytes that it lent be read from now on: of few tensors, since they stay in memory.
+    pub fn ready(&self, bytes: &[u8]) -> Result<(), Fault> {
+        match self.place(bytes) {
+            Some((file, from)) => file.ready(from..from + bytes.len()),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether two of its stretches hold the same bytes.
+    pub fn equal(&self, one: &[u8], other: &[u8]) -> Result<bool, Fault> {
+        if !self.is_lent() || one.len() != other.len() {
+            return Ok(one == other);
+        }
+        for (one, other) in one.chunks(PART as usize).zip(other.chunks(PART as usize)) {
+            let mut holds = Vec::new();
+            for bytes in [one, other] {
+                let (remote, strip) = self
+                    .remote(&Need { of: bytes, strip: Strip::of(0..bytes.len() as u64) })
+                    .ok_or_else(|| Fault::new(FaultKind::Internal, "bytes of no file of the checkpoint"))?;
+                holds.push(remote.hold(strip.start..strip.start + strip.run));
+                remote.read(&strip)?;
+            }
+            if one != other {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// A small tensor's values.
     fn values(&self, name: &str) -> Result<Vec<f32>, Fault> {
         let stored = self.tensor(name)?;
+        self.ready(stored.bytes)?;
         let cols = stored.shape.iter().product();
         Ok(super::values(&MatrixView::whole(stored.format, stored.bytes, 1, cols)))
     }
@@ -207,6 +279,17 @@ impl Checkpoint {
     pub fn files(&self) -> (PathBuf, Vec<String>) {
         let folder = self.files.first().and_then(|file| file.path.parent()).unwrap_or(Path::new("."));
         (folder.to_owned(), self.files.iter().map(File::name).collect())
+    }
+
+    /// Every file that it is read from, descriptions first: what another worker needs to open the same.
+    pub fn paths(&self) -> Vec<PathBuf> {
+        let (folder, names) = self.files();
+        let described: &[&str] = match &self.description {
+            Description::Gguf { .. } => &[],
+            Description::Config { .. } => &[CONFIG, GENERATION, INDEX],
+        };
+        let described = described.iter().map(|name| folder.join(name)).filter(|path| path.is_file());
+        described.chain(names.iter().map(|name| folder.join(name))).collect()
     }
 
     /// All names, sorted.
@@ -252,16 +335,52 @@ impl File {
         self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
-    fn map(path: &Path) -> Result<File, Fault> {
+    fn map(path: PathBuf) -> Result<File, Fault> {
         let unreadable = |e: std::io::Error| bad(format!("{}: {e}", path.display()));
-        let file = fs::File::open(path).map_err(unreadable)?;
+        let file = fs::File::open(&path).map_err(unreadable)?;
         if file.metadata().map_err(unreadable)?.len() == 0 {
             return Err(bad(format!("{}: the file is empty", path.display())));
         }
         // SAFETY: the map is read-only and private. A file that someone truncates while it is served ends this process
         // (SIGBUS), as it does in every server that maps weights: recovery treats it as a lost rank.
         let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
-        Ok(File { path: path.to_owned(), map: Arc::new(map) })
+        Ok(File { path, map: Arc::new(map), remote: None })
+    }
+
+    /// Lets these bytes be read from now on.
+    fn ready(&self, bytes: Range<usize>) -> Result<(), Fault> {
+        self.remote.as_ref().map_or(Ok(()), |remote| remote.keep(bytes.start as u64..bytes.end as u64))
+    }
+
+    /// Lets a safetensors header be read; what is wrong with it is its reader's to say.
+    fn safetensors_ready(&self) -> Result<(), Fault> {
+        let size = self.map.len();
+        self.ready(0..size.min(8))?;
+        let length = self.map.first_chunk::<8>().map_or(0, |length| u64::from_le_bytes(*length));
+        match usize::try_from(length)
+            .ok()
+            .filter(|&n| n <= safetensors::HEADER_BYTES_MAX && n <= size.saturating_sub(8))
+        {
+            Some(length) => self.ready(8..8 + length),
+            None => Ok(()),
+        }
+    }
+
+    fn gguf(&self) -> Result<gguf::Header, Fault> {
+        // How long a header is shows only when it is read.
+        let mut known = if self.remote.is_some() { self.map.len().min(PART as usize) } else { self.map.len() };
+        while known < self.map.len() {
+            self.ready(0..known)?;
+            match model::gguf::file::parse(&self.map[..known]) {
+                Ok(gguf) if gguf.data_offset <= known as u64 => break,
+                Ok(_) | Err(_) if known as u64 > TEXT_BYTES_MAX => {
+                    return Err(self.blame(bad(format!("the header takes more than {TEXT_BYTES_MAX} bytes"))));
+                }
+                Ok(_) | Err(_) => known = (known * 4).min(self.map.len()),
+            }
+        }
+        self.ready(0..known)?;
+        gguf::header(&self.map).map_err(|f| self.blame(f))
     }
 
     fn blame(&self, fault: Fault) -> Fault {
@@ -286,16 +405,64 @@ pub fn indexed(index: &str) -> Result<(BTreeSet<String>, BTreeMap<String, String
 }
 
 /// The safetensors files of a directory, and where its index promises which tensors.
-fn shards(directory: &Path) -> Result<(BTreeSet<String>, BTreeMap<String, String>), Fault> {
-    let index = directory.join(INDEX);
-    if index.is_file() {
-        return indexed(&read(&index)?).map_err(|f| bad(format!("{}: {}", index.display(), f.text)));
+fn shards(source: &Source<'_>) -> Result<(BTreeSet<String>, BTreeMap<String, String>), Fault> {
+    if source.has(INDEX) {
+        let shown = source.path(INDEX);
+        return indexed(&source.text(INDEX)?).map_err(|f| bad(format!("{}: {}", shown.display(), f.text)));
     }
-    if directory.join(SINGLE).is_file() {
+    if source.has(SINGLE) {
         return Ok((BTreeSet::from([SINGLE.to_owned()]), BTreeMap::new()));
     }
-    let shown = directory.display();
+    let shown = match source {
+        Source::Folder(path) => path.display().to_string(),
+        Source::Lent(_) => "a peer's files".into(),
+    };
     Err(bad(format!("{shown}: neither {SINGLE} nor {INDEX} is there; pickled checkpoints (.bin, .pt) are never read")))
+}
+
+impl Source<'_> {
+    /// How a file is named to people.
+    fn path(&self, name: &str) -> PathBuf {
+        match self {
+            Source::Folder(folder) => folder.join(name),
+            Source::Lent(_) => name.into(),
+        }
+    }
+
+    fn lent(&self, name: &str) -> Option<(&Arc<dyn Lender>, usize)> {
+        let Source::Lent(lender) = self else { return None };
+        Some((lender, lender.files().iter().position(|(listed, _)| listed == name)?))
+    }
+
+    fn has(&self, name: &str) -> bool {
+        match self {
+            Source::Folder(folder) => folder.join(name).is_file(),
+            Source::Lent(_) => self.lent(name).is_some(),
+        }
+    }
+
+    fn file(&self, name: &str) -> Result<File, Fault> {
+        if let Source::Folder(folder) = self {
+            return File::map(folder.join(name));
+        }
+        let missing = || bad(format!("{name}: no peer's file is called so"));
+        let (lender, index) = self.lent(name).ok_or_else(missing)?;
+        let remote = Remote::new(lender.clone(), index)?;
+        Ok(File { path: name.into(), map: remote.map().clone(), remote: Some(remote) })
+    }
+
+    fn text(&self, name: &str) -> Result<String, Fault> {
+        if let Source::Folder(folder) = self {
+            return read(&folder.join(name));
+        }
+        let file = self.file(name)?;
+        let length = file.map.len();
+        if length as u64 > TEXT_BYTES_MAX {
+            return Err(bad(format!("{name}: {length} bytes, at most {TEXT_BYTES_MAX} make sense")));
+        }
+        file.ready(0..length)?;
+        String::from_utf8(file.map.to_vec()).map_err(|e| bad(format!("{name}: {e}")))
+    }
 }
 
 /// The longest index of a published model takes some 10 MiB.

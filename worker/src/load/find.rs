@@ -309,6 +309,7 @@ impl<'a> Matrix<'a, '_> {
     fn order(&self, name: &str, groups: usize, group: Option<usize>) -> Result<Option<&'a [u8]>, Fault> {
         let cols = self.cols();
         let bytes = self.part(name, &[Format::I32], &[&[cols]])?.bytes;
+        self.checkpoint.ready(bytes)?;
         if let Some(input) = (0..cols).find(|k| word(bytes, *k) as usize >= groups) {
             let found = word(bytes, input) as i32;
             let why = format!("it puts input {input} into group {found}, there are {groups}");
@@ -321,6 +322,7 @@ impl<'a> Matrix<'a, '_> {
     /// `weight_shape` repeats the matrix's.
     fn check_stated(&self, name: &str) -> Result<(), Fault> {
         let stored = self.part(name, &[Format::I64, Format::I32], &[&[2]])?;
+        self.checkpoint.ready(stored.bytes)?;
         let each = stored.bytes.len() / 2;
         let number =
             |at: usize| stored.bytes[at * each..(at + 1) * each].iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));

@@ -1,9 +1,10 @@
 //! What one rank reads of a checkpoint: the windows of the declared tensors that its place in the mesh holds.
 
 use super::ahead::Ahead;
-use super::beside::{Beside, Packing};
 use super::checkpoint::Checkpoint;
+use super::fetch::{Fetch, Held, Wanted};
 use super::find::{find, stored_cols};
+use super::needs::needs;
 use super::shelf::{Kept, Piece};
 use super::{bad, values};
 use crate::backend::MatrixView;
@@ -32,8 +33,22 @@ pub struct Loader<'a> {
     total: u64,
     progress: Progress<'a>,
     ahead: Ahead,
+    /// Where the files are another worker's.
+    fetch: Option<Fetch>,
     /// What need not be read, and the digests of what is.
     kept: Kept,
+}
+
+/// A window whose bytes are there as long as it lives.
+pub struct Window<'a> {
+    view: MatrixView<'a>,
+    _held: Option<Held>,
+}
+
+impl Window<'_> {
+    pub fn view(&self) -> MatrixView<'_> {
+        self.view
+    }
 }
 
 impl<'a> Loader<'a> {
@@ -56,12 +71,19 @@ impl<'a> Loader<'a> {
             let (stages, mesh) = (plan.stages.len(), plan.mesh);
             return Err(Fault::new(FaultKind::Internal, format!("the plan has {stages} ranges of layers for {mesh}")));
         }
-        let (mut total, mut windows) = (0, Vec::new());
+        let (mut total, mut windows, mut wanted) = (0, Vec::new(), Vec::new());
         for decl in declared.iter().filter(|d| catalog::on_stage(spec, &d.id, &plan.stages, stage)) {
-            let lacks = |view: &MatrixView<'_>| !kept.pieces.contains(&piece_of(decl.id, view));
-            if let Some(view) = window(checkpoint, spec, decl, &plan.mesh, rank)?.filter(lacks) {
+            let Some(view) = window(checkpoint, spec, decl, &plan.mesh, rank)? else { continue };
+            let lacks = !kept.pieces.contains(&piece_of(decl.id, &view));
+            if lacks {
                 total += view_bytes(&view);
-                windows.extend(checkpoint.span(span(&view)).map(|span| (decl.id, span)));
+            }
+            let needs = needs(&view);
+            if checkpoint.is_lent() {
+                let strips = needs.iter().filter_map(|need| checkpoint.remote(need)).collect();
+                wanted.push(Wanted { id: decl.id, ahead: lacks, strips });
+            } else if lacks {
+                windows.extend(needs.iter().filter_map(|need| Some((decl.id, checkpoint.span(need.extent())?))));
             }
         }
         progress(0, total);
@@ -76,6 +98,7 @@ impl<'a> Loader<'a> {
             total,
             progress,
             ahead: Ahead::new(windows),
+            fetch: if checkpoint.is_lent() { Some(Fetch::new(wanted)?) } else { None },
             kept,
         })
     }
@@ -91,18 +114,19 @@ impl<'a> Loader<'a> {
     }
 
     /// This rank's window of a tensor, which it must hold.
-    pub fn window(&self, id: TensorId) -> Result<MatrixView<'a>, Fault> {
+    pub fn window(&self, id: TensorId) -> Result<Window<'a>, Fault> {
         let decl = self.declaration(id)?;
         self.ahead.reach(id);
         let view = window(self.checkpoint, &self.spec, decl, &self.mesh, self.rank)?.ok_or_else(|| {
             Fault::new(FaultKind::Internal, format!("rank {} holds nothing of {}", self.rank.0, decl.source.name))
         })?;
+        let held = self.fetch.as_ref().map(|fetch| fetch.take(id)).transpose()?;
         self.kept.proofs.take(decl, &view);
         if !self.kept.pieces.contains(&piece_of(id, &view)) {
             self.done.set(self.done.get() + view_bytes(&view));
             (self.progress)(self.done.get(), self.total);
         }
-        Ok(view)
+        Ok(Window { view, _held: held })
     }
 
     /// What names this rank's window of a tensor.
@@ -115,8 +139,8 @@ impl<'a> Loader<'a> {
 
     /// This rank's part of a tensor as f32 values, row-major: norms, biases, and what must be rearranged.
     pub fn values(&self, id: TensorId) -> Result<Vec<f32>, Fault> {
-        let view = self.window(id)?;
-        Ok(values(&view))
+        let window = self.window(id)?;
+        Ok(values(&window.view()))
     }
 
     /// How many segments this rank's part of a matrix sums apart: its share of the canonical ones.
@@ -168,7 +192,7 @@ fn check_copies(checkpoint: &Checkpoint, spec: &ModelSpec, mesh: &Mesh, slice: u
             let (rows, all) = (own.shape.first().copied().unwrap_or(1), own.bytes.len());
             let mine = cut::vocab_rows(rows, mesh.tensor, slice);
             let bytes = mine.start * (all / rows)..mine.end * (all / rows);
-            copy.bytes[bytes.clone()] == own.bytes[bytes]
+            checkpoint.equal(&copy.bytes[bytes.clone()], &own.bytes[bytes])?
         };
         if !same {
             let why = format!("it is not the same as {of}, which predictors share with the model");
@@ -205,20 +229,6 @@ fn window<'a>(
     let Some(slice) = cut::slice(decl.cut, decl.rows, decl.cols, mesh, rank) else { return Ok(None) };
     let (row, rows, col, cols) = (slice.rows.start, slice.rows.len(), slice.cols.start, slice.cols.len());
     Ok(Some(MatrixView { row, rows, col, cols, ..whole(checkpoint, spec, decl)? }))
-}
-
-/// The bytes of the codes or values that a window's rows lie in.
-fn span<'a>(view: &MatrixView<'a>) -> &'a [u8] {
-    let row = match view.beside {
-        None => view.format.bytes(view.stored_cols),
-        Some(Beside { packing: Packing::Bytes { .. }, inputs, .. }) => inputs,
-        Some(Beside { packing: Packing::Rows { bits }, inputs, .. }) => Beside::row_bytes(bits, inputs),
-        Some(_) => return view.bytes,
-    };
-    if view.transposed || view.fused.is_some() {
-        return view.bytes;
-    }
-    &view.bytes[view.row * row..(view.row + view.rows) * row]
 }
 
 /// Bytes of the values of a window, whole blocks or not; of codes without what lies beside them.

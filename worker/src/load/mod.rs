@@ -5,7 +5,10 @@
 //! * [`widen`]: stored values as f32; [`codes`]: quantised ones as codes and the scales of their groups, which lie in
 //!   [`blocks`] (GGUF) or [`beside`] each other in tensors of their own (Hugging Face).
 //! * [`find`]: where a declared matrix lies, and whether it is all there.
+//! * [`needs`]: which stored bytes a window takes, as [`strip`]s of its files.
 //! * [`ahead`]: windows asked for before they are needed.
+//! * [`remote`]: files that another worker lends, [`image`]: what is in memory of them, [`fetch`]: their windows brought in
+//!   time.
 //! * [`manifest`]: files compared with a list of their digests.
 //! * [`loader`]: what a rank reads: the windows of the declared tensors that its place in the mesh holds.
 //! * [`proof`]: digests of what was read, by canonical segment.
@@ -16,13 +19,18 @@ pub mod beside;
 pub mod blocks;
 pub mod checkpoint;
 pub mod codes;
+pub mod fetch;
 pub mod find;
 pub mod gguf;
+pub mod image;
 pub mod loader;
 pub mod manifest;
+pub mod needs;
 pub mod proof;
+pub mod remote;
 pub mod safetensors;
 pub mod shelf;
+pub mod strip;
 pub mod widen;
 
 use crate::backend::MatrixView;

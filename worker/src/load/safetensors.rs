@@ -8,7 +8,7 @@ use serde::{Deserialize, Deserializer};
 use std::collections::BTreeMap;
 
 /// The format's own bound on its header.
-const HEADER_BYTES_MAX: usize = 100_000_000;
+pub const HEADER_BYTES_MAX: usize = 100_000_000;
 
 /// The tensors by name; `__metadata__` says nothing that is needed.
 struct Header {

@@ -94,8 +94,11 @@ impl<P: Planner> Cluster<P> {
         self.cause = why;
     }
 
-    /// Lets those end that shall and that nothing needs.
+    /// Lets those end that shall and that nothing needs. While an epoch is loaded they may have to lend it the model.
     pub(super) fn dismiss(&mut self, actions: &mut Vec<Action>) {
+        if matches!(self.phase, Phase::Loading(_)) {
+            return;
+        }
         let plans = [self.plan(), self.reshape.as_ref().map(|r| &r.plan)];
         let needed = |id: &WorkerId| plans.iter().flatten().any(|p| p.members.iter().any(|m| m.worker == *id));
         let done: Vec<WorkerId> =
