@@ -194,7 +194,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
         // Who is alone leads.
         false => (watch::channel(Standing::Leads(None)).1, Some(routes)),
         true => {
-            let (campaign, standing) = Campaign::new(store.clone(), address.clone(), random_token());
+            let (campaign, standing) = Campaign::new(store.clone(), address.clone(), random_token(), build.clone());
             elects = Some(tokio::spawn(campaign.run(told, wished)));
             let follower = Follower {
                 introduction: introduction.clone(),
