@@ -14,6 +14,7 @@
 
 mod reshape;
 mod slow;
+mod stuck;
 
 use super::event::{Action, Beat, Event};
 use super::pace::Paces;
@@ -223,6 +224,7 @@ impl<P: Planner> Cluster<P> {
             }
         }
         self.try_reshape(now, &mut actions);
+                self.stuck(now, &mut actions);
         self.dismiss(&mut actions);
         if self.phase == Phase::Gathering {
             self.try_plan(now, &mut actions);

@@ -185,6 +185,8 @@ struct Session<'a> {
     model: PathBuf,
     /// Where answers of the open step stream go.
     answers: Option<mpsc::Sender<wire::StepAnswer>>,
+    /// What [`Ranks::waiting`] last said, and since when.
+    waiting: Option<(u64, Instant)>,
 }
 
 impl<'a> Session<'a> {
@@ -220,6 +222,7 @@ impl<'a> Session<'a> {
             answers: None,
         }
     }
+            waiting: None,
 
     fn offer(&self, agent: &Agent) -> wire::WorkerMessage {
         let families = self.identity.families.iter().map(|&f| proto::convert::family_to_wire(f).into()).collect();
@@ -453,7 +456,8 @@ impl<'a> Session<'a> {
     }
 
     /// Tells the pulse how things stand.
-    fn turn(&self, agent: &Agent) {
+    fn turn(&mut self, agent: &Agent) {
+        self.watch_waiting();
         let stage = match agent.phase() {
             Phase::Idle => Stage::Idle,
             Phase::Loading { .. } => Stage::Loading,
@@ -470,13 +474,20 @@ impl<'a> Session<'a> {
     }
 
     /// Waits for something; beats go on meanwhile, nothing else does.
-    async fn beating<T>(&self, agent: &Agent, beat: &mut Interval, done: impl Future<Output = T>) -> T {
+    async fn beating<T>(&mut self, agent: &Agent, beat: &mut Interval, done: impl Future<Output = T>) -> T {
         tokio::pin!(done);
         loop {
             tokio::select! {
                 done = &mut done => return done,
                 _ = beat.tick() => {
                     self.beat(agent);
+    /// Notes since when nothing moves between ranks that wait for each other.
+    fn watch_waiting(&mut self) {
+        let now = self.ranks.as_ref().and_then(Ranks::waiting);
+        let before = self.waiting.take();
+        self.waiting = now.map(|mark| before.filter(|(seen, _)| *seen == mark).unwrap_or((mark, Instant::now())));
+    }
+
                     self.turn(agent);
                 }
             }
@@ -493,6 +504,7 @@ impl<'a> Session<'a> {
         let beat = wire::Beat {
             epoch: epoch.0,
             phase: phase.into(),
+        self.watch_waiting();
             progress: self.counters.progress.load(Ordering::Relaxed),
             steps_pending: self.ranks.as_ref().map_or(0, Ranks::steps_pending),
             resident_bytes: resident_bytes(),
@@ -505,6 +517,7 @@ impl<'a> Session<'a> {
                 bytes_done: self.counters.bytes_done.load(Ordering::Relaxed),
                 bytes_total: self.counters.bytes_total.load(Ordering::Relaxed),
             };
+            waiting_ms: self.waiting.map_or(0, |(_, since)| since.elapsed().as_millis() as u64),
             self.say(message(Body::Loading(loading)));
         }
     }
