@@ -35,7 +35,8 @@ pub struct Rules {
     pub settle: Option<Duration>,
     /// Silence after which a worker is dead.
     pub silence: Duration,
-    /// Pause before the next try after a failed plan or load; doubles up to 32 times itself.
+    /// Pause before the next try after a failed plan or load; doubles up to 8 times itself, so that all is served again soon
+    /// after what made them fail has passed.
     pub retry: Duration,
     /// How long after the last newcomer a serving cluster grows.
     pub grow: Duration,
@@ -411,7 +412,7 @@ impl<P: Planner> Cluster<P> {
         self.phase = Phase::Gathering;
         self.reason.clone_from(&why);
         self.cause = why;
-        self.retry_at = now + self.rules.retry * (1 << self.failures.min(5));
+        self.retry_at = now + self.rules.retry * (1 << self.failures.min(3));
         self.failures += 1;
     }
 }

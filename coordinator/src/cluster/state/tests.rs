@@ -271,6 +271,19 @@ fn a_plan_that_does_not_fit_is_retried_with_growing_pauses_and_a_reason() {
 }
 
 #[test]
+fn a_pause_never_gets_longer_than_eight_times_the_first() {
+    let mut c = cluster(1, None);
+    c.planner.refuse = true;
+    join(&mut c, 0, 0);
+    let beat = |now| Event::Beat { worker: id(0), beat: Beat { epoch: Epoch(now), ..Beat::default() } };
+    for now in (0..60_000).step_by(50) {
+        c.handle(ms(now), beat(now));
+        c.handle(ms(now), Event::Tick);
+    }
+    assert!(c.failures() > 60_000 / 850, "{} tries in a minute", c.failures());
+}
+
+#[test]
 fn a_failed_load_releases_everyone_and_says_why() {
     let mut c = cluster(2, None);
     join(&mut c, 0, 0);
