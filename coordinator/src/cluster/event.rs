@@ -126,6 +126,11 @@ pub enum Action {
     Serve {
         plan: Arc<Plan>,
     },
+    /// Tell a worker that no plan needs whether its group serves without it. Said when it changes.
+    StandBy {
+        worker: WorkerId,
+        serves: bool,
+    },
     /// Stop stepping; requests wait for the next `Serve`.
     Halt {
         epoch: Epoch,

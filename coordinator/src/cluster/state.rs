@@ -14,6 +14,7 @@
 
 mod reshape;
 mod slow;
+mod spare;
 mod stuck;
 
 use super::event::{Action, Beat, Event};
@@ -58,6 +59,8 @@ pub struct Worker {
     pub slow: Option<(f64, Duration)>,
     /// What it loads is not what the others have: it is planned with no more, until it joins anew.
     pub unfit: Option<String>,
+    /// It was told that its group serves without it.
+    pub spare: bool,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -221,15 +224,16 @@ impl<P: Planner> Cluster<P> {
             Event::GroupFault { epoch, fault } => self.group_fault(now, epoch, &fault, &mut actions),
             Event::Tick => {
                 self.silent(now, &mut actions);
+                self.stuck(now, &mut actions);
                 self.watch_paces(now);
             }
         }
         self.try_reshape(now, &mut actions);
-                self.stuck(now, &mut actions);
         self.dismiss(&mut actions);
         if self.phase == Phase::Gathering {
             self.try_plan(now, &mut actions);
         }
+        self.tell_spares(&mut actions);
         actions
     }
 
@@ -240,8 +244,8 @@ impl<P: Planner> Cluster<P> {
             self.lost(now, &id, "joined again", actions);
         }
         let (beat, heard, moved) = (Beat::default(), now, now);
-        let (loading, ready, drain, slow, unfit) = (None, None, None, None, None);
-        let worker = Worker { offer, heard, beat, moved, loading, ready, drain, slow, unfit };
+        let (loading, ready, drain, slow, unfit, spare) = (None, None, None, None, None, false);
+        let worker = Worker { offer, heard, beat, moved, loading, ready, drain, slow, unfit, spare };
         self.avoided.remove(&id);
         self.workers.insert(id, worker);
         self.since = now;

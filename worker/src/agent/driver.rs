@@ -185,6 +185,8 @@ struct Session<'a> {
     model: PathBuf,
     /// Where answers of the open step stream go.
     answers: Option<mpsc::Sender<wire::StepAnswer>>,
+    /// The group serves without this worker, which stands by.
+    spare: bool,
     /// What [`Ranks::waiting`] last said, and since when.
     waiting: Option<(u64, Instant)>,
 }
@@ -220,9 +222,10 @@ impl<'a> Session<'a> {
             ranks: None,
             model: PathBuf::new(),
             answers: None,
+            spare: false,
+            waiting: None,
         }
     }
-            waiting: None,
 
     fn offer(&self, agent: &Agent) -> wire::WorkerMessage {
         let families = self.identity.families.iter().map(|&f| proto::convert::family_to_wire(f).into()).collect();
@@ -331,6 +334,10 @@ impl<'a> Session<'a> {
             Some(Body::Release(release)) => Some(Event::Release { epoch: Epoch(release.epoch) }),
             Some(Body::Serving(serving)) => {
                 self.serving = Some(Epoch(serving.epoch));
+                None
+            }
+            Some(Body::StandBy(told)) => {
+                self.spare = told.serves;
                 None
             }
             Some(Body::Refused(fault)) => return Err(AgentError::Refused(fault.text)),
@@ -468,9 +475,17 @@ impl<'a> Session<'a> {
             stage,
             epoch: agent.epoch().map_or(0, |epoch| epoch.0),
             serving: self.answers.is_some() && agent.epoch() == self.serving,
+            spare: self.spare && stage == Stage::Idle,
             pending: self.ranks.as_ref().map(|ranks| ranks.pending().clone()),
         };
         self.pulse.turn(turn, Instant::now());
+    }
+
+    /// Notes since when nothing moves between ranks that wait for each other.
+    fn watch_waiting(&mut self) {
+        let now = self.ranks.as_ref().and_then(Ranks::waiting);
+        let before = self.waiting.take();
+        self.waiting = now.map(|mark| before.filter(|(seen, _)| *seen == mark).unwrap_or((mark, Instant::now())));
     }
 
     /// Waits for something; beats go on meanwhile, nothing else does.
@@ -481,21 +496,15 @@ impl<'a> Session<'a> {
                 done = &mut done => return done,
                 _ = beat.tick() => {
                     self.beat(agent);
-    /// Notes since when nothing moves between ranks that wait for each other.
-    fn watch_waiting(&mut self) {
-        let now = self.ranks.as_ref().and_then(Ranks::waiting);
-        let before = self.waiting.take();
-        self.waiting = now.map(|mark| before.filter(|(seen, _)| *seen == mark).unwrap_or((mark, Instant::now())));
-    }
-
                     self.turn(agent);
                 }
             }
         }
     }
 
-    fn beat(&self, agent: &Agent) {
+    fn beat(&mut self, agent: &Agent) {
         use wire::worker_message::Body;
+        self.watch_waiting();
         let (phase, epoch) = match agent.phase() {
             Phase::Idle => (wire::Phase::Idle, Epoch(0)),
             Phase::Loading { epoch, .. } => (wire::Phase::Loading, *epoch),
@@ -504,11 +513,11 @@ impl<'a> Session<'a> {
         let beat = wire::Beat {
             epoch: epoch.0,
             phase: phase.into(),
-        self.watch_waiting();
             progress: self.counters.progress.load(Ordering::Relaxed),
             steps_pending: self.ranks.as_ref().map_or(0, Ranks::steps_pending),
             resident_bytes: resident_bytes(),
             tolls: self.ranks.iter().flat_map(Ranks::tolls).map(toll).collect(),
+            waiting_ms: self.waiting.map_or(0, |(_, since)| since.elapsed().as_millis() as u64),
         };
         self.say(message(Body::Beat(beat)));
         if phase == wire::Phase::Loading {
@@ -517,7 +526,6 @@ impl<'a> Session<'a> {
                 bytes_done: self.counters.bytes_done.load(Ordering::Relaxed),
                 bytes_total: self.counters.bytes_total.load(Ordering::Relaxed),
             };
-            waiting_ms: self.waiting.map_or(0, |(_, since)| since.elapsed().as_millis() as u64),
             self.say(message(Body::Loading(loading)));
         }
     }
