@@ -42,6 +42,15 @@ pub fn run(args: Args) -> Result<()> {
 fn init(directory: &Path, days: u32) -> Result<()> {
     ensure!((1..=3650).contains(&days), "{days} days: 1 to 3650");
     std::fs::create_dir_all(directory).with_context(|| format!("{} can't be made", directory.display()))?;
+    let mut made = Vec::new();
+    make(directory, days, &mut made).inspect_err(|_| {
+        // Half of a set is of no use, and would be in the way of the next try.
+        made.iter().for_each(|path| drop(std::fs::remove_file(path)));
+    })
+}
+
+/// Writes all of a set; what it began is in `made`.
+fn make(directory: &Path, days: u32, made: &mut Vec<PathBuf>) -> Result<()> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock is before 1970")?;
     let now = OffsetDateTime::from_unix_timestamp(now.as_secs() as i64)?;
     let params = |name: &str, names: &[&str]| -> Result<CertificateParams> {
@@ -56,24 +65,27 @@ fn init(directory: &Path, days: u32) -> Result<()> {
     authority.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     authority.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let key = KeyPair::generate()?;
-    write(&directory.join("ca.crt"), &authority.self_signed(&key)?.pem(), 0o644)?;
-    write(&directory.join("ca.key"), &key.serialize_pem(), 0o600)?;
+    let mut write = |name: &str, text: &str, mode| write(directory.join(name), text, mode, made);
+    write("ca.crt", &authority.self_signed(&key)?.pem(), 0o644)?;
+    write("ca.key", &key.serialize_pem(), 0o600)?;
     let issuer = Issuer::new(authority, key);
     // Workers listen too, for each other.
     let both = [ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     for (role, name) in [("coordinator", proto::tls::COORDINATOR_NAME), ("worker", proto::tls::WORKER_NAME)] {
         let (mut params, key) = (params(role, &[name])?, KeyPair::generate()?);
         params.extended_key_usages = both.to_vec();
-        write(&directory.join(format!("{role}.crt")), &params.signed_by(&key, &issuer)?.pem(), 0o644)?;
-        write(&directory.join(format!("{role}.key")), &key.serialize_pem(), 0o600)?;
+        write(&format!("{role}.crt"), &params.signed_by(&key, &issuer)?.pem(), 0o644)?;
+        write(&format!("{role}.key"), &key.serialize_pem(), 0o600)?;
     }
     Ok(())
 }
 
-fn write(path: &Path, text: &str, mode: u32) -> Result<()> {
-    let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path);
-    let mut file = file.with_context(|| format!("{} can't be written", path.display()))?;
-    file.write_all(text.as_bytes()).with_context(|| format!("{} can't be written", path.display()))
+fn write(path: PathBuf, text: &str, mode: u32, made: &mut Vec<PathBuf>) -> Result<()> {
+    let failed = format!("{} can't be written", path.display());
+    let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&path);
+    let mut file = file.context(failed.clone())?;
+    made.push(path);
+    file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).context(failed)
 }
 
 #[cfg(test)]

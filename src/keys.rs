@@ -1,8 +1,9 @@
 //! `conclave keys add`: a fresh API key, and the line that lets it in.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use coordinator::api::keyfile;
 use coordinator::api::rates::Limits;
+use std::io::Write;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -33,7 +34,9 @@ pub fn run(args: Args) -> Result<()> {
     ensure!(keyfile::is_name(&name), "{name:?} is no name: 1 to {} of a-z A-Z 0-9 . _ -", keyfile::NAME_BYTES_MAX);
     let key = keyfile::fresh(coordinator::run::random_bytes());
     let limits = Limits { requests_per_minute, tokens_per_minute, max_concurrent };
-    println!("{key}\n{}", keyfile::line(&key, &name, &limits));
+    // A key that did not arrive is of no use to anybody: said plainly, with what is in its way.
+    writeln!(std::io::stdout(), "{key}\n{}", keyfile::line(&key, &name, &limits))
+        .context("the key can't be printed")?;
     eprintln!("the first line is for {name} and not shown again; the second is for the coordinators' api_keys_file");
     Ok(())
 }

@@ -21,6 +21,7 @@ mod settings;
 mod signals;
 mod status;
 mod verify;
+mod whole;
 mod worker_command;
 mod workers;
 
@@ -68,6 +69,8 @@ fn main() -> ExitCode {
                 .unwrap_or_else(|_| default_filter(&cli.command)),
         )
         .with_target(false)
+        // A log that can't be written, as on a full disk, ends nothing: telling of it on the same way would.
+        .log_internal_errors(false)
         .init();
     let outcome = match cli.command {
         Command::Quickstart(args) => quickstart::run(args),

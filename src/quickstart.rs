@@ -2,6 +2,7 @@
 
 use crate::client;
 use crate::serve::{After, Options, serve};
+use crate::whole;
 use anyhow::{Context, Result};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -67,10 +68,8 @@ fn unpack() -> Result<PathBuf> {
         if std::fs::read(&path).is_ok_and(|there| there == bytes) {
             continue;
         }
-        // Renamed into place, so that a second quickstart never maps half a file.
-        let fresh = folder.join(format!(".{name}.{}", std::process::id()));
-        let written = std::fs::write(&fresh, bytes).and_then(|()| std::fs::rename(&fresh, &path));
-        written.with_context(|| format!("{} can't be written", path.display()))?;
+        // At once, so that a second quickstart never maps half a file.
+        whole::write(&path, bytes)?;
     }
     Ok(folder)
 }

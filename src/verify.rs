@@ -4,6 +4,7 @@
 
 use crate::client;
 use crate::serve::{After, Options, serve};
+use crate::whole;
 use anyhow::{Context, Result, bail, ensure};
 use coordinator::config::parse_dtype;
 use coordinator::hub::Need;
@@ -117,7 +118,7 @@ fn write_list(path: &Path) -> Result<()> {
     let (source, known) = (Source::open(path)?, digests(path)?);
     let list = source.list_path();
     let text = proof::write(&source.spec.predicting(0)?, &source.identity, &known);
-    std::fs::write(&list, text).with_context(|| format!("{} can't be written", list.display()))?;
+    whole::write(&list, text.as_bytes())?;
     println!("{}: {} digests", list.display(), known.len());
     Ok(())
 }

@@ -27,6 +27,7 @@ use crate::source::{Source, SourceError};
 use crate::text::{Text, TextError};
 use model::plan::{Epoch, Plan};
 use model::proof::{Digest, SegmentId};
+use proto::address::bracketed;
 use proto::cluster::v1::cluster_server::ClusterServer;
 use proto::cluster::v1::peer_server::PeerServer;
 use proto::tls::Renewed;
@@ -155,7 +156,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
     let store = Arc::new(AnyStore::open(&config.store).map_err(StartError::Store)?);
     let no_node_plane = |source| StartError::Io { what: "the node plane", source };
     let address = match &config.node_advertise {
-        Some(address) => address.clone(),
+        Some(address) => bracketed(address.trim()).into_owned(),
         None => node.local_addr().map_err(no_node_plane)?.to_string(),
     };
     let (view_writer, view) = watch::channel(ClusterView::default());
@@ -193,7 +194,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
         // Who is alone leads.
         false => (watch::channel(Standing::Leads(None)).1, Some(routes)),
         true => {
-            let (campaign, standing) = Campaign::new(store.clone(), address.clone(), random_token());
+            let (campaign, standing) = Campaign::new(store.clone(), address.clone(), random_token(), build.clone());
             elects = Some(tokio::spawn(campaign.run(told, wished)));
             let follower = Follower {
                 introduction: introduction.clone(),

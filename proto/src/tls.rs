@@ -6,6 +6,7 @@ mod renewed;
 
 pub use renewed::Renewed;
 
+use crate::address::bracketed;
 use serde::Deserialize;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -66,7 +67,7 @@ fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
 
 /// Whether `address`, `host:port`, certainly stays on this host.
 pub fn is_loopback(address: &str) -> bool {
-    match address.parse::<SocketAddr>() {
+    match bracketed(address).parse::<SocketAddr>() {
         Ok(address) => address.ip().is_loopback(),
         Err(_) => address.rsplit_once(':').map_or(address, |(host, _)| host) == "localhost",
     }
@@ -91,12 +92,19 @@ mod tests {
 
     #[test]
     fn only_this_hosts_addresses_need_no_guard() {
-        for address in ["127.0.0.1:1", "127.9.9.9:0", "[::1]:7", "localhost:7070"] {
+        for address in ["127.0.0.1:1", "127.9.9.9:0", "[::1]:7", "::1:7", "localhost:7070"] {
             assert!(is_loopback(address), "{address}");
         }
-        for address in
-            ["0.0.0.0:1", "10.0.0.1:1", "[::]:1", "conclave:7070", "localhost.example:1", "127.0.0.1.example:1"]
-        {
+        for address in [
+            "0.0.0.0:1",
+            "10.0.0.1:1",
+            "[::]:1",
+            ":::1",
+            "fd00::1:1",
+            "conclave:7070",
+            "localhost.example:1",
+            "127.0.0.1.example:1",
+        ] {
             assert!(!is_loopback(address), "{address}");
             assert!(guard("x", address, (false, "use TLS"), false).is_err());
             assert!(

@@ -90,7 +90,7 @@ pub async fn serve(args: Args) -> Result<()> {
     if let Some(path) = &args.json {
         let mut text = serde_json::to_string_pretty(&report).context("the report as JSON")?;
         text.push('\n');
-        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        crate::whole::write(path, text.as_bytes())?;
     }
     print!("{}", report.table());
     if report.succeeded == 0 {

@@ -52,10 +52,20 @@ fn a_worker_is_ready_only_while_its_group_serves() -> Result<()> {
     let (mut w1, _lines) = place.worker_with("w1", "")?;
     until("it is ready", || is(&health, "/readyz", 200))?;
     until("so is the group", || served.get("/readyz").is_ok_and(|answer| answer.status == 200))?;
-    ensure!(metric(&health, "conclave_worker_ready")? == 1.0 && metric(&health, "conclave_worker_epoch")? == 1.0);
+    ensure!(metric(&health, "conclave_worker_ready")? == 1.0 && metric(&health, "conclave_worker_epoch")? >= 1.0);
     ensure!(metric(&health, "conclave_worker_loaded_bytes")? > 0.0);
     let names = served.get("/status")?.json()?["members"].to_string();
     ensure!(names.contains("\"ordinal-0\""), "{names}");
+    // A mesh of two ranks needs no third worker: it stands by, ready, and says so.
+    let spare = free_address()?;
+    let (w2, _lines) = place.worker_with("w2", &format!("health_listen = {spare:?}\n"))?;
+    until("the spare has joined", || is(&spare, "/startupz", 200))?;
+    until("the spare is ready", || is(&spare, "/readyz", 200))?;
+    let (_, reasons) = probe(&spare, "/readyz")?;
+    ensure!(reasons.contains("spare") && metric(&spare, "conclave_worker_ready")? == 1.0, "{reasons}");
+    ensure!(metric(&spare, "conclave_worker_epoch")? == 0.0, "no plan has it");
+    drop(w2);
+    until("it is missed", || served.get("/status").is_ok_and(|s| !String::from_utf8_lossy(&s.body).contains("w2")))?;
     w1.kill()?;
     until("it is not ready alone", || is(&health, "/readyz", 503))?;
     drop(served);

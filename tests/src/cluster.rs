@@ -80,12 +80,18 @@ impl Place {
         let _ = std::fs::remove_dir_all(&folder);
         std::fs::create_dir_all(&folder)?;
         let place = Place { program: program.into(), folder, api: free_address()?, node: free_address()? };
+        place.configure(model, settings)?;
+        Ok(place)
+    }
+
+    /// Writes the coordinator's file anew, with these further lines.
+    pub fn configure(&self, model: &Path, settings: &str) -> Result<()> {
         let settings = format!(
             "model = {model:?}\nserved_model_name = \"m\"\nlisten = {:?}\nnode_listen = {:?}\ntoken = \"t\"\n{settings}",
-            place.api, place.node
+            self.api, self.node
         );
-        std::fs::write(place.settings(), settings)?;
-        Ok(place)
+        std::fs::write(self.settings(), settings)?;
+        Ok(())
     }
 
     pub fn folder(&self) -> &Path {

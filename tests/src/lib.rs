@@ -1,4 +1,5 @@
-//! What the tests share: real processes ([`process`], [`cluster`], [`etcd`]), ranks as threads ([`ring`]) and requests for them
+//! What the tests share: real processes ([`process`], [`cluster`], [`etcd`]), what goes wrong between them ([`proxy`], [`hosts`]) while
+//! they are asked ([`load`]), a hub of models ([`hub`]), ranks as threads ([`ring`]) and requests for them
 //! ([`requests`]), the reference's numbers ([`golden`]), the simulator ([`sim`]), and
 //! certificates ([`authority`]).
 
@@ -8,9 +9,13 @@ pub mod client;
 pub mod cluster;
 pub mod etcd;
 pub mod golden;
+pub mod hosts;
+pub mod hub;
+pub mod load;
 pub mod overload;
 pub mod planned;
 pub mod process;
+pub mod proxy;
 pub mod requests;
 pub mod ring;
 pub mod sim;

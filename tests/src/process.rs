@@ -50,21 +50,25 @@ pub fn demo() -> PathBuf {
 impl Served {
     /// Starts the program and waits until the API is served.
     pub fn start(program: &str, model: &Path, flags: &[&str]) -> Result<Served> {
-        let mut served = Served::spawn(program, model, flags)?;
+        Served::spawn(program, model, flags)?.serving()
+    }
+
+    /// Waits until it says where it serves the API.
+    pub fn serving(mut self) -> Result<Served> {
         let deadline = Instant::now() + DEADLINE;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let line = served
+            let line = self
                 .lines
                 .lock()
                 .expect("no holder panics")
                 .recv_timeout(left)
                 .context("the server did not become ready")?;
             if let Some(rest) = line.strip_prefix("serving on http://") {
-                served.address = rest.split_whitespace().next().context("an address")?.to_string();
-                return Ok(served);
+                self.address = rest.split_whitespace().next().context("an address")?.to_string();
+                return Ok(self);
             }
-            served.said.push(line);
+            self.said.push(line);
         }
     }
 

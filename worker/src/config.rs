@@ -1,5 +1,6 @@
 //! What a worker is told: one struct, one file, one page. Flags and environment are read by the command, not here.
 
+use proto::address::bracketed;
 use proto::tls::Tls;
 use serde::Deserialize;
 use std::net::{IpAddr, SocketAddr};
@@ -18,7 +19,8 @@ pub struct Config {
     /// Where its ranks' data arrives, `ip:port`; port 0 picks a free one.
     #[serde(default = "loopback")]
     pub data_listen: String,
-    /// What peers dial instead, `host:port`, where they can't dial that; port 0 is the one it listens at.
+    /// What peers dial instead, `host:port`, where they can't dial that; port 0 is the one it listens at. An IPv6 address may
+    /// stand without brackets.
     #[serde(default)]
     pub data_advertise: String,
     /// Where probes and scrapers ask how it is, `ip:port`; empty: nowhere. Nothing secret is said there, so it needs no guard.
@@ -69,14 +71,13 @@ impl Config {
             let told = (!listens.ip().is_unspecified()).then(|| listens.to_string());
             return told.ok_or(Undialable { key: "data_listen", address, why: every });
         }
-        let address = self.data_advertise.trim();
+        let address = &*bracketed(self.data_advertise.trim());
         let wrong = |why| Undialable { key: "data_advertise", address: address.into(), why };
         let (host, port) = address.rsplit_once(':').ok_or(wrong("it has no port"))?;
         let port: u16 = port.parse().map_err(|_| wrong("its port is none"))?;
         let ip = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
         match ip {
             Ok(ip) if ip.is_unspecified() => return Err(wrong(every)),
-            Ok(IpAddr::V6(_)) if !host.starts_with('[') => return Err(wrong("an IPv6 address stands in brackets")),
             Err(_) if host.is_empty() || host.contains([':', '/', ' ']) => return Err(wrong("its host is none")),
             Ok(_) | Err(_) => {}
         }
@@ -156,6 +157,8 @@ mod tests {
             ("0.0.0.0:7071", "worker-3.workers:7071", "worker-3.workers:7071"),
             ("0.0.0.0:0", "10.0.0.7:0", "10.0.0.7:4444"),
             ("[::]:7071", "[fd00::1]:7072", "[fd00::1]:7072"),
+            ("[::]:7071", "fd00::1:7072", "[fd00::1]:7072"),
+            ("[::]:0", "fd00::1:0", "[fd00::1]:4444"),
         ] {
             assert_eq!(told(listen, advertise), Ok(expected.into()));
         }
@@ -164,7 +167,8 @@ mod tests {
             ("[::]:7", "", "data_listen = \"[::]:7\""),
             ("0.0.0.0:7", "0.0.0.0:7", "data_advertise = \"0.0.0.0:7\""),
             ("0.0.0.0:7", "[::]:7", "data_advertise"),
-            ("0.0.0.0:7", "fd00::1:7", "brackets"),
+            ("[::]:7", ":::7", "data_advertise"),
+            ("[::]:7", "fd00:1:2:3:4:5:6:7", "its host is none"),
             ("0.0.0.0:7", "worker-3", "it has no port"),
             ("0.0.0.0:7", "worker-3:http", "its port is none"),
             ("0.0.0.0:7", ":7", "its host is none"),

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! livez      the engine moves, or the agent turns and no step waits in vain
-//! readyz     the group of its ranks serves, a coordinator that leads is there, and steps complete
+//! readyz     the group of its ranks serves, a coordinator that leads is there, and steps complete; a spare: the group
+//!            serves without it
 //! startupz   a coordinator has taken this worker once
 //! ```
 //!
@@ -60,6 +61,8 @@ pub struct Turn {
     pub epoch: u64,
     /// All members of the group have loaded.
     pub serving: bool,
+    /// The group serves without this worker, which is fit for the next plan.
+    pub spare: bool,
     /// Steps that ranks have not finished.
     pub pending: Option<Arc<AtomicU32>>,
 }
@@ -88,6 +91,7 @@ pub struct Facts {
     pub stage: Stage,
     pub epoch: u64,
     pub serving: bool,
+    pub spare: bool,
     pub steps_pending: u32,
     pub progress: u64,
     pub bytes_done: u64,
@@ -134,6 +138,7 @@ impl Pulse {
             stage: watched.turn.stage,
             epoch: watched.turn.epoch,
             serving: watched.turn.serving,
+            spare: watched.turn.spare,
             steps_pending,
             progress,
             bytes_done: self.counters.bytes_done.load(Ordering::Relaxed),
@@ -166,7 +171,10 @@ impl Facts {
             reasons.push("no coordinator that leads has taken this worker".to_string());
         }
         match self.stage {
-            Stage::Idle => reasons.push("no plan needs this worker now".into()),
+            Stage::Idle if self.spare => {}
+            Stage::Idle => {
+                reasons.push("no plan needs this worker now, and its group does not serve without it".into())
+            }
             Stage::Loading => {
                 let (done, total) = (self.bytes_done, self.bytes_total);
                 reasons.push(format!("loading epoch {}: {done} of {total} bytes", self.epoch));
@@ -179,6 +187,12 @@ impl Facts {
         reasons.extend(self.stopped(READY_STILL_MAX));
         reasons.extend(self.asleep(READY_TURN_MAX));
         reasons
+    }
+
+    /// What a worker that is ready, though it serves nothing, is ready for.
+    pub fn remarks(&self) -> Vec<String> {
+        let spare = self.spare && self.stage == Stage::Idle;
+        if spare { vec!["spare: its group serves without this worker".into()] } else { Vec::new() }
     }
 
     /// Why this worker has not begun.
@@ -221,7 +235,7 @@ mod tests {
 
         fn serves(&self, after: u32) {
             let pending = Some(self.pending.clone());
-            let turn = Turn { joined: true, stage: Stage::Ready, epoch: 3, serving: true, pending };
+            let turn = Turn { joined: true, stage: Stage::Ready, epoch: 3, serving: true, spare: false, pending };
             self.pulse.turn(turn, self.start + after * MS);
         }
 
@@ -241,8 +255,15 @@ mod tests {
         assert_eq!(worker.at(1).obstacles(), ["loading epoch 2: 0 of 77 bytes"]);
         worker.pulse.turn(Turn { joined: true, stage: Stage::Ready, epoch: 2, ..Turn::default() }, worker.start);
         assert_eq!(worker.at(1).obstacles(), ["epoch 2 is loaded here, and its group does not serve yet"]);
+        worker.pulse.turn(Turn { joined: true, ..Turn::default() }, worker.start);
+        assert!(worker.at(1).obstacles()[0].contains("no plan needs this worker"), "its group does not serve");
+        worker.pulse.turn(Turn { joined: true, spare: true, ..Turn::default() }, worker.start);
+        assert_eq!(worker.at(1).obstacles(), [""; 0]);
+        assert!(worker.at(1).remarks()[0].starts_with("spare"), "{:?}", worker.at(1).remarks());
+        worker.pulse.turn(Turn { spare: true, ..Turn::default() }, worker.start);
+        assert_eq!(worker.at(1).obstacles().len(), 1, "nobody leads it");
         worker.serves(2);
-        assert_eq!(worker.at(3).obstacles(), [""; 0]);
+        assert_eq!((worker.at(3).obstacles().len(), worker.at(3).remarks().len()), (0, 0));
         worker.pulse.alone(worker.start + 4 * MS);
         assert!(worker.at(5).obstacles()[0].contains("no coordinator"));
         assert_eq!(worker.at(5).beginnings(), [""; 0], "it has begun once");

@@ -286,6 +286,7 @@ impl<S: Store, P: Planner> Shell<S, P> {
                     self.command(&member.worker, Body::Serving(wire::Serving { epoch: plan.epoch.0 }));
                 }
             }
+            Action::StandBy { worker, serves } => self.command(&worker, Body::StandBy(wire::StandBy { serves })),
             Action::Halt { epoch, why } => {
                 let died = !matches!(self.parts.cluster.phase(), Phase::Loading(_));
                 match died {

@@ -6,6 +6,7 @@ use model::fault::Fault;
 use model::mesh::RankId;
 use model::plan::{Epoch, Plan, WorkerId};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// What the shell reports.
 #[derive(Debug, Clone, PartialEq)]
@@ -87,6 +88,8 @@ pub struct Beat {
     pub resident_bytes: u64,
     /// Of each of its ranks.
     pub tolls: Vec<(RankId, Toll)>,
+    /// How long all of its ranks that have a step have waited within collectives, and no byte has moved.
+    pub waiting: Duration,
 }
 
 /// What the shell must do, in order.
@@ -122,6 +125,11 @@ pub enum Action {
     /// All ranks are ready: steps may run under this plan.
     Serve {
         plan: Arc<Plan>,
+    },
+    /// Tell a worker that no plan needs whether its group serves without it. Said when it changes.
+    StandBy {
+        worker: WorkerId,
+        serves: bool,
     },
     /// Stop stepping; requests wait for the next `Serve`.
     Halt {

@@ -260,6 +260,7 @@ fn understand(message: wire::WorkerMessage) -> Option<Said> {
             steps_pending: b.steps_pending,
             resident_bytes: b.resident_bytes,
             tolls: b.tolls.into_iter().map(toll).collect(),
+            waiting: Duration::from_millis(b.waiting_ms),
         }),
         Body::Loading(l) => {
             Said::Loading { epoch: Epoch(l.epoch), bytes_done: l.bytes_done, bytes_total: l.bytes_total }

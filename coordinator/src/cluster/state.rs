@@ -14,6 +14,8 @@
 
 mod reshape;
 mod slow;
+mod spare;
+mod stuck;
 
 use super::event::{Action, Beat, Event};
 use super::pace::Paces;
@@ -37,7 +39,8 @@ pub struct Rules {
     pub settle: Option<Duration>,
     /// Silence after which a worker is dead.
     pub silence: Duration,
-    /// Pause before the next try after a failed plan or load; doubles up to 32 times itself.
+    /// Pause before the next try after a failed plan or load; doubles up to 8 times itself, so that all is served again soon
+    /// after what made them fail has passed.
     pub retry: Duration,
     /// How long after the last newcomer a serving cluster grows.
     pub grow: Duration,
@@ -59,6 +62,8 @@ pub struct Worker {
     pub slow: Option<(f64, Duration)>,
     /// What it loads is not what the others have: it is planned with no more, until it joins anew.
     pub unfit: Option<String>,
+    /// It was told that its group serves without it.
+    pub spare: bool,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -230,6 +235,7 @@ impl<P: Planner> Cluster<P> {
             Event::GroupFault { epoch, fault } => self.group_fault(now, epoch, &fault, &mut actions),
             Event::Tick => {
                 self.silent(now, &mut actions);
+                self.stuck(now, &mut actions);
                 self.watch_paces(now);
             }
         }
@@ -238,6 +244,7 @@ impl<P: Planner> Cluster<P> {
         if self.phase == Phase::Gathering {
             self.try_plan(now, &mut actions);
         }
+        self.tell_spares(&mut actions);
         actions
     }
 
@@ -248,8 +255,8 @@ impl<P: Planner> Cluster<P> {
             self.lost(now, &id, "joined again", actions);
         }
         let (beat, heard, moved) = (Beat::default(), now, now);
-        let (loading, ready, drain, slow, unfit) = (None, None, None, None, None);
-        let worker = Worker { offer, heard, beat, moved, loading, ready, drain, slow, unfit };
+        let (loading, ready, drain, slow, unfit, spare) = (None, None, None, None, None, false);
+        let worker = Worker { offer, heard, beat, moved, loading, ready, drain, slow, unfit, spare };
         self.avoided.remove(&id);
         self.workers.insert(id, worker);
         self.since = now;
@@ -420,7 +427,7 @@ impl<P: Planner> Cluster<P> {
         self.phase = Phase::Gathering;
         self.reason.clone_from(&why);
         self.cause = why;
-        self.retry_at = now + self.rules.retry * (1 << self.failures.min(5));
+        self.retry_at = now + self.rules.retry * (1 << self.failures.min(3));
         self.failures += 1;
     }
 }

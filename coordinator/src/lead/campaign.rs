@@ -35,8 +35,8 @@ pub struct Campaign<S> {
 
 impl<S: Store> Campaign<S> {
     /// `address`: where others reach this one's node plane; `id` tells this process from an earlier one there.
-    pub fn new(store: Arc<S>, address: String, id: String) -> (Campaign<S>, watch::Receiver<Standing>) {
-        let candidate = Candidate::new(address, id);
+    pub fn new(store: Arc<S>, address: String, id: String, build: String) -> (Campaign<S>, watch::Receiver<Standing>) {
+        let candidate = Candidate::new(address, id, build);
         let (standing, watched) = watch::channel(candidate.standing().clone());
         (Campaign { store, candidate, standing }, watched)
     }
@@ -135,7 +135,12 @@ mod tests {
         }
 
         fn candidate(&self, name: &str) -> Candidate {
-            let (campaign, standing) = Campaign::new(self.store.clone(), format!("{name}:1"), name.into());
+            self.candidate_of(name, "1.0 (a)")
+        }
+
+        fn candidate_of(&self, name: &str, build: &str) -> Candidate {
+            let (campaign, standing) =
+                Campaign::new(self.store.clone(), format!("{name}:1"), name.into(), build.into());
             let (wish, wished) = watch::channel(Wish::Lead);
             let (deposed, told) = mpsc::channel(1);
             Candidate { standing, wish, deposed, task: tokio::spawn(campaign.run(told, wished)) }
@@ -218,6 +223,49 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn another_build_stands_back_for_the_leaders_and_not_for_ever() {
+        let election = Election::new();
+        let mut old = election.candidate("old");
+        let term = old.leads().await;
+        let (mut new, mut newer) = (election.candidate_of("new", "1.1 (b)"), election.candidate_of("newer", "1.1 (b)"));
+        assert_eq!((new.follows("old:1").await, newer.follows("old:1").await), (term, term));
+        // The leader dies; one of its build starts a lease later, and leads.
+        old.task.abort();
+        new.until(|s| matches!(s, Standing::Unknown(why) if why.contains("stands back for one of build 1.0 (a)")))
+            .await;
+        tokio::time::sleep(TTL).await;
+        let mut again = election.candidate("again");
+        let next = again.leads().await;
+        assert!(next > term);
+        assert_eq!((new.follows("again:1").await, newer.follows("again:1").await), (next, next));
+        // All of that build are gone for good.
+        again.task.abort();
+        let began = tokio::time::Instant::now();
+        let led = tokio::select! { led = new.leads() => led, led = newer.leads() => led };
+        assert!(led > next);
+        let took = began.elapsed();
+        assert!(took >= 2 * TTL && took <= 4 * TTL, "{took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_knows_no_leader_stands_back_only_where_another_build_is_there() {
+        let election = Election::new();
+        let mut alone = election.candidate("alone");
+        let began = tokio::time::Instant::now();
+        alone.leads().await;
+        assert!(began.elapsed() < LOOK, "{:?}", began.elapsed());
+        // One of another build is there, and no leader was ever seen.
+        let election = Election::new();
+        let lease = election.store.lease(Duration::from_secs(600)).await.unwrap();
+        let other = election.store.put_if_leased("coordinators/x", b"x:1 1.0 (a)", Expect::Absent, &lease).await;
+        other.expect("nobody else is there");
+        let began = tokio::time::Instant::now();
+        election.candidate_of("new", "1.1 (b)").leads().await;
+        let took = began.elapsed();
+        assert!(took >= 2 * LOOK && took <= TTL, "{took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_later_term_deposes_and_an_earlier_one_does_not() {
         let election = Election::new();
         let mut one = election.candidate("one");
@@ -238,7 +286,8 @@ mod tests {
         let leader = election.store.get(LEADER_KEY).await.unwrap().unwrap();
         election.store.delete(LEADER_KEY).await.unwrap();
         assert_eq!(leader.revision, term);
-        let taken = election.store.put_if_leased(LEADER_KEY, b"two:1 two", Expect::Absent, &lease).await.unwrap();
+        let taken =
+            election.store.put_if_leased(LEADER_KEY, b"two:1 two 1.0 (a)", Expect::Absent, &lease).await.unwrap();
         assert_eq!(one.follows("two:1").await, taken);
     }
 }

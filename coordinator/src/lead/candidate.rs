@@ -1,5 +1,9 @@
 //! The core of one coordinator's part in the election: which question the store is asked next, and who leads by its
 //! answers. Pure; [`super::campaign`] asks.
+//!
+//! Processes of another build refuse each other, so a leader of another build than the last one's has no workers. While an
+//! upgrade replaces coordinators one by one, those of the new build therefore stand back for a while when a leader is lost, for
+//! one of the old build to take the lead; not for ever, since there may be none left.
 
 use crate::cluster::ledger::LEADER_KEY;
 use crate::cluster::store::{Entry, Expect, Lease, Revision, Store, StoreError};
@@ -8,7 +12,15 @@ use std::time::Duration;
 /// A leader that did not renew for so long is gone.
 pub const TTL: Duration = Duration::from_secs(2);
 
-/// Keys of those that are there; the value is the address of the node plane.
+/// Looks at a store where nobody leads that a coordinator of another build lets pass: two leases of a leader, so that one of
+/// the leader's build that is only just starting is waited for too.
+const STANDS_BACK: u32 = 14;
+
+/// The same of one that has just started, knows of no leader before and sees another build there: long enough for whoever knows
+/// better, and shorter than whoever knows that it had better wait.
+const STANDS_BACK_NEW: u32 = 3;
+
+/// Keys of those that are there; the value is the address of the node plane and the build.
 const MEMBERS: &str = "coordinators/";
 
 /// Who leads, as far as this coordinator knows.
@@ -30,7 +42,7 @@ pub enum Ask {
     Attend {
         lease: Lease,
         key: String,
-        address: String,
+        value: String,
     },
     Renew(Lease),
     /// Who has the leader's key.
@@ -40,8 +52,10 @@ pub enum Ask {
         lease: Lease,
         value: String,
     },
-    /// Who is there.
+    /// Who is there, asked by one that resigns.
     Members,
+    /// Which builds are there, asked by one that knows of no leader before.
+    Builds(Lease),
     Revoke(Lease),
 }
 
@@ -51,7 +65,8 @@ pub enum Told {
     Leased(Lease),
     Found(Option<Entry>),
     Took(Revision),
-    Members(Vec<String>),
+    /// Keys and values.
+    Members(Vec<(String, String)>),
     Done,
 }
 
@@ -62,15 +77,30 @@ pub struct Candidate {
     address: String,
     /// Tells this process from an earlier one at the same address.
     id: String,
+    build: String,
+    /// The last leader's, as far as known.
+    led_by: Option<String>,
+    /// Looks that it still lets pass for the sake of another build.
+    patience: u32,
     lease: Option<Lease>,
     resigned: bool,
     standing: Standing,
 }
 
 impl Candidate {
-    pub fn new(address: String, id: String) -> Candidate {
+    /// `id` and `address` hold no spaces; `build` may.
+    pub fn new(address: String, id: String, build: String) -> Candidate {
         let standing = Standing::Unknown("the store was not read yet".into());
-        Candidate { address, id, lease: None, resigned: false, standing }
+        Candidate {
+            address,
+            id,
+            build,
+            led_by: None,
+            patience: STANDS_BACK_NEW,
+            lease: None,
+            resigned: false,
+            standing,
+        }
     }
 
     pub fn standing(&self) -> &Standing {
@@ -109,7 +139,7 @@ impl Candidate {
                 return Err(error);
             }
             (Ask::Lease, Ok(Told::Leased(lease))) => {
-                Ask::Attend { lease, key: self.key(), address: self.address.clone() }
+                Ask::Attend { lease, key: self.key(), value: format!("{} {}", self.address, self.build) }
             }
             (Ask::Attend { lease, .. }, Ok(_)) => {
                 self.lease = Some(lease);
@@ -117,18 +147,32 @@ impl Candidate {
             }
             (Ask::Members, Ok(Told::Members(keys))) => {
                 let own = self.key();
-                if keys.iter().all(|key| *key == own) {
+                if keys.iter().all(|(key, _)| *key == own) {
                     return Ok(Some(self.look(false)));
                 }
                 self.resigned = true;
                 self.lease.take().map_or(Ask::Look, Ask::Revoke)
             }
             (Ask::Look, Ok(Told::Found(found))) => match (found, self.lease) {
-                (Some(entry), _) => return Ok(self.stand(self.understand(&entry))),
-                (None, Some(lease)) => Ask::Take { lease, value: format!("{} {}", self.address, self.id) },
+                (Some(entry), _) => return Ok(self.follow(&entry)),
+                (None, Some(lease)) => match self.led_by.clone() {
+                    Some(build) if build == self.build => self.take(lease),
+                    Some(build) => return Ok(self.stand_back(lease, &build)),
+                    None => Ask::Builds(lease),
+                },
                 (None, None) => return Ok(self.stand(Standing::Unknown("nobody took the lead yet".into()))),
             },
-            (Ask::Take { .. }, Ok(Told::Took(revision))) => return Ok(self.stand(Standing::Leads(Some(revision)))),
+            (Ask::Builds(lease), Ok(Told::Members(members))) => {
+                let builds = members.iter().filter_map(|(_, value)| Some(value.split_once(' ')?.1));
+                match builds.into_iter().find(|build| *build != self.build) {
+                    Some(other) => return Ok(self.stand_back(lease, other)),
+                    None => self.take(lease),
+                }
+            }
+            (Ask::Take { .. }, Ok(Told::Took(revision))) => {
+                self.heard_of(self.build.clone());
+                return Ok(self.stand(Standing::Leads(Some(revision))));
+            }
             (Ask::Renew(_) | Ask::Revoke(_), Ok(_)) => Ask::Look,
             (ask, Ok(told)) => unreachable!("{told:?} is no answer to {ask:?}"),
         };
@@ -152,18 +196,46 @@ impl Candidate {
         None
     }
 
+    fn take(&self, lease: Lease) -> Ask {
+        Ask::Take { lease, value: format!("{} {} {}", self.address, self.id, self.build) }
+    }
+
+    /// Nobody leads: one of `build` is to, unless none does for long.
+    fn stand_back(&mut self, lease: Lease, build: &str) -> Option<Ask> {
+        if self.patience == 0 {
+            return Some(self.take(lease));
+        }
+        self.patience -= 1;
+        self.stand(Standing::Unknown(format!(
+            "this one, of build {}, stands back for one of build {build}",
+            self.build
+        )))
+    }
+
+    fn heard_of(&mut self, build: String) {
+        (self.led_by, self.patience) = (Some(build), STANDS_BACK);
+    }
+
+    fn follow(&mut self, entry: &Entry) -> Option<Ask> {
+        if let Some(build) = String::from_utf8_lossy(&entry.value).splitn(3, ' ').nth(2) {
+            self.heard_of(build.into());
+        }
+        self.stand(self.understand(entry))
+    }
+
     fn key(&self) -> String {
         format!("{MEMBERS}{}", self.id)
     }
 
     fn understand(&self, entry: &Entry) -> Standing {
         let value = String::from_utf8_lossy(&entry.value);
-        match value.split_once(' ') {
+        let mut words = value.splitn(3, ' ');
+        match (words.next(), words.next()) {
             // A key of a lease that was given up a moment ago may still be there.
-            Some((_, id)) if id == self.id && self.resigned => Standing::Unknown("this one gave the lead up".into()),
-            Some((_, id)) if id == self.id => Standing::Leads(Some(entry.revision)),
-            Some((address, _)) => Standing::Follows { address: address.into(), term: entry.revision },
-            None => Standing::Unknown(format!("{LEADER_KEY} holds {value:?}")),
+            (_, Some(id)) if id == self.id && self.resigned => Standing::Unknown("this one gave the lead up".into()),
+            (_, Some(id)) if id == self.id => Standing::Leads(Some(entry.revision)),
+            (Some(address), Some(_)) => Standing::Follows { address: address.into(), term: entry.revision },
+            _ => Standing::Unknown(format!("{LEADER_KEY} holds {value:?}")),
         }
     }
 }
@@ -172,8 +244,8 @@ impl Candidate {
 pub async fn perform<S: Store>(store: &S, ask: &Ask) -> Result<Told, StoreError> {
     Ok(match ask {
         Ask::Lease => Told::Leased(store.lease(TTL).await?),
-        Ask::Attend { lease, key, address } => {
-            store.put_if_leased(key, address.as_bytes(), Expect::Absent, lease).await?;
+        Ask::Attend { lease, key, value } => {
+            store.put_if_leased(key, value.as_bytes(), Expect::Absent, lease).await?;
             Told::Done
         }
         Ask::Renew(lease) => store.renew(lease).await.map(|()| Told::Done)?,
@@ -181,7 +253,10 @@ pub async fn perform<S: Store>(store: &S, ask: &Ask) -> Result<Told, StoreError>
         Ask::Take { lease, value } => {
             Told::Took(store.put_if_leased(LEADER_KEY, value.as_bytes(), Expect::Absent, lease).await?)
         }
-        Ask::Members => Told::Members(store.list(MEMBERS).await?.entries.into_iter().map(|e| e.key).collect()),
+        Ask::Members | Ask::Builds(_) => {
+            let text = |entry: Entry| (entry.key, String::from_utf8_lossy(&entry.value).into_owned());
+            Told::Members(store.list(MEMBERS).await?.entries.into_iter().map(text).collect())
+        }
         Ask::Revoke(lease) => store.revoke(lease).await.map(|()| Told::Done)?,
     })
 }

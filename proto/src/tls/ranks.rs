@@ -126,6 +126,25 @@ impl ClientCertVerifier for Workers {
     }
 }
 
+/// Whether a certificate is what is wrong: trying again helps nobody then. Anything else may be the network's doing, as a bit that
+/// was flipped on the way; what is said of certificates crosses it encrypted.
+pub fn is_about_certificates(error: &Error) -> bool {
+    use AlertDescription as Alert;
+    match error {
+        Error::InvalidCertificate(_) | Error::NoCertificatesPresented => true,
+        Error::AlertReceived(alert) => matches!(
+            alert,
+            Alert::UnknownCA
+                | Alert::DecryptError
+                | Alert::CertificateExpired
+                | Alert::BadCertificate
+                | Alert::UnsupportedCertificate
+                | Alert::CertificateRequired
+        ),
+        _ => false,
+    }
+}
+
 /// Why a handshake failed, in words for whoever has to mend it; the subject is the peer.
 pub fn reason(error: &Error) -> String {
     use AlertDescription as Alert;
@@ -136,17 +155,17 @@ pub fn reason(error: &Error) -> String {
         Error::PeerIncompatible(_) | Error::AlertReceived(Alert::ProtocolVersion | Alert::HandshakeFailure) => {
             format!("does not agree on TLS 1.3 with certificates: {error}")
         }
-        Error::AlertReceived(alert) => format!(
-            "refuses this worker's certificate: {}",
-            match alert {
-                Alert::UnknownCA | Alert::DecryptError => "it is of another authority".into(),
-                Alert::CertificateExpired => "it has expired, or is not valid yet".into(),
-                Alert::BadCertificate => format!("it is not for {WORKER_NAME}"),
-                Alert::UnsupportedCertificate => "it may not be used by clients and servers both".into(),
-                Alert::CertificateRequired => "it was not shown".to_string(),
-                other => format!("{other:?}"),
-            }
-        ),
+        Error::AlertReceived(alert) => {
+            let why = match alert {
+                Alert::UnknownCA | Alert::DecryptError => "it is of another authority",
+                Alert::CertificateExpired => "it has expired, or is not valid yet",
+                Alert::BadCertificate => "it is not for worker.conclave",
+                Alert::UnsupportedCertificate => "it may not be used by clients and servers both",
+                Alert::CertificateRequired => "it was not shown",
+                other => return format!("breaks TLS off: {other:?}"),
+            };
+            format!("refuses this worker's certificate: {why}")
+        }
         other => format!("breaks TLS: {other}"),
     }
 }

@@ -186,6 +186,10 @@ struct Session<'a> {
     lent: (Vec<u8>, Vec<String>),
     /// Where answers of the open step stream go.
     answers: Option<mpsc::Sender<wire::StepAnswer>>,
+    /// The group serves without this worker, which stands by.
+    spare: bool,
+    /// What [`Ranks::waiting`] last said, and since when.
+    waiting: Option<(u64, Instant)>,
 }
 
 impl<'a> Session<'a> {
@@ -219,6 +223,8 @@ impl<'a> Session<'a> {
             ranks: None,
             lent: (Vec::new(), Vec::new()),
             answers: None,
+            spare: false,
+            waiting: None,
         }
     }
 
@@ -335,6 +341,10 @@ impl<'a> Session<'a> {
             Some(Body::Release(release)) => Some(Event::Release { epoch: Epoch(release.epoch) }),
             Some(Body::Serving(serving)) => {
                 self.serving = Some(Epoch(serving.epoch));
+                None
+            }
+            Some(Body::StandBy(told)) => {
+                self.spare = told.serves;
                 None
             }
             Some(Body::Refused(fault)) => return Err(AgentError::Refused(fault.text)),
@@ -471,7 +481,8 @@ impl<'a> Session<'a> {
     }
 
     /// Tells the pulse how things stand.
-    fn turn(&self, agent: &Agent) {
+    fn turn(&mut self, agent: &Agent) {
+        self.watch_waiting();
         let stage = match agent.phase() {
             Phase::Idle => Stage::Idle,
             Phase::Loading { .. } => Stage::Loading,
@@ -482,13 +493,21 @@ impl<'a> Session<'a> {
             stage,
             epoch: agent.epoch().map_or(0, |epoch| epoch.0),
             serving: self.answers.is_some() && agent.epoch() == self.serving,
+            spare: self.spare && stage == Stage::Idle,
             pending: self.ranks.as_ref().map(|ranks| ranks.pending().clone()),
         };
         self.pulse.turn(turn, Instant::now());
     }
 
+    /// Notes since when nothing moves between ranks that wait for each other.
+    fn watch_waiting(&mut self) {
+        let now = self.ranks.as_ref().and_then(Ranks::waiting);
+        let before = self.waiting.take();
+        self.waiting = now.map(|mark| before.filter(|(seen, _)| *seen == mark).unwrap_or((mark, Instant::now())));
+    }
+
     /// Waits for something; beats go on meanwhile, nothing else does.
-    async fn beating<T>(&self, agent: &Agent, beat: &mut Interval, done: impl Future<Output = T>) -> T {
+    async fn beating<T>(&mut self, agent: &Agent, beat: &mut Interval, done: impl Future<Output = T>) -> T {
         tokio::pin!(done);
         loop {
             tokio::select! {
@@ -501,8 +520,9 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn beat(&self, agent: &Agent) {
+    fn beat(&mut self, agent: &Agent) {
         use wire::worker_message::Body;
+        self.watch_waiting();
         let (phase, epoch) = match agent.phase() {
             Phase::Idle => (wire::Phase::Idle, Epoch(0)),
             Phase::Loading { epoch, .. } => (wire::Phase::Loading, *epoch),
@@ -515,6 +535,7 @@ impl<'a> Session<'a> {
             steps_pending: self.ranks.as_ref().map_or(0, Ranks::steps_pending),
             resident_bytes: resident_bytes(),
             tolls: self.ranks.iter().flat_map(Ranks::tolls).map(toll).collect(),
+            waiting_ms: self.waiting.map_or(0, |(_, since)| since.elapsed().as_millis() as u64),
         };
         self.say(message(Body::Beat(beat)));
         if phase == wire::Phase::Loading {

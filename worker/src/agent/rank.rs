@@ -154,6 +154,16 @@ impl Ranks {
         })
     }
 
+    /// While every rank that has a step is within a collective: a number that moves when any of them does, or any byte between
+    /// ranks. None while one computes, or all rest.
+    pub fn waiting(&self) -> Option<u64> {
+        if self.watches.values().any(|watch| watch.computes()) {
+            return None;
+        }
+        let waits = self.watches.values().filter_map(|watch| watch.waits()).reduce(|sum, more| sum + more)?;
+        Some(waits + self.plane.flow())
+    }
+
     /// Queues a step for every rank.
     pub fn order(&self, order: Order) -> Result<(), Fault> {
         for sender in &self.orders {
@@ -363,6 +373,7 @@ fn serve_orders(
         }
         watch.begin();
         let result = shard.step(&batch)?;
+        watch.rest();
         setting.pending.fetch_sub(1, Ordering::Relaxed);
         if let Some(result) = result {
             let answer = Report::Answer { epoch: setting.plan.epoch, step: order.step, lane, result };

@@ -26,6 +26,7 @@ use model::plan::{Epoch, Member, Plan, WorkerId};
 use proto::tls::Tls;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -34,6 +35,7 @@ pub struct DataPlane {
     door: Door,
     credentials: Option<Arc<Credentials>>,
     built: Mutex<Vec<(Epoch, Weak<dyn Abort>)>>,
+    flow: Arc<AtomicU64>,
 }
 
 /// One rank's communicators. Those of one member are trivial.
@@ -67,7 +69,12 @@ impl DataPlane {
     pub fn bind(address: &str, tls: Option<Tls>) -> Result<DataPlane, Fault> {
         let credentials = tls.map(Credentials::read).transpose()?.map(Arc::new);
         let door = Door::bind(address, credentials.clone())?;
-        Ok(DataPlane { door, credentials, built: Mutex::default() })
+        Ok(DataPlane { door, credentials, built: Mutex::default(), flow: Arc::default() })
+    }
+
+    /// Moves with every byte that ranks of this process exchange over sockets.
+    pub fn flow(&self) -> u64 {
+        self.flow.load(Ordering::Relaxed)
     }
 
     /// Who was turned away since the start.
@@ -328,7 +335,7 @@ impl<'a> Connecting<'a> {
                 self.welcomed(group, peer, links.get_mut(&(me, peer)).expect("dialled above"))?;
             }
             let mine = (0..size).map(|peer| links.remove(&(me, peer))).collect();
-            built.push((me, Box::new(Tcp::new(me, mine, self.spin)?)));
+            built.push((me, Box::new(Tcp::new(me, mine, self.spin)?.moving(self.plane.flow.clone()))));
         }
         Ok(built)
     }

@@ -287,7 +287,7 @@ fn hear(mut stranger: Stranger, now: Instant, lobby: &Lobby) -> Option<Stranger>
 /// Counts one whose handshake failed; the session has told it why.
 fn turn_away(link: &Link, error: &std::io::Error, lobby: &Lobby) {
     match error.kind() {
-        ErrorKind::InvalidData => {
+        ErrorKind::InvalidData | ErrorKind::ConnectionAborted => {
             let peer = link.socket.peer_addr().ok();
             lobby.refused.say(Reason::Certificate, peer, &error.to_string());
         }

@@ -3,7 +3,7 @@
 //! Numbers are encrypted into the session's own buffer and go to the kernel from there, so a frame is sent only when the
 //! session [owes](Session::owes) nothing.
 
-use proto::tls::ranks::{reason, worker_name};
+use proto::tls::ranks::{is_about_certificates, reason, worker_name};
 use rustls::{ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
 use std::io::{Error, ErrorKind, IoSlice, Read, Result, Write};
 use std::net::TcpStream;
@@ -44,7 +44,8 @@ impl Session {
         self.connection.wants_write()
     }
 
-    /// As `TcpStream::read`. An error of kind [`ErrorKind::InvalidData`] is the peer's wrong, in words.
+    /// As `TcpStream::read`. An error of kind [`ErrorKind::InvalidData`] is the wrong of the peer's certificate, or of
+    /// ours, [`ErrorKind::ConnectionAborted`] what is no TLS, or was touched on the way; both in words.
     pub fn read(&mut self, mut socket: &TcpStream, bytes: &mut [u8]) -> Result<usize> {
         loop {
             match self.connection.reader().read(bytes) {
@@ -110,5 +111,6 @@ impl Session {
 }
 
 fn broken(error: rustls::Error) -> Error {
-    Error::new(ErrorKind::InvalidData, reason(&error))
+    let kind = if is_about_certificates(&error) { ErrorKind::InvalidData } else { ErrorKind::ConnectionAborted };
+    Error::new(kind, reason(&error))
 }

@@ -16,7 +16,7 @@ use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Up to here all numbers go to each partner, `log2(size)` times; above, halves, quarters and so on go and come back.
@@ -41,6 +41,8 @@ pub struct Tcp {
     /// Looks at the sockets before waiting in the kernel.
     spin: u32,
     scratch: Vec<u8>,
+    /// Moves with every byte that comes or goes.
+    flow: Arc<AtomicU64>,
     failed: bool,
 }
 
@@ -122,8 +124,15 @@ impl Tcp {
             // A look at a socket is a system call: some tens of idle turns.
             spin: spin / 32,
             scratch: vec![0; READ],
+            flow: Arc::default(),
             failed: false,
         })
+    }
+
+    /// Also moves `flow` whenever a byte comes or goes.
+    pub fn moving(mut self, flow: Arc<AtomicU64>) -> Tcp {
+        self.flow = flow;
+        self
     }
 
     fn peers(&self) -> impl Iterator<Item = usize> + use<> {
@@ -169,6 +178,7 @@ impl Tcp {
                 moved |= self.read(peer)?;
             }
             if moved {
+                self.flow.fetch_add(1, Ordering::Relaxed);
                 idle = 0;
                 continue;
             }

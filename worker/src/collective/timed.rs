@@ -4,8 +4,13 @@
 use super::{Abort, Collective};
 use model::fault::Fault;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::Instant;
+
+/// What a rank does.
+const RESTS: u8 = 0;
+const COMPUTES: u8 = 1;
+const WAITS: u8 = 2;
 
 /// One rank's time, over all its communicators. Written by the rank's thread, read by beats.
 #[derive(Debug)]
@@ -15,12 +20,22 @@ pub struct Stopwatch {
     since: AtomicU64,
     entered: AtomicU64,
     computing_ns: AtomicU64,
+    doing: AtomicU8,
+    /// Collectives entered, counted or not.
+    waits: AtomicU64,
 }
 
 impl Default for Stopwatch {
     fn default() -> Stopwatch {
         let zero = AtomicU64::default;
-        Stopwatch { origin: Instant::now(), since: zero(), entered: zero(), computing_ns: zero() }
+        Stopwatch {
+            origin: Instant::now(),
+            since: zero(),
+            entered: zero(),
+            computing_ns: zero(),
+            doing: AtomicU8::new(RESTS),
+            waits: zero(),
+        }
     }
 }
 
@@ -32,6 +47,27 @@ impl Stopwatch {
     /// The rank computes from now on: a step begins, or a collective has ended.
     pub fn begin(&self) {
         self.since.store(self.now(), Ordering::Relaxed);
+        self.doing.store(COMPUTES, Ordering::Relaxed);
+    }
+
+    /// The rank has no step from now on.
+    pub fn rest(&self) {
+        self.doing.store(RESTS, Ordering::Relaxed);
+    }
+
+    fn wait(&self) {
+        self.waits.fetch_add(1, Ordering::Relaxed);
+        self.doing.store(WAITS, Ordering::Relaxed);
+    }
+
+    /// Whether the rank is at work on a step by itself, and not within a collective.
+    pub fn computes(&self) -> bool {
+        self.doing.load(Ordering::Relaxed) == COMPUTES
+    }
+
+    /// How often it has entered a collective, while it is in one.
+    pub fn waits(&self) -> Option<u64> {
+        (self.doing.load(Ordering::Relaxed) == WAITS).then(|| self.waits.load(Ordering::Relaxed))
     }
 
     fn entered(&self) {
@@ -68,6 +104,7 @@ impl<C: Collective> Timed<C> {
         if self.counts {
             self.watch.entered();
         }
+        self.watch.wait();
         let result = call(&mut self.inner);
         self.watch.begin();
         result
@@ -140,6 +177,7 @@ mod tests {
                 });
             }
         });
+        assert!(watches.iter().all(|watch| watch.computes() && watch.waits().is_none()), "none is within one");
         let [(entered, fast), (_, slow)] = [watches[0].read(), watches[1].read()];
         assert_eq!(entered, 10);
         assert!(slow >= 50_000_000 && fast * 2 < slow, "{fast} ns against {slow} ns");

@@ -84,9 +84,9 @@ fn answer(method: &Method, path: &str, pulse: &Pulse) -> Response<Full<Bytes>> {
     let facts = pulse.look(Instant::now());
     let (code, kind, text) = match path {
         _ if method != Method::GET && method != Method::HEAD => plain(StatusCode::METHOD_NOT_ALLOWED, "only GET"),
-        "/livez" => verdict("live", facts.deadly(), &facts),
-        "/readyz" => verdict("ready", facts.obstacles(), &facts),
-        "/startupz" => verdict("started", facts.beginnings(), &facts),
+        "/livez" => verdict("live", facts.deadly(), Vec::new(), &facts),
+        "/readyz" => verdict("ready", facts.obstacles(), facts.remarks(), &facts),
+        "/startupz" => verdict("started", facts.beginnings(), Vec::new(), &facts),
         "/metrics" => (StatusCode::OK, "text/plain; version=0.0.4", metrics::render(&facts, pulse.refused())),
         _ => plain(StatusCode::NOT_FOUND, "there are /livez /readyz /startupz /metrics"),
     };
@@ -98,10 +98,17 @@ fn plain(code: StatusCode, text: &str) -> (StatusCode, &'static str, String) {
     (code, "text/plain", text.into())
 }
 
-/// The coordinator's shape.
-fn verdict(word: &str, reasons: Vec<String>, facts: &Facts) -> (StatusCode, &'static str, String) {
-    let code = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    let status = if reasons.is_empty() { word.to_string() } else { format!("not {word}") };
+/// The coordinator's shape. Without reasons against it, `remarks` stand there.
+fn verdict(
+    word: &str,
+    against: Vec<String>,
+    remarks: Vec<String>,
+    facts: &Facts,
+) -> (StatusCode, &'static str, String) {
+    let holds = against.is_empty();
+    let code = if holds { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let status = if holds { word.to_string() } else { format!("not {word}") };
+    let reasons = if holds { remarks } else { against };
     let body = json!({"status": status, "phase": facts.stage.word(), "epoch": facts.epoch, "reasons": reasons});
     (code, "application/json", body.to_string())
 }

@@ -6,8 +6,8 @@ use model::plan::{KernelFamily, Limits, Member};
 use model::quant::Dtype;
 
 /// One rank a worker; refuses when `refuse` is set.
-struct OneEach {
-    refuse: bool,
+pub(super) struct OneEach {
+    pub(super) refuse: bool,
 }
 
 impl Planner for OneEach {
@@ -37,11 +37,11 @@ impl Planner for OneEach {
     }
 }
 
-fn ms(n: u64) -> Duration {
+pub(super) fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-fn id(n: usize) -> WorkerId {
+pub(super) fn id(n: usize) -> WorkerId {
     WorkerId(format!("w{n}"))
 }
 
@@ -50,7 +50,7 @@ fn cluster(workers: usize, settle: Option<Duration>) -> Cluster<OneEach> {
     Cluster::new(rules, OneEach { refuse: false }, Epoch(0))
 }
 
-fn join(c: &mut Cluster<OneEach>, now: u64, n: usize) -> Vec<Action> {
+pub(super) fn join<P: Planner>(c: &mut Cluster<P>, now: u64, n: usize) -> Vec<Action> {
     let offer = Offer {
         worker: id(n),
         host: "h".into(),
@@ -61,7 +61,7 @@ fn join(c: &mut Cluster<OneEach>, now: u64, n: usize) -> Vec<Action> {
     c.handle(ms(now), Event::Joined { offer })
 }
 
-fn serve(c: &mut Cluster<OneEach>, now: u64) -> Vec<Action> {
+pub(super) fn serve<P: Planner>(c: &mut Cluster<P>, now: u64) -> Vec<Action> {
     let epoch = c.epoch();
     let members = c.plan().expect("a plan").members.clone();
     let mut last = c.handle(ms(now), Event::Committed { epoch });
@@ -94,7 +94,7 @@ fn prepare(c: &mut Cluster<OneEach>, now: u64) -> Vec<Action> {
     last
 }
 
-fn served_by(n: usize) -> Cluster<OneEach> {
+pub(super) fn served_by(n: usize) -> Cluster<OneEach> {
     let mut c = cluster(n, None);
     (0..n).for_each(|i| drop(join(&mut c, 0, i)));
     serve(&mut c, 1);
@@ -290,6 +290,19 @@ fn a_plan_that_does_not_fit_is_retried_with_growing_pauses_and_a_reason() {
     c.planner.refuse = false;
     assert!(c.handle(ms(99), Event::Tick).is_empty());
     assert!(matches!(c.handle(ms(100), Event::Tick)[..], [Action::Commit { .. }]));
+}
+
+#[test]
+fn a_pause_never_gets_longer_than_eight_times_the_first() {
+    let mut c = cluster(1, None);
+    c.planner.refuse = true;
+    join(&mut c, 0, 0);
+    let beat = |now| Event::Beat { worker: id(0), beat: Beat { epoch: Epoch(now), ..Beat::default() } };
+    for now in (0..60_000).step_by(50) {
+        c.handle(ms(now), beat(now));
+        c.handle(ms(now), Event::Tick);
+    }
+    assert!(c.failures() > 60_000 / 850, "{} tries in a minute", c.failures());
 }
 
 #[test]

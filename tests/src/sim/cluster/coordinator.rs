@@ -21,6 +21,9 @@ use super::outside::Outside;
 /// How long a leader may take to take a request (`lead/peer.rs`).
 const ANSWER: u64 = 5 * SECOND;
 
+/// Of every process.
+pub const BUILD: &str = "1.0 (b)";
+
 pub struct Coordinator {
     pub number: usize,
     candidate: Candidate,
@@ -62,7 +65,7 @@ impl Coordinator {
         out.net.later(look, node, Task::Look);
         Coordinator {
             number,
-            candidate: Candidate::new(number.to_string(), id),
+            candidate: Candidate::new(number.to_string(), id, BUILD.into()),
             asked: None,
             deposed: None,
             resigns: false,

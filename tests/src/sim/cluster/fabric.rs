@@ -31,7 +31,7 @@ struct Group {
     seats: BTreeMap<WorkerId, Seat>,
     connected: bool,
     aborted: bool,
-    /// A host is gone, and no connection says so.
+    /// A host is gone, or its words are lost on the way, and no connection says so.
     frozen: bool,
     /// What is computed now.
     computing: Option<(StepId, Vec<(WorkerId, Order)>)>,
@@ -92,8 +92,8 @@ impl Fabric {
         }
     }
 
-    /// A host with ranks of the epoch is gone: its peers wait for it.
-    pub fn vanish(&mut self, epoch: Epoch) {
+    /// A host with ranks of the epoch is gone, or what it says is lost on the way: its peers wait for it.
+    pub fn freeze(&mut self, epoch: Epoch) {
         if let Some(group) = self.groups.get_mut(&epoch) {
             group.frozen = true;
         }
@@ -115,6 +115,11 @@ impl Fabric {
     pub fn steps_pending(&self, epoch: Epoch) -> u32 {
         let Some(group) = self.groups.get(&epoch) else { return 0 };
         u32::from(group.computing.is_some()) + group.seats.values().map(|s| s.orders.len() as u32).max().unwrap_or(0)
+    }
+
+    /// Whether ranks have a step and wait for others that are not heard.
+    pub fn waits(&self, epoch: Epoch) -> bool {
+        self.groups.get(&epoch).is_some_and(|group| group.frozen) && self.steps_pending(epoch) > 0
     }
 
     /// Begins a step that every worker has.

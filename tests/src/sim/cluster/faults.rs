@@ -22,7 +22,7 @@ impl World {
         let (coordinators, workers) = (self.coordinators.len(), self.workers.len());
         let worker = self.out.net.random.within(0..=workers - 1);
         let coordinator = self.out.net.random.within(0..=coordinators - 1);
-        match self.out.net.random.within(0..=19) {
+        match self.out.net.random.within(0..=20) {
             0 | 1 => {
                 let silent = self.out.net.random.once_in(4);
                 self.kill_worker(worker, silent);
@@ -69,7 +69,16 @@ impl World {
                 }
             }
             17 => self.resign(coordinator),
+            20 => self.stall(worker),
             _ => self.replay(worker),
+        }
+    }
+
+    /// What ranks say to each other stands still on the way, and nobody's connection ends.
+    fn stall(&mut self, number: usize) {
+        if let Some(epoch) = self.workers[number].as_ref().and_then(|worker| worker.epoch()) {
+            self.out.net.tally.data_stalls += 1;
+            self.out.fabric.freeze(epoch);
         }
     }
 
@@ -101,7 +110,7 @@ impl World {
             tally.hosts_lost += u64::from(silent);
         }
         match worker.epoch() {
-            Some(epoch) if silent => self.out.fabric.vanish(epoch),
+            Some(epoch) if silent => self.out.fabric.freeze(epoch),
             Some(epoch) => self.out.stop_ranks(epoch, &WorkerId(format!("w{number}"))),
             None => {}
         }

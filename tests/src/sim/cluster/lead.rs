@@ -251,7 +251,10 @@ impl Lead {
             Action::Release { worker, epoch } => self.command(out, &worker, Command::Release(epoch)),
             Action::Expel { worker, .. } => self.expel(out, &worker),
             Action::Serve { plan } => self.serve(out, plan),
-            Action::Halt { .. } => {
+            // For a worker's health alone.
+            Action::StandBy { .. } => {}
+            Action::Halt { why, .. } => {
+                out.net.tally.halted_while_stuck += u64::from(why.starts_with("nothing moves"));
                 let died = !matches!(self.cluster.phase(), Phase::Loading(_));
                 out.net.tally.halted_by_death += u64::from(died);
                 out.net.tally.reshaped += u64::from(!died);

@@ -17,6 +17,7 @@ use model::fault::Fault;
 use model::plan::{Epoch, Plan, WorkerId};
 
 use super::clients::{Client, State};
+use super::coordinator::BUILD;
 use super::fabric::Fabric;
 use super::message::{Order, Question, Reply, Rpc, Task};
 use super::net::{MS, Net, Node, SECOND};
@@ -105,7 +106,7 @@ impl Outside {
                 let answer = at_once(book::perform(&self.store, 0, ask, term));
                 if let book::Answer::Committed(epoch, _) = &answer {
                     self.net.tally.epochs_committed += 1;
-                    self.truth.committed(*epoch, from, &format!("{from} {from}-{life}"));
+                    self.truth.committed(*epoch, from, &format!("{from} {from}-{life} {BUILD}"));
                 }
                 let fenced = matches!(&answer, book::Answer::Failed(StoreError::Fenced { .. }));
                 self.net.tally.commits_fenced += u64::from(fenced);

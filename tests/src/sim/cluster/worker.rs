@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use coordinator::cluster::event::Beat;
 use coordinator::cluster::service::Said;
@@ -33,6 +34,8 @@ pub struct Worker {
     leaving: bool,
     pub ended: bool,
     progress: u64,
+    /// Of which epoch the ranks wait for others, and since when.
+    waiting: Option<(Epoch, Duration)>,
     /// The highest epoch whose ranks this process started.
     started: Epoch,
 }
@@ -78,6 +81,7 @@ impl Worker {
             leaving: false,
             ended: false,
             progress: 0,
+            waiting: None,
             started: Epoch(0),
         }
     }
@@ -382,8 +386,12 @@ impl Worker {
     fn beat(&mut self, out: &mut Outside) {
         let Some(session) = &self.session else { return };
         let epoch = self.agent.epoch().unwrap_or_default();
-        let steps_pending = session.ranks.map_or(0, |epoch| out.steps_pending(epoch));
-        let beat = Beat { epoch, progress: self.progress, steps_pending, ..Beat::default() };
+        let (ranks, now) = (session.ranks, out.net.elapsed());
+        let steps_pending = ranks.map_or(0, |epoch| out.steps_pending(epoch));
+        let waits = ranks.filter(|epoch| out.fabric.waits(*epoch));
+        self.waiting = waits.map(|epoch| self.waiting.filter(|(of, _)| *of == epoch).unwrap_or((epoch, now)));
+        let waiting = self.waiting.map_or(Duration::ZERO, |(_, since)| now - since);
+        let beat = Beat { epoch, progress: self.progress, steps_pending, waiting, ..Beat::default() };
         self.say(out, Said::Beat(beat));
         if let Phase::Loading { epoch, .. } = *self.agent.phase() {
             self.say(out, Said::Loading { epoch, bytes_done: 1, bytes_total: 2 });

@@ -5,7 +5,8 @@ use crate::collective::authority::Says;
 use crate::collective::hello::HELLO;
 use proto::tls::COORDINATOR_NAME;
 use rcgen::ExtendedKeyUsagePurpose::ClientAuth;
-use std::net::TcpListener;
+use std::io::Read;
+use std::net::{Shutdown, TcpListener};
 
 /// A pipe of one rank a worker, all of one authority.
 fn pipe(size: usize, host: impl Fn(usize) -> String) -> Members {
@@ -93,6 +94,47 @@ fn nobody_is_spoken_to_in_the_clear() {
     assert!(fault.text.contains("worker w0"), "{fault}");
     let (fault, _, count) = refusal([None, Some(ours.worker())], "other");
     assert!(fault.text.contains("worker w0") && count == 0, "{fault}");
+}
+
+/// Set aside is whoever is incompatible, so that what a network did to a handshake must not look like it.
+#[test]
+fn a_bit_that_is_flipped_in_a_handshake_is_no_certificate_s_fault() {
+    let ours = Authority::new();
+    // Of the first words of either end, which cross in the clear and within the first answer.
+    for at in [0, 1, 5, 6, 9, 40, 80, 200, 600] {
+        let (planes, mut members) = planes_with(|_| Some(ours.worker()), 2, 1, |worker| format!("host {worker}"));
+        let flips = TcpListener::bind("127.0.0.1:0").unwrap();
+        let target = planes[0].address();
+        members[0].data_address = flips.local_addr().unwrap().to_string();
+        let plan = two(1, &members);
+        let options = Options { deadline: Duration::from_millis(500), checked: false };
+        let faults = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut near, mut far) = (flips.accept().unwrap().0, TcpStream::connect(target).unwrap());
+                let (mut back, mut forth) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+                scope.spawn(move || std::io::copy(&mut back, &mut forth).map(|_| forth.shutdown(Shutdown::Both)));
+                let mut bytes = vec![0; 16 << 10];
+                let mut passed = 0;
+                while let Ok(count @ 1..) = near.read(&mut bytes) {
+                    if (passed..passed + count).contains(&at) {
+                        bytes[at - passed] ^= 0x10;
+                    }
+                    passed += count;
+                    if far.write_all(&bytes[..count]).is_err() {
+                        break;
+                    }
+                }
+                let _ = (near.shutdown(Shutdown::Both), far.shutdown(Shutdown::Both));
+            });
+            let connect = |i: usize| planes[i].connect(&plan, &WorkerId(format!("w{i}")), &options).err();
+            let listener = scope.spawn(move || connect(0));
+            let dialler = connect(1);
+            [dialler, listener.join().unwrap()]
+        });
+        for fault in faults.into_iter().flatten() {
+            assert_ne!(fault.kind, FaultKind::Incompatible, "a bit of byte {at}: {fault}");
+        }
+    }
 }
 
 #[test]
