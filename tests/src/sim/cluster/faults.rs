@@ -22,7 +22,7 @@ impl World {
         let (coordinators, workers) = (self.coordinators.len(), self.workers.len());
         let worker = self.out.net.random.within(0..=workers - 1);
         let coordinator = self.out.net.random.within(0..=coordinators - 1);
-        match self.out.net.random.within(0..=20) {
+        match self.out.net.random.within(0..=19) {
             0 | 1 => {
                 let silent = self.out.net.random.once_in(4);
                 self.kill_worker(worker, silent);
@@ -69,7 +69,7 @@ impl World {
                 }
             }
             17 => self.resign(coordinator),
-            20 => self.stall(worker),
+            18 => self.stall(worker),
             _ => self.replay(worker),
         }
     }
