@@ -1,5 +1,5 @@
 //! What the tests share: real processes ([`process`], [`cluster`], [`etcd`]), ranks as threads ([`ring`]) and requests for them
-//! ([`requests`]), the reference's numbers ([`golden`]), the simulator ([`sim`]), and
+//! ([`requests`]), models that a peer lends ([`lent`]), the reference's numbers ([`golden`]), the simulator ([`sim`]), and
 //! certificates ([`authority`]).
 
 pub mod authority;
@@ -8,6 +8,7 @@ pub mod client;
 pub mod cluster;
 pub mod etcd;
 pub mod golden;
+pub mod lent;
 pub mod overload;
 pub mod planned;
 pub mod process;
