@@ -1,6 +1,6 @@
 //! What the tests share: real processes ([`process`], [`cluster`], [`etcd`]), what goes wrong between them ([`proxy`], [`hosts`]) while
-//! they are asked ([`load`]), a hub of models ([`hub`]), ranks as threads ([`ring`]) and requests for them
-//! ([`requests`]), the reference's numbers ([`golden`]), the simulator ([`sim`]), and
+//! they are asked ([`load`]), a hub of models ([`hub`]), models that a peer lends ([`lent`]), ranks as threads ([`ring`]) and requests
+//! for them ([`requests`]), the reference's numbers ([`golden`]), the simulator ([`sim`]), and
 //! certificates ([`authority`]).
 
 pub mod authority;
@@ -11,6 +11,7 @@ pub mod etcd;
 pub mod golden;
 pub mod hosts;
 pub mod hub;
+pub mod lent;
 pub mod load;
 pub mod overload;
 pub mod planned;

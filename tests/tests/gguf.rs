@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used)] // all of this file is a test
 
+use conclave_tests::lent::Lent;
 use conclave_tests::planned;
 use conclave_tests::ring::{Ring, Setting, fixture};
 use model::catalog::{self, Role, TensorDecl, TensorId};
@@ -316,7 +317,16 @@ fn renamed(spec: &ModelSpec, architecture: &str, halves: bool) -> ModelSpec {
 
 /// The logits of some tokens.
 fn logits(path: &Path, mesh: Mesh) -> Vec<Vec<f32>> {
-    let mut ring = Ring::load(path, Setting::new(mesh, Dtype::F32)).unwrap();
+    logits_of(Ring::load(path, Setting::new(mesh, Dtype::F32)).unwrap())
+}
+
+/// The same of a file that a peer lends.
+fn logits_lent(path: &Path, mesh: Mesh) -> Vec<Vec<f32>> {
+    let lent = Lent::open(path).unwrap();
+    logits_of(Ring::load_of(lent.checkpoint.clone(), Setting::new(mesh, Dtype::F32), None).unwrap())
+}
+
+fn logits_of(mut ring: Ring) -> Vec<Vec<f32>> {
     ring.trace(true).unwrap();
     let begun = vec![Begin { seq: SeqId(1), sampling: Sampling::GREEDY, prompt_len: 20, history: vec![] }];
     let tokens = (0..20).map(|i| i * 17 % 400).collect();
@@ -348,10 +358,19 @@ fn a_gguf_file_gives_the_bits_of_its_safetensors() {
         assert_eq!(expected.len(), 20);
         let found = logits(&file, Mesh::new(1, 1, 2, 1).unwrap());
         assert!(found == expected, "{name}, halves {halves}: logits differ");
+        let found = logits_lent(&file, Mesh::new(1, 1, 2, 1).unwrap());
+        assert!(found == expected, "{name}, halves {halves}: logits of the lent file differ");
         planned::check(&file, 0, &[(1, 1, 1, 1), (2, 1, 2, 1)]).unwrap();
         let mixed: Vec<Tensor> =
             made.convert(&renamed(&made.spec, architecture, halves)).into_iter().map(mixed).collect();
         write(&file, &metadata(&renamed(&made.spec, architecture, halves)), &mixed);
+        for (pipeline, tensor) in [(1, 1), (1, 2), (2, 2), (1, 4)] {
+            let mesh = Mesh::new(pipeline, 1, tensor, tensor).unwrap();
+            if model::cut::check(&made.spec, &mesh).is_ok() {
+                let same = logits(&file, mesh) == logits_lent(&file, mesh);
+                assert!(same, "{name}, halves {halves}, mixed formats, {mesh}: logits of the lent file differ");
+            }
+        }
         planned::check(&file, 0, &[(1, 1, 1, 1), (2, 1, 2, 1), (1, 1, 4, 2)]).unwrap();
     }
 }
@@ -379,6 +398,7 @@ fn a_split_model_is_found_from_any_of_its_parts() {
     write(&part(0), &counted(&keys, 0, total), &tensors[..third]);
     let expected = logits(&fixture("qwen3"), Mesh::ONE);
     assert!(logits(&part(0), Mesh::ONE) == expected && logits(&part(2), Mesh::ONE) == expected);
+    assert!(logits_lent(&part(1), Mesh::ONE) == expected);
     let identity = |path: &Path| Checkpoint::open(path).unwrap().identity();
     assert_eq!(identity(&part(0)), identity(&part(1)));
     assert_eq!(identity(&part(0)), coordinator::source::Source::open(&part(1)).unwrap().identity);

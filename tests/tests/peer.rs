@@ -2,37 +2,17 @@
 
 #![allow(clippy::unwrap_used)] // all of this file is a test
 
+use conclave_tests::lent::Lent;
 use conclave_tests::ring::{Ring, Setting, fixture, fixtures, plan};
 use model::mesh::{Mesh, RankId};
-use model::plan::Epoch;
 use model::quant::Dtype;
 use model::step::{Begin, BlockId, Chunk, LaneBatch, Sampling, SeqId, StepBatch};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use worker::collective::connect::DataPlane;
 use worker::engine::shard::Shelves;
 use worker::load::checkpoint::Checkpoint;
-use worker::load::remote::Lender;
 
 const MESHES: [(usize, usize, usize, usize); 6] =
     [(1, 1, 1, 1), (1, 1, 2, 2), (1, 1, 2, 1), (1, 1, 4, 1), (2, 1, 2, 1), (1, 2, 1, 2)];
-
-/// A worker that lends the model at `path`, and one that borrows it.
-struct Pair {
-    _giver: DataPlane,
-    _taker: DataPlane,
-    lender: Arc<dyn Lender>,
-}
-
-fn pair(path: &Path) -> Pair {
-    let plane = || DataPlane::bind("127.0.0.1:0", None).unwrap();
-    let (giver, taker) = (plane(), plane());
-    let checkpoint = Checkpoint::open(path).unwrap();
-    let (identity, paths): (Vec<u8>, Vec<PathBuf>) = (checkpoint.identity(), checkpoint.paths());
-    giver.lend(&identity, "t", Box::new(move || Ok(paths.clone()))).unwrap();
-    let lender = taker.borrow(&[giver.address().to_string()], (&identity, "t"), Epoch(1)).unwrap();
-    Pair { _giver: giver, _taker: taker, lender }
-}
 
 /// A prompt in each lane, answered with log-probabilities.
 fn step(lanes: usize) -> StepBatch {
@@ -54,9 +34,9 @@ fn step(lanes: usize) -> StepBatch {
 /// Loads one mesh after the other of both, over shelves that keep what stays; compares what each proves and answers.
 fn check(name: &str) -> usize {
     let path = fixture(name);
-    let pair = pair(&path);
     let own = Arc::new(Checkpoint::open(&path).unwrap());
-    let lent = Arc::new(Checkpoint::borrow(&pair.lender).unwrap());
+    let borrowed = Lent::open(&path).unwrap();
+    let lent = borrowed.checkpoint.clone();
     assert_eq!(own.identity(), lent.identity(), "{name}");
     assert!(lent.is_lent() && own.names().eq(lent.names()), "{name}");
     let whole = own.spec().unwrap();
@@ -101,8 +81,8 @@ fn a_flipped_bit_of_a_lender_is_in_what_is_proven() {
         std::fs::copy(entry.path(), folder.join(entry.file_name())).unwrap();
     }
     let proven = || {
-        let pair = pair(&folder);
-        let lent = Arc::new(Checkpoint::borrow(&pair.lender).unwrap());
+        let borrowed = Lent::open(&folder).unwrap();
+        let lent = borrowed.checkpoint.clone();
         let spec = lent.spec().unwrap().predicting(0).unwrap();
         let (setting, shelves) = (Setting::new(Mesh::ONE, Dtype::Bf16), Arc::new(Shelves::default()));
         let _ring = Ring::load_of(lent, setting, Some(shelves.clone())).unwrap();
