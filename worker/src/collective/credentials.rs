@@ -5,10 +5,10 @@ use proto::tls::Tls;
 use proto::tls::ranks::Ranks;
 use rustls::{ClientConfig, ServerConfig};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::SystemTime;
 
-/// Peers that come before this worker's own turn to connect find certificates no older than this.
-const AGE_MAX: Duration = Duration::from_secs(10);
+/// Length and last change of each file.
+type Stamp = [Option<(u64, SystemTime)>; 3];
 
 /// The files, and what they held when they were last read.
 pub struct Credentials {
@@ -18,14 +18,15 @@ pub struct Credentials {
 
 struct Held {
     ranks: Ranks,
-    since: Instant,
+    stamp: Stamp,
 }
 
 impl Credentials {
     /// Reads the files for the first time; they must be whole.
     pub fn read(files: Tls) -> Result<Credentials, Fault> {
+        let stamp = stamp(&files);
         let ranks = files.ranks().map_err(|error| Fault::new(FaultKind::Incompatible, format!("[tls]: {error}")))?;
-        Ok(Credentials { files, held: Mutex::new(Held { ranks, since: Instant::now() }) })
+        Ok(Credentials { files, held: Mutex::new(Held { ranks, stamp }) })
     }
 
     /// Reads the files again. While they are half written, what they held before goes on.
@@ -37,16 +38,17 @@ impl Credentials {
         self.lock().ranks.dials.clone()
     }
 
+    /// For peers that come before this worker's own turn to connect: they may have read renewed files already.
     pub fn listens(&self) -> Arc<ServerConfig> {
         let mut held = self.lock();
-        if held.since.elapsed() > AGE_MAX {
+        if stamp(&self.files) != held.stamp {
             Credentials::reread(&self.files, &mut held);
         }
         held.ranks.listens.clone()
     }
 
     fn reread(files: &Tls, held: &mut Held) {
-        held.since = Instant::now();
+        held.stamp = stamp(files);
         match files.ranks() {
             Ok(ranks) => held.ranks = ranks,
             Err(error) => tracing::warn!("[tls]: {error}: the certificates read before are kept"),
@@ -56,4 +58,11 @@ impl Credentials {
     fn lock(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn stamp(files: &Tls) -> Stamp {
+    [&files.ca, &files.certificate, &files.key].map(|path| {
+        let about = std::fs::metadata(path).ok()?;
+        Some((about.len(), about.modified().ok()?))
+    })
 }
