@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use conclave_tests::cluster::{Ending, Place};
 use conclave_tests::process::{Served, demo, until};
 use serde_json::{Value, json};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
@@ -69,16 +69,11 @@ fn answer(served: &Served) -> Result<Value> {
     Ok(served.ask("/v1/completions", &question)?["choices"].clone())
 }
 
-fn coordinator(place: &Place) -> Result<Served> {
-    ensure!(Path::new(PROGRAM).is_file());
-    place.coordinator()
-}
-
 #[test]
 fn a_worker_without_the_model_is_lent_it_and_serves_on_alone() -> Result<()> {
     let roots = Roots::new("lent")?;
     let place = Place::new(PROGRAM, "lent-place", &roots.model(), "")?;
-    let served = coordinator(&place)?;
+    let served = place.coordinator()?;
     let (mut first, _lines) = roots.worker(&place, "w0", "full")?;
     serve(&served, &["w0"])?;
     let before = answer(&served)?;
@@ -98,7 +93,7 @@ fn a_worker_without_the_model_is_lent_it_and_serves_on_alone() -> Result<()> {
 fn a_lender_that_is_killed_leaves_the_load_to_the_next() -> Result<()> {
     let roots = Roots::new("killed")?;
     let place = Place::new(PROGRAM, "killed-place", &roots.model(), "")?;
-    let served = coordinator(&place)?;
+    let served = place.coordinator()?;
     let (_keeps, _lines) = roots.worker(&place, "w1", "full")?;
     serve(&served, &["w1"])?;
     let before = answer(&served)?;
@@ -123,11 +118,12 @@ fn a_lender_that_is_killed_leaves_the_load_to_the_next() -> Result<()> {
 fn where_nobody_has_the_model_the_reason_says_what_is_missing() -> Result<()> {
     let roots = Roots::new("nobody")?;
     let place = Place::new(PROGRAM, "nobody-place", &roots.model(), "workers = 2\n")?;
-    let served = coordinator(&place)?;
+    let served = place.coordinator()?;
     let (_one, lines) = roots.worker(&place, "w0", "empty")?;
     let (_two, _lines) = roots.worker(&place, "w1", "empty")?;
     let line = says(&lines, "none of 1 peers lends the model's files")?;
-    ensure!(line.contains("config.json") && line.contains("it has not all of the model's files"), "{line}");
+    // Whether the other had no files, or had given up the epoch for that already, is a matter of who was first.
+    ensure!(line.contains("config.json"), "{line}");
     until("the coordinator says so", || {
         served.get("/readyz").is_ok_and(|a| a.status == 503 && String::from_utf8_lossy(&a.body).contains("config.json"))
     })?;
