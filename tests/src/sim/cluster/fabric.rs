@@ -92,8 +92,8 @@ impl Fabric {
         }
     }
 
-    /// A host with ranks of the epoch is gone, or what it says is lost on the way: its peers wait for it.
-    pub fn freeze(&mut self, epoch: Epoch) {
+    /// A host with ranks of the epoch is gone: its peers wait for it.
+    pub fn vanish(&mut self, epoch: Epoch) {
         if let Some(group) = self.groups.get_mut(&epoch) {
             group.frozen = true;
         }
@@ -115,6 +115,12 @@ impl Fabric {
     pub fn steps_pending(&self, epoch: Epoch) -> u32 {
         let Some(group) = self.groups.get(&epoch) else { return 0 };
         u32::from(group.computing.is_some()) + group.seats.values().map(|s| s.orders.len() as u32).max().unwrap_or(0)
+    }
+
+    /// Connections between the ranks of the epoch stand still, if there are any yet; whether there are.
+    pub fn stall(&mut self, epoch: Epoch) -> bool {
+        let group = self.groups.get_mut(&epoch).filter(|group| group.connected && group.seats.len() > 1);
+        group.map(|group| group.frozen = true).is_some()
     }
 
     /// Whether ranks have a step and wait for others that are not heard.

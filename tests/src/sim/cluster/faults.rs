@@ -77,8 +77,7 @@ impl World {
     /// What ranks say to each other stands still on the way, and nobody's connection ends.
     fn stall(&mut self, number: usize) {
         if let Some(epoch) = self.workers[number].as_ref().and_then(|worker| worker.epoch()) {
-            self.out.net.tally.data_stalls += 1;
-            self.out.fabric.freeze(epoch);
+            self.out.net.tally.data_stalls += u64::from(self.out.fabric.stall(epoch));
         }
     }
 
@@ -110,7 +109,7 @@ impl World {
             tally.hosts_lost += u64::from(silent);
         }
         match worker.epoch() {
-            Some(epoch) if silent => self.out.fabric.freeze(epoch),
+            Some(epoch) if silent => self.out.fabric.vanish(epoch),
             Some(epoch) => self.out.stop_ranks(epoch, &WorkerId(format!("w{number}"))),
             None => {}
         }
