@@ -40,6 +40,8 @@ pub struct World {
     arrived: usize,
     /// Requests that waited when faults stopped.
     waited: Vec<usize>,
+    /// When a worker last ended by itself.
+    ended_at: u64,
     checked: bool,
     /// A worker whose host never comes back.
     pub gone: Option<usize>,
@@ -59,6 +61,7 @@ pub fn run(seed: u64, mode: Mode) -> Tally {
         faults_end: 0,
         arrived: 0,
         waited: Vec::new(),
+        ended_at: 0,
         checked: false,
         gone: None,
     };
@@ -191,6 +194,7 @@ impl World {
     /// A worker that has ended is no more.
     fn reap(&mut self, number: usize) {
         if self.workers[number].as_ref().is_some_and(|worker| worker.ended) {
+            self.ended_at = self.out.net.now();
             self.kill_worker(number, false);
             self.restart_later(Node::Worker(number));
         }
@@ -271,6 +275,10 @@ impl World {
 
     /// What must be true some time after the last fault.
     fn check(&mut self) {
+        // Killed since by a request of that kind, which is a fault too; each is given up after a few deaths.
+        if self.ended_at + RECOVERY > self.out.net.now() {
+            return self.out.net.world(self.ended_at + RECOVERY, Rpc::Check);
+        }
         let leading: Vec<usize> = self.all_coordinators().filter(|c| c.lead.is_some()).map(|c| c.number).collect();
         let key = self.out.leader();
         assert!(leading.len() == 1 && leading.first().copied() == key, "{leading:?} lead, the key says {key:?}");
