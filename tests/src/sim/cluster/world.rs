@@ -40,8 +40,8 @@ pub struct World {
     arrived: usize,
     /// Requests that waited when faults stopped.
     waited: Vec<usize>,
-    /// When a worker last ended by itself.
-    ended_at: u64,
+    /// When a request last killed a worker.
+    killed_at: u64,
     checked: bool,
     /// A worker whose host never comes back.
     pub gone: Option<usize>,
@@ -61,7 +61,7 @@ pub fn run(seed: u64, mode: Mode) -> Tally {
         faults_end: 0,
         arrived: 0,
         waited: Vec::new(),
-        ended_at: 0,
+        killed_at: 0,
         checked: false,
         gone: None,
     };
@@ -157,6 +157,7 @@ impl World {
             Rpc::Computed { epoch, step } => {
                 let Outside { fabric, net, .. } = &mut self.out;
                 if let Some(victim) = fabric.computed(net, epoch, step) {
+                    self.killed_at = self.out.net.now();
                     self.kill_worker(victim, false);
                     self.restart_later(Node::Worker(victim));
                 }
@@ -194,7 +195,6 @@ impl World {
     /// A worker that has ended is no more.
     fn reap(&mut self, number: usize) {
         if self.workers[number].as_ref().is_some_and(|worker| worker.ended) {
-            self.ended_at = self.out.net.now();
             self.kill_worker(number, false);
             self.restart_later(Node::Worker(number));
         }
@@ -276,8 +276,8 @@ impl World {
     /// What must be true some time after the last fault.
     fn check(&mut self) {
         // Killed since by a request of that kind, which is a fault too; each is given up after a few deaths.
-        if self.ended_at + RECOVERY > self.out.net.now() {
-            return self.out.net.world(self.ended_at + RECOVERY, Rpc::Check);
+        if self.killed_at + RECOVERY > self.out.net.now() {
+            return self.out.net.world(self.killed_at + RECOVERY, Rpc::Check);
         }
         let leading: Vec<usize> = self.all_coordinators().filter(|c| c.lead.is_some()).map(|c| c.number).collect();
         let key = self.out.leader();
