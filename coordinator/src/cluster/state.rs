@@ -210,8 +210,13 @@ impl<P: Planner> Cluster<P> {
                 }
             }
             Event::Prepared { worker, epoch } => self.prepared(&worker, epoch, &mut actions),
-            Event::Committed { epoch } => self.committed(epoch, &mut actions),
+            // Whatever it answers, the store is there.
+            Event::Committed { epoch } => {
+                self.store_lost = None;
+                self.committed(epoch, &mut actions);
+            }
             Event::CommitFailed { found, why } => {
+                self.store_lost = None;
                 self.epoch_stored = self.epoch_stored.max(found);
                 self.drop_reshape(now, |r| r.committing);
                 if matches!(self.phase, Phase::Committing(_)) {

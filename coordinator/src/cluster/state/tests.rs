@@ -403,6 +403,18 @@ fn a_worker_with_another_model_is_set_aside_and_the_others_serve_on() {
     assert!(commits(&join(&mut c, 1902, 1)), "anew it is given another chance");
 }
 
+#[test]
+fn an_answer_to_a_commit_tells_that_the_store_is_back() {
+    for answer in [Event::Committed { epoch: Epoch(9) }, Event::CommitFailed { found: Epoch(0), why: "other".into() }] {
+        let mut c = served_by(2);
+        c.handle(ms(10), Event::StoreLost { why: "no answer".into() });
+        c.handle(ms(11), answer);
+        c.handle(ms(12), Event::Lost { worker: id(0), why: "killed".into() });
+        let actions = join(&mut c, 13, 0);
+        assert!(actions.iter().any(|a| matches!(a, Action::Commit { .. })), "{}", c.reason());
+    }
+}
+
 /// Serves with two ranks cut by tensor, the second at `factor` times the first one's pace, for `seconds`.
 fn paced(factor: u64, seconds: u64) -> (Cluster<TensorEach>, Vec<Action>) {
     let rules = Rules { workers: 2, settle: None, silence: ms(1000), retry: ms(100), grow: ms(500) };
