@@ -83,7 +83,7 @@ fn suffer(served: &Served, proxy: &Proxy, faults: &[Fault<'_>], tally: &Tally) -
 }
 
 fn told(what: &str, tally: &Tally) {
-    eprintln!("{what}: {} answers, none changed; longest pause {:?}", tally.answers(), tally.pause());
+    eprintln!("{what}: {} answers, none changed; longest pause {:?}", tally.answers(), tally.longest());
 }
 
 #[test]

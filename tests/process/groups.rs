@@ -2,10 +2,10 @@
 
 use anyhow::{Context, Result, ensure};
 use conclave_tests::cluster::Place;
+use conclave_tests::load::asking;
 use conclave_tests::process::{Served, demo, until};
 use serde_json::{Value, json};
 use std::io::Write;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_conclave");
@@ -56,42 +56,26 @@ fn a_groups_death_moves_its_requests_to_the_other() -> Result<()> {
         ensure!(metric(&served, "conclave_steps_total", group)? > 100.0, "group {group} did hardly anything");
     }
 
-    let done = AtomicBool::new(false);
-    let ask = |first: usize| -> Result<(usize, Duration)> {
-        let (mut count, mut longest) = (0, Duration::ZERO);
-        while !done.load(Ordering::Relaxed) {
-            let number = (first + count) % 64;
-            let began = Instant::now();
-            let found = answers(&served, number..number + 1)?.remove(0);
-            ensure!(found == expected[number], "answer {count} to {number}: {found}, not {}", expected[number]);
-            (count, longest) = (count + 1, longest.max(began.elapsed()));
-        }
-        Ok((count, longest))
+    let ask = |asker: usize, count: usize| -> Result<Duration> {
+        let number = (asker * 8 + count) % 64;
+        let began = Instant::now();
+        let found = answers(&served, number..number + 1)?.remove(0);
+        ensure!(found == expected[number], "answer {count} to {number}: {found}, not {}", expected[number]);
+        Ok(began.elapsed())
     };
-    let (mut count, mut longest) = (0, Duration::ZERO);
-    std::thread::scope(|scope| -> Result<()> {
-        let ask = &ask;
-        let askers: Vec<_> = (0..8).map(|n| scope.spawn(move || ask(n * 8))).collect();
-        let mut kill = || -> Result<()> {
-            for round in 0..6 {
-                std::thread::sleep(Duration::from_millis(200));
-                let victim = round % 2;
-                workers[victim].kill()?;
-                until("the other alone serves", || served.get("/readyz").is_ok_and(|a| a.status == 200) && !both())?;
-                std::thread::sleep(Duration::from_millis(300));
-                workers[victim] = place.worker(&format!("w{victim}"))?;
-                until("both groups serve again", both)?;
-            }
-            Ok(())
-        };
-        let killed = kill();
-        done.store(true, Ordering::Relaxed);
-        for asker in askers {
-            let (asked, slowest) = asker.join().map_err(|_| anyhow::anyhow!("an asker panicked"))??;
-            (count, longest) = (count + asked, longest.max(slowest));
+    let tally = asking(8, ask, |_| {
+        for round in 0..6 {
+            std::thread::sleep(Duration::from_millis(200));
+            let victim = round % 2;
+            workers[victim].kill()?;
+            until("the other alone serves", || served.get("/readyz").is_ok_and(|a| a.status == 200) && !both())?;
+            std::thread::sleep(Duration::from_millis(300));
+            workers[victim] = place.worker(&format!("w{victim}"))?;
+            until("both groups serve again", both)?;
         }
-        killed
+        Ok(())
     })?;
+    let (count, longest) = (tally.answers(), tally.longest());
     ensure!(count > 100, "{count} answers under six deaths");
     let line = format!("six deaths of one of two groups: {count} answers, none changed, the slowest {longest:?}\n");
     std::io::stderr().write_all(line.as_bytes())?;

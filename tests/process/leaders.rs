@@ -4,11 +4,11 @@
 use anyhow::{Context, Result, ensure};
 use conclave_tests::cluster::{Place, free_address};
 use conclave_tests::etcd;
+use conclave_tests::load::{Tally, asking};
 use conclave_tests::process::{Served, demo, until};
 use conclave_tests::stream::{self, Said};
 use serde_json::{Value, json};
 use std::io::Write;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_conclave");
@@ -27,35 +27,21 @@ fn streamed(served: &Served, seed: u64) -> Result<(Said, Duration)> {
     stream::read(served.open("POST", "/v1/chat/completions", question(seed).to_string().as_bytes())?)
 }
 
-/// Asks through all of `doors` while `change` goes on, and for so long after: every answer is the one given before. How
-/// many there were, and the longest pause.
-fn under_load(doors: &[&Served], change: impl FnOnce() -> Result<()>) -> Result<(usize, Duration)> {
+/// Asks through all of `doors`, two at a time each, while `change` goes on, and for a while after: every answer is the one given
+/// before.
+fn under_load(doors: &[&Served], change: impl FnOnce() -> Result<()>) -> Result<Tally> {
     let expected: Vec<_> = (0..4).map(|seed| Ok(streamed(doors[0], seed)?.0)).collect::<Result<Vec<_>>>()?;
-    let done = AtomicBool::new(false);
-    let ask = |served: &Served, first: usize| -> Result<(usize, Duration)> {
-        let (mut count, mut longest) = (0, Duration::ZERO);
-        while !done.load(Ordering::Relaxed) {
-            let seed = (first + count) % 4;
-            let (said, pause) = streamed(served, seed as u64).with_context(|| format!("answer {count}"))?;
-            ensure!(said == expected[seed], "answer {count} to {seed}: {said:?}, not {:?}", expected[seed]);
-            (count, longest) = (count + 1, longest.max(pause));
-        }
-        Ok((count, longest))
+    let ask = |asker: usize, count: usize| -> Result<Duration> {
+        let seed = (asker % 2 + count) % 4;
+        let (said, pause) = streamed(doors[asker / 2], seed as u64).with_context(|| format!("answer {count}"))?;
+        ensure!(said == expected[seed], "answer {count} to {seed}: {said:?}, not {:?}", expected[seed]);
+        Ok(pause)
     };
-    std::thread::scope(|scope| {
-        let ask = &ask;
-        let askers: Vec<_> =
-            doors.iter().flat_map(|door| (0..2).map(move |n| scope.spawn(move || ask(door, n)))).collect();
+    asking(2 * doors.len(), ask, |_| {
         std::thread::sleep(Duration::from_millis(300));
-        let changed = change();
+        change()?;
         std::thread::sleep(Duration::from_millis(500));
-        done.store(true, Ordering::Relaxed);
-        let (mut count, mut longest) = (0, Duration::ZERO);
-        for asker in askers {
-            let (asked, pause) = asker.join().map_err(|_| anyhow::anyhow!("an asker panicked"))??;
-            (count, longest) = (count + asked, longest.max(pause));
-        }
-        changed.map(|()| (count, longest))
+        Ok(())
     })
 }
 
@@ -104,14 +90,18 @@ fn whoever_leads_dies_and_no_request_of_another_coordinator_notices() -> Result<
             _ => ("asked to end", vec![&pair[standing]]),
         };
         let signal = ["KILL", "STOP", "TERM", "KILL"][round];
-        let (answers, pause) = under_load(&doors, || {
+        let tally = under_load(&doors, || {
             since = Some(Instant::now());
             pair[leading].signal(signal)?;
             until("the other one leads", || leads(&pair[standing]).unwrap_or(false))?;
             regained = since.map(|s| s.elapsed()).unwrap_or_default();
             Ok(())
         })?;
-        report += &format!("{how}: another serves after {regained:?}; {answers} answers, longest pause {pause:?}\n");
+        report += &format!(
+            "{how}: another serves after {regained:?}; {} answers, longest pause {:?}\n",
+            tally.answers(),
+            tally.longest()
+        );
         match round {
             1 => {
                 pair[leading].signal("CONT")?;
@@ -130,7 +120,7 @@ fn whoever_leads_dies_and_no_request_of_another_coordinator_notices() -> Result<
     // The store goes: the lead stays where it is, and comes to no harm when the store is back.
     let leading = leader(&pair)?;
     let epoch = pair[leading].get("/status")?.json()?["epoch"].clone();
-    let (answers, pause) = under_load(&[&pair[0], &pair[1]], || {
+    let tally = under_load(&[&pair[0], &pair[1]], || {
         store.kill()?;
         std::thread::sleep(Duration::from_secs(4));
         let again = etcd::start(&address, &places[0].folder().join("etcd"))?.context("it was there before")?;
@@ -138,7 +128,7 @@ fn whoever_leads_dies_and_no_request_of_another_coordinator_notices() -> Result<
         store = again;
         Ok(())
     })?;
-    report += &format!("etcd gone for 4 s: {answers} answers, longest pause {pause:?}\n");
+    report += &format!("etcd gone for 4 s: {} answers, longest pause {:?}\n", tally.answers(), tally.longest());
     ensure!(leader(&pair)? == leading, "the lead changed");
     ensure!(pair[leading].get("/status")?.json()?["epoch"] == epoch, "the epoch changed");
     std::io::stderr().write_all(report.as_bytes())?;

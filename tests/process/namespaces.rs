@@ -131,7 +131,7 @@ fn hosts_that_are_cut_off_come_back_and_nobody_notices() -> Result<()> {
         cluster.suffer(tally, "a worker is not heard", || b.deafen("output", ""), || b.hear())?;
         cluster.suffer(tally, "a worker does not hear its peer", || b.deafen("input", &between), || b.hear())
     })?;
-    let (answers, pause) = (tally.answers(), tally.pause());
+    let (answers, pause) = (tally.answers(), tally.longest());
     eprintln!("hosts cut off: {answers} answers, none changed; longest pause {pause:?}");
     Ok(())
 }

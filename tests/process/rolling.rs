@@ -4,12 +4,13 @@
 use anyhow::{Context, Result, ensure};
 use conclave_tests::cluster::{Ending, Place, free_address};
 use conclave_tests::etcd;
+use conclave_tests::load::asking;
 use conclave_tests::process::{Served, demo, get, until};
 use conclave_tests::stream::{self, Said};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::net::TcpStream;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_conclave");
@@ -84,56 +85,35 @@ fn every_process_is_rolled_and_no_answer_fails() -> Result<()> {
     let doors = places.each_ref().map(|place| place.api().to_string());
     let (turn, again) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let expected = (0..4).map(|seed| Ok(ask(&doors, &turn, &again, seed)?.0)).collect::<Result<Vec<Said>>>()?;
-    let done = AtomicBool::new(false);
     let began = Instant::now();
-    let (count, pause) = std::thread::scope(|scope| -> Result<(usize, Duration)> {
-        let clients: Vec<_> = (0..CLIENTS)
-            .map(|first| {
-                scope.spawn({
-                    let (doors, turn, again, done, expected) = (&doors, &turn, &again, &done, &expected);
-                    move || -> Result<(usize, Duration)> {
-                        let (mut count, mut longest) = (0, Duration::ZERO);
-                        while !done.load(Ordering::Relaxed) {
-                            let seed = (first + count) % expected.len();
-                            let (said, pause) =
-                                ask(doors, turn, again, seed as u64).with_context(|| format!("answer {count}"))?;
-                            ensure!(said == expected[seed], "answer {count} to {seed}: {said:?}");
-                            (count, longest) = (count + 1, longest.max(pause));
-                        }
-                        Ok((count, longest))
-                    }
-                })
-            })
-            .collect();
-        let mut roll = || -> Result<()> {
-            for (index, name) in names.iter().enumerate() {
-                workers[index].signal("TERM")?;
-                ensure!(workers[index].wait()? == Some(0), "{name} did not end well");
-                workers[index] = places[0].worker_at(name, &both)?;
-                until("it serves again", || coordinators.iter().all(|c| serving(c, &names)))?;
-            }
-            for index in 0..coordinators.len() {
-                coordinators[index].signal("TERM")?;
-                ensure!(coordinators[index].wait()? == Some(0), "coordinator {index} did not end well");
-                coordinators[index] = places[index].coordinator()?;
-                until("it serves again", || coordinators.iter().all(|c| serving(c, &names)))?;
-            }
-            Ok(())
-        };
-        let rolled = roll();
-        done.store(true, Ordering::Relaxed);
-        let (mut count, mut longest) = (0, Duration::ZERO);
-        for client in clients {
-            let (asked, pause) = client.join().map_err(|_| anyhow::anyhow!("a client panicked"))??;
-            (count, longest) = (count + asked, longest.max(pause));
+    let ask = |asker: usize, count: usize| -> Result<Duration> {
+        let seed = (asker + count) % expected.len();
+        let (said, pause) = ask(&doors, &turn, &again, seed as u64).with_context(|| format!("answer {count}"))?;
+        ensure!(said == expected[seed], "answer {count} to {seed}: {said:?}");
+        Ok(pause)
+    };
+    let tally = asking(CLIENTS, ask, |_| {
+        for (index, name) in names.iter().enumerate() {
+            workers[index].signal("TERM")?;
+            ensure!(workers[index].wait()? == Some(0), "{name} did not end well");
+            workers[index] = places[0].worker_at(name, &both)?;
+            until("it serves again", || coordinators.iter().all(|c| serving(c, &names)))?;
         }
-        rolled.map(|()| (count, longest))
+        for index in 0..coordinators.len() {
+            coordinators[index].signal("TERM")?;
+            ensure!(coordinators[index].wait()? == Some(0), "coordinator {index} did not end well");
+            coordinators[index] = places[index].coordinator()?;
+            until("it serves again", || coordinators.iter().all(|c| serving(c, &names)))?;
+        }
+        Ok(())
     })?;
     let report = format!(
-        "two workers and two coordinators rolled in {:?}: {count} answers, none failed or changed, {} asked again elsewhere; \
-         longest pause {pause:?}\n",
+        "two workers and two coordinators rolled in {:?}: {} answers, none failed or changed, {} asked again elsewhere; \
+         longest pause {:?}\n",
         began.elapsed(),
-        again.load(Ordering::Relaxed)
+        tally.answers(),
+        again.load(Ordering::Relaxed),
+        tally.longest()
     );
     std::io::stderr().write_all(report.as_bytes())?;
     Ok(())

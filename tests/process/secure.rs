@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use conclave_tests::authority::{Authority, Files};
 use conclave_tests::cluster::{Place, free_address, hosts_apart};
+use conclave_tests::load::asking;
 use conclave_tests::process::{Answer, Served, demo, until};
 use proto::tls::COORDINATOR_NAME;
 use serde_json::{Value, json};
@@ -11,7 +12,6 @@ use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
@@ -305,17 +305,11 @@ fn authority_and_certificates_are_renewed_under_load() -> Result<()> {
     let mut heard = vec![lines];
     until_served_by(&served, &["a"])?;
     let expected = ask(&served)?;
-    let done = AtomicBool::new(false);
-    let answers = std::thread::scope(|scope| {
-        let asker = || -> Result<usize> {
-            let mut count = 0;
-            while !done.load(Ordering::Relaxed) {
-                ensure!(ask(&served).with_context(|| format!("answer {count}"))? == expected, "answer {count} changed");
-                count += 1;
-            }
-            Ok(count)
-        };
-        let askers = [scope.spawn(asker), scope.spawn(asker)];
+    let asked = |_, count: usize| -> Result<Duration> {
+        ensure!(ask(&served).with_context(|| format!("answer {count}"))? == expected, "answer {count} changed");
+        Ok(Duration::ZERO)
+    };
+    let tally = asking(2, asked, |_| {
         let mut replace = |name: &str| -> Result<()> {
             let (next, lines) = place.worker_with(name, &worker.settings())?;
             heard.push(lines);
@@ -327,28 +321,22 @@ fn authority_and_certificates_are_renewed_under_load() -> Result<()> {
             now = next;
             until_served_by(&served, &[name])
         };
-        let mut renew = || -> Result<()> {
-            let both = format!("{}{}", old.pem, new.pem);
-            coordinator.trust(&both)?;
-            worker.trust(&both)?;
-            replace("b")?;
-            coordinator.show(&new.issue(COORDINATOR_NAME)?)?;
-            worker.show(&new.issue("worker.conclave")?)?;
-            replace("c")?;
-            coordinator.trust(&new.pem)?;
-            worker.trust(&new.pem)?;
-            replace("d")
-        };
-        let renewed = renew();
-        done.store(true, Ordering::Relaxed);
-        let counts = askers.map(|asker| asker.join().map_err(|_| anyhow::anyhow!("an asker panicked"))?);
-        renewed?;
-        counts.into_iter().sum::<Result<usize>>()
+        let both = format!("{}{}", old.pem, new.pem);
+        coordinator.trust(&both)?;
+        worker.trust(&both)?;
+        replace("b")?;
+        coordinator.show(&new.issue(COORDINATOR_NAME)?)?;
+        worker.show(&new.issue("worker.conclave")?)?;
+        replace("c")?;
+        coordinator.trust(&new.pem)?;
+        worker.trust(&new.pem)?;
+        replace("d")
     })?;
     // The old authority opens nothing any more.
     let late = Files::new(&folder.join("late"), &new.pem, &old.issue("worker.conclave")?)?;
     let (_late, _lines) = place.worker_with("late", &late.settings())?;
     until("the old authority is refused", || refused(&served, "authority").is_ok_and(|count| count > 0))?;
+    let answers = tally.answers();
     println!("{answers} answers while authority and certificates were replaced, none failed or changed");
     std::fs::remove_dir_all(folder)?;
     Ok(())

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use conclave_tests::cluster::Place;
+use conclave_tests::load::asking;
 use conclave_tests::process::{Served, demo, kill, until};
 use serde_json::{Value, json};
 use std::io::Write;
@@ -26,6 +27,26 @@ fn member(served: &Served, name: &str) -> Result<Value> {
     found.with_context(|| format!("no {name} in {status}"))
 }
 
+/// Stops and continues a process again and again while `watch` goes on.
+fn braked(process: u32, watch: impl FnOnce() -> Result<()>) -> Result<()> {
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let brake = scope.spawn(|| -> Result<()> {
+            while !done.load(Ordering::Relaxed) {
+                kill(process, "STOP")?;
+                std::thread::sleep(STANDS);
+                kill(process, "CONT")?;
+                std::thread::sleep(RUNS);
+            }
+            Ok(())
+        });
+        let watched = watch();
+        done.store(true, Ordering::Relaxed);
+        brake.join().map_err(|_| anyhow::anyhow!("the brake panicked"))??;
+        watched
+    })
+}
+
 #[test]
 fn a_slow_worker_is_named_and_then_planned_around() -> Result<()> {
     let place = Place::new(PROGRAM, "slow", &demo(), "workers = 1\nkv_cache_memory_bytes = 8388608\n")?;
@@ -35,28 +56,15 @@ fn a_slow_worker_is_named_and_then_planned_around() -> Result<()> {
     until("both serve", || {
         served.get("/readyz").is_ok_and(|a| a.status == 200) && ranks("w0") == 1 && ranks("w1") == 1
     })?;
-    let (expected, done) = (ask(&served)?, AtomicBool::new(false));
-    let process = slow.id();
-    let report = std::thread::scope(|scope| -> Result<String> {
-        let asker = scope.spawn(|| -> Result<usize> {
-            let mut count = 0;
-            while !done.load(Ordering::Relaxed) {
-                let found = ask(&served)?;
-                ensure!(found == expected, "answer {count} differs: {found}");
-                count += 1;
-            }
-            Ok(count)
-        });
-        let slowed = scope.spawn(|| -> Result<()> {
-            while !done.load(Ordering::Relaxed) {
-                kill(process, "STOP")?;
-                std::thread::sleep(STANDS);
-                kill(process, "CONT")?;
-                std::thread::sleep(RUNS);
-            }
-            Ok(())
-        });
-        let watch = || -> Result<String> {
+    let (expected, process) = (ask(&served)?, slow.id());
+    let mut report = String::new();
+    let asked = |_, count: usize| -> Result<Duration> {
+        let found = ask(&served)?;
+        ensure!(found == expected, "answer {count} differs: {found}");
+        Ok(Duration::ZERO)
+    };
+    let tally = asking(1, asked, |_| {
+        braked(process, || {
             let began = Instant::now();
             let phase = |name: &str, start: &str| {
                 member(&served, name).is_ok_and(|m| m["phase"].as_str().is_some_and(|p| p.starts_with(start)))
@@ -69,14 +77,11 @@ fn a_slow_worker_is_named_and_then_planned_around() -> Result<()> {
             until("it is planned around", || ranks("w1") == 0 && ranks("w0") == 1)?;
             let around = began.elapsed();
             until("its state says why", || phase("w1", "avoided: it was slow"))?;
-            Ok(format!("named after {named:?}, planned around after {around:?}"))
-        };
-        let watched = watch();
-        done.store(true, Ordering::Relaxed);
-        slowed.join().map_err(|_| anyhow::anyhow!("the brake panicked"))??;
-        let count = asker.join().map_err(|_| anyhow::anyhow!("the asker panicked"))??;
-        watched.map(|report| format!("{report}; {count} answers, none changed\n"))
+            report = format!("named after {named:?}, planned around after {around:?}");
+            Ok(())
+        })
     })?;
+    report += &format!("; {} answers, none changed\n", tally.answers());
     std::io::stderr().write_all(report.as_bytes())?;
     Ok(())
 }

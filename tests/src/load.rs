@@ -13,14 +13,13 @@ use std::time::Duration;
 const SEEDS: u64 = 4;
 
 /// Asked at the same time.
-const ASKERS: u64 = 3;
+const ASKERS: usize = 3;
 
 /// What a load has seen, also while it runs.
 #[derive(Debug, Default)]
 pub struct Tally {
     answers: AtomicUsize,
-    /// Of streams, in milliseconds.
-    pause_ms: AtomicUsize,
+    longest_ms: AtomicUsize,
 }
 
 impl Tally {
@@ -29,9 +28,9 @@ impl Tally {
         self.answers.load(Ordering::Relaxed)
     }
 
-    /// The longest that a stream stood still.
-    pub fn pause(&self) -> Duration {
-        Duration::from_millis(self.pause_ms.load(Ordering::Relaxed) as u64)
+    /// The longest that any stood still, as `ask` says.
+    pub fn longest(&self) -> Duration {
+        Duration::from_millis(self.longest_ms.load(Ordering::Relaxed) as u64)
     }
 }
 
@@ -61,31 +60,46 @@ pub fn streamed(served: &Served, seed: u64, tokens: usize) -> Result<(String, Du
 /// Asks `served`, which is to be whole at first, again and again while `change` goes on.
 pub fn under_load(served: &Served, tokens: usize, change: impl FnOnce(&Tally) -> Result<()>) -> Result<Tally> {
     let expected: Vec<String> = (0..SEEDS).map(|seed| whole(served, seed, tokens)).collect::<Result<_>>()?;
+    let ask = |asker: usize, count: usize| -> Result<Duration> {
+        let count = (asker + count) as u64;
+        let (seed, stream) = (count % SEEDS, (count / SEEDS).is_multiple_of(2));
+        let (text, pause) = match stream {
+            true => streamed(served, seed, tokens),
+            false => whole(served, seed, tokens).map(|text| (text, Duration::ZERO)),
+        }
+        .with_context(|| format!("request {count} of asker {asker}, stream: {stream}"))?;
+        ensure!(text == expected[seed as usize], "the answer to {seed}, stream: {stream}, is {text:?}");
+        Ok(pause)
+    };
+    asking(ASKERS, ask, change)
+}
+
+/// Calls `ask(asker, count)` again and again in `askers` threads while `change` goes on; it checks an answer, and says how long
+/// its stream stood still at most.
+pub fn asking(
+    askers: usize,
+    ask: impl Fn(usize, usize) -> Result<Duration> + Sync,
+    change: impl FnOnce(&Tally) -> Result<()>,
+) -> Result<Tally> {
     let (tally, done) = (Tally::default(), AtomicBool::new(false));
-    let ask = |first: u64| -> Result<()> {
-        for count in first.. {
+    let asks = |asker: usize| -> Result<()> {
+        for count in 0.. {
             if done.load(Ordering::Relaxed) {
                 break;
             }
-            let (seed, stream) = (count % SEEDS, (count / SEEDS).is_multiple_of(2));
-            let (text, pause) = match stream {
-                true => streamed(served, seed, tokens),
-                false => whole(served, seed, tokens).map(|text| (text, Duration::ZERO)),
-            }
-            .with_context(|| format!("request {count} of asker {first}, stream: {stream}"))?;
-            ensure!(text == expected[seed as usize], "the answer to {seed}, stream: {stream}, is {text:?}");
-            tally.pause_ms.fetch_max(pause.as_millis() as usize, Ordering::Relaxed);
+            let pause = ask(asker, count)?;
+            tally.longest_ms.fetch_max(pause.as_millis() as usize, Ordering::Relaxed);
             tally.answers.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
     };
     std::thread::scope(|scope| {
-        let ask = &ask;
-        let askers: Vec<_> = (0..ASKERS).map(|first| scope.spawn(move || ask(first))).collect();
+        let asks = &asks;
+        let threads: Vec<_> = (0..askers).map(|asker| scope.spawn(move || asks(asker))).collect();
         let changed = change(&tally);
         done.store(true, Ordering::Relaxed);
         let join = |asker: ScopedJoinHandle<'_, Result<()>>| asker.join().map_err(|_| anyhow!("an asker panicked"))?;
-        let asked: Vec<Result<()>> = askers.into_iter().map(join).collect();
+        let asked: Vec<Result<()>> = threads.into_iter().map(join).collect();
         // A change that failed may well be why answers did not come.
         changed.and(asked.into_iter().collect::<Result<()>>())
     })?;
