@@ -65,15 +65,9 @@ unsafe fn segment<L: Lanes, D: Decode<L>>(
             }
             coded.factors::<L>(place, (at, 1), factors.as_mut_ptr());
             let factors = &*factors.as_ptr();
-            let rest = L::splat(if shifted { -total::<L, bf16>(x, 2 * pairs) } else { 0.0 });
+            let total = if shifted { Some(total::<L, bf16>(x, 2 * pairs)) } else { None };
             for v in 0..vectors {
-                let acc = acc.add(v * LANES);
-                let scale = L::load(factors.scales[0].as_ptr().add(v * LANES));
-                let mut sum = L::fma(sums[v], scale, L::load(acc));
-                if shifted {
-                    sum = L::fma(L::load(factors.shifts[0].as_ptr().add(v * LANES)), rest, sum);
-                }
-                L::store(acc, sum);
+                factors.join::<L>((0, v * LANES), sums[v], total, acc.add(v * LANES));
             }
         }
     }

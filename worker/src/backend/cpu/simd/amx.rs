@@ -6,15 +6,12 @@
 
 use super::lanes::LANES;
 use super::pack::PANEL;
-use super::panel::{AMX_PAIRS, CHUNK};
+use super::panel::{AMX_PAIRS, AMX_ROWS as ROWS, CHUNK, even_stride};
 use half::bf16;
 use std::arch::asm;
 use std::cell::Cell;
-use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
-/// Rows of a tile.
-pub const ROWS: usize = 16;
 /// Inputs of a whole block.
 const BLOCK: usize = 2 * AMX_PAIRS;
 
@@ -65,6 +62,40 @@ impl Configuration {
     }
 }
 
+/// Blocks of a full panel: each tile of activations meets four of weights.
+macro_rules! four_products {
+    () => {
+        "2:
+        tileloadd tmm4, [{x} + {x_stride}*1]
+        tileloadd tmm5, [{w} + {width}*1]
+        tdpbf16ps tmm0, tmm4, tmm5
+        tileloadd tmm6, [{w} + {width}*1 + 64]
+        tdpbf16ps tmm1, tmm4, tmm6
+        tileloadd tmm5, [{w} + {width}*1 + 128]
+        tdpbf16ps tmm2, tmm4, tmm5
+        tileloadd tmm6, [{w} + {width}*1 + 192]
+        tdpbf16ps tmm3, tmm4, tmm6
+        add {x}, {x_step}
+        add {w}, {w_step}
+        dec {block}
+        jnz 2b"
+    };
+}
+
+/// Blocks of sixteen outputs.
+macro_rules! one_product {
+    () => {
+        "2:
+        tileloadd tmm4, [{x} + {x_stride}*1]
+        tileloadd tmm5, [{w} + {w_stride}*1]
+        tdpbf16ps tmm0, tmm4, tmm5
+        add {x}, {x_step}
+        add {w}, {w_step}
+        dec {block}
+        jnz 2b"
+    };
+}
+
 /// The shape that a task's tiles have; they are released with it.
 #[derive(Default)]
 pub struct Tiles(Cell<(usize, usize)>);
@@ -96,7 +127,7 @@ impl Drop for Tiles {
 /// Adds the products of `pairs` pairs (a last one lone, where `lone`) to the accumulators of all rows.
 ///
 /// # Safety
-/// [`available`] said yes; `x` rows hold the inputs from `at`; `w` points at the pair-rows of `width` words, zeros up
+/// [`available`] said yes; `x` rows, at one distance, hold the inputs from `at`; `w` points at the pair-rows of `width` words, zeros up
 /// to a whole block; `acc` is `[x.len()][PANEL]`; at most [`CHUNK`] pairs.
 pub unsafe fn accumulate(
     tiles: &Tiles,
@@ -109,12 +140,12 @@ pub unsafe fn accumulate(
     let inputs = 2 * pairs + usize::from(lone);
     let (blocks, rest) = (inputs / BLOCK, inputs % BLOCK);
     debug_assert!(inputs <= 2 * CHUNK);
+    let stride = stride(x);
     let mut first = 0;
     while first < x.len() {
         if let Some(rows) = x.get(first..first + 2 * ROWS)
             && width == PANEL
             && rest == 0
-            && let Some(stride) = even_stride(rows)
         {
             // SAFETY: the caller's promises, two tiles of rows at a time.
             unsafe {
@@ -130,10 +161,7 @@ pub unsafe fn accumulate(
             tiles.shape(rows.len(), AMX_PAIRS);
             let acc = acc.add(first * PANEL);
             if blocks > 0 {
-                match even_stride(rows) {
-                    Some(stride) => panel(rows[0].add(at), stride, w, width, blocks, acc),
-                    None => gathered(rows, at, blocks * BLOCK, |x, stride| panel(x, stride, w, width, blocks, acc)),
-                }
+                panel(rows[0].add(at), stride, w, width, blocks, acc);
             }
             if rest > 0 {
                 let mut copy = [bf16::ZERO; ROWS * BLOCK];
@@ -149,19 +177,11 @@ pub unsafe fn accumulate(
     }
 }
 
-/// Calls `with` with a copy of some rows' inputs, and its rows' distance in bytes. Apart, for its large frame.
-///
-/// # Safety
-/// At most [`ROWS`] rows hold the inputs, at most [`CHUNK`] pairs.
-#[inline(never)]
-unsafe fn gathered(x: &[*const bf16], at: usize, inputs: usize, with: impl FnOnce(*const bf16, usize)) {
-    let mut copy = MaybeUninit::<[bf16; ROWS * 2 * CHUNK]>::uninit();
-    let copy = copy.as_mut_ptr().cast::<bf16>();
-    for (row, x) in x.iter().enumerate() {
-        // SAFETY: the caller's promise.
-        unsafe { std::ptr::copy_nonoverlapping(x.add(at), copy.add(row * inputs), inputs) };
-    }
-    with(copy, inputs * size_of::<bf16>());
+/// The distance of a task's rows, in bytes.
+#[inline(always)]
+fn stride(x: &[*const bf16]) -> usize {
+    debug_assert!(even_stride(x).is_some(), "rows at several distances");
+    x.get(1).map_or(0, |second| (*second as usize).wrapping_sub(x[0] as usize))
 }
 
 /// The sums of `runs` runs of `pairs` pairs each, from zero: `[run][ROWS][PANEL]`, of which rows of `x` and outputs of the
@@ -179,29 +199,13 @@ pub unsafe fn sums(
     (w, width): (*const u32, usize),
     out: *mut f32,
 ) {
-    let inputs = 2 * runs * pairs;
-    debug_assert!(inputs <= 2 * CHUNK && (pairs <= AMX_PAIRS || pairs.is_multiple_of(AMX_PAIRS)));
+    debug_assert!(runs * pairs <= CHUNK && (pairs <= AMX_PAIRS || pairs.is_multiple_of(AMX_PAIRS)));
     let block = pairs.min(AMX_PAIRS);
     let extent = (runs, pairs / block, block);
     // SAFETY: the caller's promises.
     unsafe {
         tiles.shape(x.len(), block);
-        match even_stride(x) {
-            Some(stride) => panel_sums((x[0].add(at), stride), (w, width), extent, out),
-            None => gathered(x, at, inputs, |x, stride| panel_sums((x, stride), (w, width), extent, out)),
-        }
-    }
-}
-
-/// Sums for all outputs of a panel.
-#[inline(always)]
-unsafe fn panel_sums(
-    x: (*const bf16, usize),
-    (w, width): (*const u32, usize),
-    extent: (usize, usize, usize),
-    out: *mut f32,
-) {
-    unsafe {
+        let x = (x[0].add(at), stride(x));
         if width == PANEL {
             return four_sums(x, w, extent, out);
         }
@@ -227,20 +231,7 @@ unsafe fn four_sums(
             "tilezero tmm1",
             "tilezero tmm2",
             "tilezero tmm3",
-            "2:",
-            "tileloadd tmm4, [{x} + {x_stride}*1]",
-            "tileloadd tmm5, [{w} + {width}*1]",
-            "tdpbf16ps tmm0, tmm4, tmm5",
-            "tileloadd tmm6, [{w} + {width}*1 + 64]",
-            "tdpbf16ps tmm1, tmm4, tmm6",
-            "tileloadd tmm5, [{w} + {width}*1 + 128]",
-            "tdpbf16ps tmm2, tmm4, tmm5",
-            "tileloadd tmm6, [{w} + {width}*1 + 192]",
-            "tdpbf16ps tmm3, tmm4, tmm6",
-            "add {x}, {x_step}",
-            "add {w}, {w_step}",
-            "dec {block}",
-            "jnz 2b",
+            four_products!(),
             "tilestored [{out} + {width}*1], tmm0",
             "tilestored [{out} + {width}*1 + 64], tmm1",
             "tilestored [{out} + {width}*1 + 128], tmm2",
@@ -278,14 +269,7 @@ unsafe fn one_sum(
             "3:",
             "mov {block}, {blocks}",
             "tilezero tmm0",
-            "2:",
-            "tileloadd tmm4, [{x} + {x_stride}*1]",
-            "tileloadd tmm5, [{w} + {w_stride}*1]",
-            "tdpbf16ps tmm0, tmm4, tmm5",
-            "add {x}, {x_step}",
-            "add {w}, {w_step}",
-            "dec {block}",
-            "jnz 2b",
+            one_product!(),
             "tilestored [{out} + {out_stride}*1], tmm0",
             "add {out}, {out_step}",
             "dec {runs}",
@@ -306,14 +290,6 @@ unsafe fn one_sum(
             options(nostack),
         );
     }
-}
-
-/// The distance of rows in bytes, where it is one and the same.
-fn even_stride(rows: &[*const bf16]) -> Option<usize> {
-    let Some(second) = rows.get(1) else { return Some(0) };
-    let stride = (*second as usize).wrapping_sub(rows[0] as usize);
-    let even = rows.windows(2).all(|pair| (pair[1] as usize).wrapping_sub(pair[0] as usize) == stride);
-    even.then_some(stride)
 }
 
 /// All outputs of a panel: four tiles of accumulators at once where it is full, else one by one.
@@ -381,20 +357,7 @@ unsafe fn four(x: *const bf16, x_stride: usize, w: *const u32, blocks: usize, ac
             "tileloadd tmm1, [{acc} + {width}*1 + 64]",
             "tileloadd tmm2, [{acc} + {width}*1 + 128]",
             "tileloadd tmm3, [{acc} + {width}*1 + 192]",
-            "2:",
-            "tileloadd tmm4, [{x} + {x_stride}*1]",
-            "tileloadd tmm5, [{w} + {width}*1]",
-            "tdpbf16ps tmm0, tmm4, tmm5",
-            "tileloadd tmm6, [{w} + {width}*1 + 64]",
-            "tdpbf16ps tmm1, tmm4, tmm6",
-            "tileloadd tmm5, [{w} + {width}*1 + 128]",
-            "tdpbf16ps tmm2, tmm4, tmm5",
-            "tileloadd tmm6, [{w} + {width}*1 + 192]",
-            "tdpbf16ps tmm3, tmm4, tmm6",
-            "add {x}, 64",
-            "add {w}, 4096",
-            "dec {blocks}",
-            "jnz 2b",
+            four_products!(),
             "tilestored [{acc} + {width}*1], tmm0",
             "tilestored [{acc} + {width}*1 + 64], tmm1",
             "tilestored [{acc} + {width}*1 + 128], tmm2",
@@ -404,8 +367,10 @@ unsafe fn four(x: *const bf16, x_stride: usize, w: *const u32, blocks: usize, ac
             width = in(reg) PANEL * 4,
             x = inout(reg) x => _,
             x_stride = in(reg) x_stride,
+            x_step = const 2 * BLOCK,
             w = inout(reg) w => _,
-            blocks = inout(reg) blocks => _,
+            w_step = const AMX_PAIRS * PANEL * 4,
+            block = inout(reg) blocks => _,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _,
             options(nostack),
@@ -418,23 +383,17 @@ unsafe fn one(x: *const bf16, x_stride: usize, w: *const u32, w_stride: usize, b
     unsafe {
         asm!(
             "tileloadd tmm0, [{acc} + {acc_stride}*1]",
-            "2:",
-            "tileloadd tmm4, [{x} + {x_stride}*1]",
-            "tileloadd tmm5, [{w} + {w_stride}*1]",
-            "tdpbf16ps tmm0, tmm4, tmm5",
-            "add {x}, 64",
-            "add {w}, {w_step}",
-            "dec {blocks}",
-            "jnz 2b",
+            one_product!(),
             "tilestored [{acc} + {acc_stride}*1], tmm0",
             acc = in(reg) acc,
             acc_stride = in(reg) PANEL * 4,
             x = inout(reg) x => _,
             x_stride = in(reg) x_stride,
+            x_step = const 2 * BLOCK,
             w = inout(reg) w => _,
             w_stride = in(reg) w_stride,
             w_step = in(reg) w_stride * AMX_PAIRS,
-            blocks = inout(reg) blocks => _,
+            block = inout(reg) blocks => _,
             out("tmm0") _, out("tmm4") _, out("tmm5") _,
             options(nostack),
         );
@@ -453,15 +412,5 @@ mod tests {
         assert_eq!(std::mem::offset_of!(Configuration, rows), 48);
         assert_eq!((configuration.palette, configuration.rows[4], configuration.rows[5]), (1, 5, 8));
         assert_eq!((configuration.row_bytes[0], configuration.row_bytes[4], configuration.row_bytes[5]), (64, 32, 64));
-    }
-
-    #[test]
-    fn only_rows_at_one_distance_are_loaded_in_place() {
-        let memory = [bf16::ZERO; 64];
-        let at = |i: usize| memory[i..].as_ptr();
-        assert_eq!(even_stride(&[at(8)]), Some(0));
-        assert_eq!(even_stride(&[at(0), at(8), at(16)]), Some(16));
-        assert_eq!(even_stride(&[at(0), at(8), at(8)]), None);
-        assert_eq!(even_stride(&[at(3), at(3)]), Some(0));
     }
 }

@@ -25,9 +25,6 @@ pub struct Part<'a, T> {
 
 /// Work on rows times outputs, of which registers hold a tile at a time.
 pub trait Grid<L: Lanes> {
-    fn rows(&self) -> usize;
-    /// Outputs, in whole vectors.
-    fn width(&self) -> usize;
     /// R rows by V vectors of outputs, from `row` and `lane` on.
     ///
     /// # Safety
@@ -35,36 +32,36 @@ pub trait Grid<L: Lanes> {
     unsafe fn tile<const R: usize, const V: usize>(&self, row: usize, lane: usize);
 }
 
-/// All rows and columns of a grid.
+/// All of a grid's rows, and its outputs in whole vectors.
 ///
 /// # Safety
 /// As [`Grid::tile`].
 #[inline(always)]
-pub unsafe fn cover<L: Lanes, G: Grid<L>>(grid: &G) {
+pub unsafe fn cover<L: Lanes, G: Grid<L>>(grid: &G, (rows, width): (usize, usize)) {
     unsafe {
-        let (mut row, rows) = (0, grid.rows());
+        let mut row = 0;
         // Sixteen registers hold four rows' chains, weights and inputs.
         while L::WIDE && rows - row >= PASS_ROWS {
-            columns::<L, G, PASS_ROWS>(grid, row);
+            columns::<L, G, PASS_ROWS>(grid, row, width);
             row += PASS_ROWS;
         }
         while rows - row >= 4 {
-            columns::<L, G, 4>(grid, row);
+            columns::<L, G, 4>(grid, row, width);
             row += 4;
         }
         if rows - row >= 2 {
-            columns::<L, G, 2>(grid, row);
+            columns::<L, G, 2>(grid, row, width);
             row += 2;
         }
         if rows - row == 1 {
-            columns::<L, G, 1>(grid, row);
+            columns::<L, G, 1>(grid, row, width);
         }
     }
 }
 
 #[inline(always)]
-unsafe fn columns<L: Lanes, G: Grid<L>, const R: usize>(grid: &G, row: usize) {
-    let (mut lane, width) = (0, grid.width());
+unsafe fn columns<L: Lanes, G: Grid<L>, const R: usize>(grid: &G, row: usize, width: usize) {
+    let mut lane = 0;
     unsafe {
         if L::WIDE || R == 1 {
             if width == 4 * LANES {
@@ -89,18 +86,10 @@ struct Chains<'a, L: Lanes, M: Product<L>>(&'a Part<'a, M::X>, PhantomData<L>);
 /// The part holds what it names.
 #[inline(always)]
 pub unsafe fn chains<L: Lanes, M: Product<L>>(part: &Part<'_, M::X>) {
-    unsafe { cover::<L, _>(&Chains::<L, M>(part, PhantomData)) }
+    unsafe { cover::<L, _>(&Chains::<L, M>(part, PhantomData), (part.x.len(), part.width)) }
 }
 
 impl<L: Lanes, M: Product<L>> Grid<L> for Chains<'_, L, M> {
-    #[inline(always)]
-    fn rows(&self) -> usize {
-        self.0.x.len()
-    }
-    #[inline(always)]
-    fn width(&self) -> usize {
-        self.0.width
-    }
     #[inline(always)]
     unsafe fn tile<const R: usize, const V: usize>(&self, row: usize, lane: usize) {
         let part = self.0;
@@ -154,22 +143,45 @@ impl<L: Lanes, M: Product<L>> Grid<L> for Chains<'_, L, M> {
 /// As [`chains`].
 #[inline(always)]
 pub unsafe fn widened<L: Lanes>(part: &Part<'_, bf16>) {
-    const STRIDE: usize = 2 * CHUNK + LANES;
-    let mut wide = MaybeUninit::<[f32; TASK_ROWS * STRIDE]>::uninit();
-    let wide = wide.as_mut_ptr().cast::<f32>();
-    let mut x = [std::ptr::null::<f32>(); TASK_ROWS];
-    let inputs = 2 * part.pairs + usize::from(part.lone);
-    // SAFETY: a row of a part is at most a chunk, and its lanes are read no further than it goes.
+    let Part { w, width, at, pairs, lone, acc, .. } = *part;
+    let mut wide = Wide::<{ 2 * CHUNK + LANES }>::new();
+    // SAFETY: a row of a part is at most a chunk.
     unsafe {
-        for (row, from) in part.x.iter().enumerate() {
-            let to = wide.add(row * STRIDE);
-            x[row] = to;
-            for i in (0..inputs).step_by(LANES) {
-                L::store(to.add(i), bf16::load_up_to::<L>(from.add(part.at + i), inputs - i));
+        let x = wide.rows::<L>(part.x, at, 2 * pairs + usize::from(lone));
+        chains::<L, FullByHalf>(&Part { w, width, x, at: 0, pairs, lone, acc });
+    }
+}
+
+/// Rows of a task as f32, each in `STRIDE` places.
+pub struct Wide<const STRIDE: usize> {
+    values: MaybeUninit<[[f32; STRIDE]; TASK_ROWS]>,
+    rows: [*const f32; TASK_ROWS],
+}
+
+impl<const STRIDE: usize> Wide<STRIDE> {
+    #[inline(always)]
+    pub fn new() -> Wide<STRIDE> {
+        Wide { values: MaybeUninit::uninit(), rows: [std::ptr::null(); TASK_ROWS] }
+    }
+
+    /// Widens `inputs` inputs of each row, from `at` on; read no further than they go.
+    ///
+    /// # Safety
+    /// As [`Lanes`]; rows hold the inputs, which in whole vectors are at most `STRIDE`.
+    #[inline(always)]
+    pub unsafe fn rows<L: Lanes>(&mut self, x: &[*const bf16], at: usize, inputs: usize) -> &[*const f32] {
+        let values = self.values.as_mut_ptr().cast::<f32>();
+        for (row, from) in x.iter().enumerate() {
+            // SAFETY: the caller's promises.
+            unsafe {
+                let to = values.add(row * STRIDE);
+                self.rows[row] = to;
+                for i in (0..inputs).step_by(LANES) {
+                    L::store(to.add(i), bf16::load_up_to::<L>(from.add(at + i), inputs - i));
+                }
             }
         }
-        let Part { w, width, pairs, lone, acc, .. } = *part;
-        chains::<L, FullByHalf>(&Part { w, width, x: &x[..part.x.len()], at: 0, pairs, lone, acc });
+        &self.rows[..x.len()]
     }
 }
 

@@ -329,12 +329,14 @@ impl Coded {
         let index = if D::NIBBLES { first / 8 } else { first };
         let (p, width) = (self.codes.pointer(place, index, lane), place.1);
         unsafe {
-            if D::NIBBLES || lane == 0 {
-                // A line of nibbles is a vector's, one of bytes the whole panel's.
-                L::prefetch_far(p.wrapping_add(AHEAD));
-                for line in 1..if D::NIBBLES { 1 } else { 8 } {
-                    L::prefetch_far(p.wrapping_add(line * width + AHEAD));
-                }
+            // A line of nibbles is a vector's, one of bytes the whole panel's.
+            let lines = match D::NIBBLES {
+                true => 1,
+                false if lane == 0 => 8,
+                false => 0,
+            };
+            for line in 0..lines {
+                L::prefetch_far(p.wrapping_add(line * width + AHEAD));
             }
             decode.four(p, width)
         }

@@ -1,8 +1,8 @@
 //! Multiplications: panels of packed weights against rows of activations, in the canonical order (see the parent).
 //!
 //! ```text
-//! task (panel, up to 48 rows)      per segment: accumulators <- +0.0
-//!   per 256 pairs of inputs            per 6 rows x 4 vectors: registers <- accumulators, 256 pairs, and back
+//! task (panel, up to 64 rows)      per segment: accumulators <- +0.0
+//!   per chunk of up to 256 pairs       per 6 rows x 4 vectors, or tiles: registers <- accumulators, the chunk, and back
 //!                                  then the tree over segments, the bias, and out
 //! ```
 //! Storing and reloading an f32 accumulator changes no bit, so the blocking is free to serve the caches.
@@ -28,6 +28,8 @@ pub const TASK_ROWS: usize = 64;
 pub const CHUNK: usize = 256;
 /// Pairs that AMX sums from zero before it adds to the accumulator.
 pub const AMX_PAIRS: usize = 16;
+/// Rows of one of its tiles.
+pub const AMX_ROWS: usize = 16;
 /// Sums pending in the tree: one for each power of two up to 8 segments.
 const PENDING: usize = 4;
 
@@ -41,10 +43,10 @@ const fn task_rows(family: KernelFamily) -> usize {
 
 /// Pairs between two stores: with a few passes over the rows a chunk stays in the first cache between them.
 const fn chunk(rows: usize, family: KernelFamily) -> usize {
-    match (family, rows) {
-        (KernelFamily::Amx, 17..) => CHUNK / 2,
-        (KernelFamily::Amx, _) => CHUNK,
-        (KernelFamily::Vector, _) => match rows.div_ceil(PASS_ROWS) {
+    match family {
+        KernelFamily::Amx if rows > AMX_ROWS => CHUNK / 2,
+        KernelFamily::Amx => CHUNK,
+        KernelFamily::Vector => match rows.div_ceil(PASS_ROWS) {
             2 => CHUNK / 8,
             3 | 4 => CHUNK / 4,
             _ => CHUNK,
@@ -72,7 +74,7 @@ pub struct Task<'a, T> {
     pub w: &'a Packed,
     pub panel: usize,
     pub family: KernelFamily,
-    /// The first input of each row.
+    /// The first input of each row; for tiles at one distance.
     pub x: &'a [*const T],
     pub bias: Option<&'a [f32]>,
     /// The first row's first output of the whole matrix, and the distance of rows.
@@ -270,10 +272,10 @@ pub unsafe fn panels<T: Input>(
         });
     };
     let mut pointers = [std::ptr::null(); TASK_ROWS];
-    if x.picks.is_some() && level.has_tiles() && family == KernelFamily::Amx && rows.len() > AMX_ROWS {
+    if x.picks.is_some() && level.has_tiles() && family == KernelFamily::Amx {
         for first in rows.clone().step_by(TASK_ROWS) {
             let some = x.rows(first..rows.end.min(first + TASK_ROWS), w.cols, &mut pointers);
-            gathered(some, w.cols, |x| panels.clone().for_each(|panel| run(x, panel, first)));
+            at_one_distance(some, w.cols, |x| panels.clone().for_each(|panel| run(x, panel, first)));
         }
         return;
     }
@@ -285,12 +287,20 @@ pub unsafe fn panels<T: Input>(
     }
 }
 
-/// Rows of a tile; more are worth a copy.
-const AMX_ROWS: usize = 16;
+/// The distance of rows in bytes, where it is one and the same.
+pub fn even_stride<T>(rows: &[*const T]) -> Option<usize> {
+    let Some(second) = rows.get(1) else { return Some(0) };
+    let stride = (*second as usize).wrapping_sub(rows[0] as usize);
+    let even = rows.windows(2).all(|pair| (pair[1] as usize).wrapping_sub(pair[0] as usize) == stride);
+    even.then_some(stride)
+}
 
-/// Calls `with` with copies of rows, at one distance that is no multiple of large powers of two, or the lines of a tile would
-/// share few sets of the first cache.
-fn gathered<T: Input>(x: &[*const T], cols: usize, with: impl FnOnce(&[*const T])) {
+/// Calls `with` with rows at one distance: these, or copies of them, whose distance then is no multiple of large powers of two,
+/// or the lines of a tile would share few sets of the first cache.
+fn at_one_distance<T: Input>(x: &[*const T], cols: usize, with: impl FnOnce(&[*const T])) {
+    if even_stride(x).is_some() {
+        return with(x);
+    }
     thread_local! {
         static COPY: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
     }
@@ -374,4 +384,19 @@ pub fn multiply_experts<T: Input>(
         // SAFETY: each task has its own panels of its own expert's pairs.
         unsafe { panels(level, family, x, w, range, None, start..end, target) };
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_rows_at_one_distance_are_loaded_in_place() {
+        let memory = [bf16::ZERO; 64];
+        let at = |i: usize| memory[i..].as_ptr();
+        assert_eq!(even_stride(&[at(8)]), Some(0));
+        assert_eq!(even_stride(&[at(0), at(8), at(16)]), Some(16));
+        assert_eq!(even_stride(&[at(0), at(8), at(8)]), None);
+        assert_eq!(even_stride(&[at(3), at(3)]), Some(0));
+    }
 }

@@ -7,10 +7,12 @@
 //! A run's sum starts at zero and follows the kernel family's order; `sum(x)` adds vectors of sixteen inputs, then their lanes.
 
 use super::alone;
-use super::chains::{Grid, cover, emulated};
+use super::chains::{Grid, Wide, cover, emulated};
 use super::coded::{Coded, RUNS_MAX, TILE_PAIRS, TILE_WORDS};
 use super::lanes::{Element, LANES, Lanes};
 use super::pack::PANEL;
+#[cfg(target_arch = "x86_64")]
+use super::panel::AMX_ROWS;
 use super::panel::{AMX_PAIRS, Input, TASK_ROWS, Task};
 use super::products::{FullByHalf, HalfByHalf, Product};
 use half::bf16;
@@ -101,20 +103,36 @@ pub unsafe fn total<L: Lanes, T: Element>(x: *const T, n: usize) -> f32 {
     }
 }
 
+impl Factors {
+    /// Adds a run's sum of sixteen outputs to their accumulators; `total` is that of its inputs, where shifted.
+    #[inline(always)]
+    pub unsafe fn join<L: Lanes>(&self, (run, lane): (usize, usize), sum: L::F, total: Option<f32>, acc: *mut f32) {
+        unsafe {
+            let scale = L::load(self.scales[run].as_ptr().add(lane));
+            let mut sum = L::fma(sum, scale, L::load(acc));
+            if let Some(total) = total {
+                sum = L::fma(L::load(self.shifts[run].as_ptr().add(lane)), L::splat(-total), sum);
+            }
+            L::store(acc, sum);
+        }
+    }
+}
+
 impl<T> Stretch<'_, T> {
+    /// The sum of a run's inputs, where shifted.
+    #[inline(always)]
+    unsafe fn total(&self, row: usize, run: usize) -> Option<f32> {
+        if self.shifted { Some(unsafe { *self.totals.add(row * RUNS_MAX + run) }) } else { None }
+    }
+
     /// Adds a run's sums of some outputs to their accumulators.
     #[inline(always)]
     unsafe fn join<L: Lanes, const V: usize>(&self, (row, lane): (usize, usize), run: usize, sums: [L::F; V]) {
         unsafe {
-            let total = if self.shifted { L::splat(-*self.totals.add(row * RUNS_MAX + run)) } else { L::splat(0.0) };
+            let total = self.total(row, run);
             for v in 0..V {
-                let (acc, lane) = (self.acc.add(row * PANEL + lane + v * LANES), lane + v * LANES);
-                let scale = L::load(self.factors.scales[run].as_ptr().add(lane));
-                let mut sum = L::fma(sums[v], scale, L::load(acc));
-                if self.shifted {
-                    sum = L::fma(L::load(self.factors.shifts[run].as_ptr().add(lane)), total, sum);
-                }
-                L::store(acc, sum);
+                let lane = lane + v * LANES;
+                self.factors.join::<L>((run, lane), sums[v], total, self.acc.add(row * PANEL + lane));
             }
         }
     }
@@ -142,11 +160,10 @@ impl Stretch<'_, bf16> {
                 let acc = self.acc.add((first + row) * PANEL + lane);
                 let mut sum = L::load(acc);
                 for n in 0..N {
-                    let add = L::load(sums.add((n * super::amx::ROWS + row) * PANEL + lane));
+                    let add = L::load(sums.add((n * AMX_ROWS + row) * PANEL + lane));
                     sum = L::fma(add, scales[n], sum);
-                    if self.shifted {
-                        let total = L::splat(-*self.totals.add((first + row) * RUNS_MAX + run + n));
-                        sum = L::fma(shifts[n], total, sum);
+                    if let Some(total) = self.total(first + row, run + n) {
+                        sum = L::fma(shifts[n], L::splat(-total), sum);
                     }
                 }
                 L::store(acc, sum);
@@ -159,14 +176,6 @@ impl Stretch<'_, bf16> {
 struct Chained<'a, L: Lanes, M: Product<L>>(&'a Stretch<'a, M::X>, PhantomData<L>);
 
 impl<L: Lanes, M: Product<L>> Grid<L> for Chained<'_, L, M> {
-    #[inline(always)]
-    fn rows(&self) -> usize {
-        self.0.x.len()
-    }
-    #[inline(always)]
-    fn width(&self) -> usize {
-        self.0.width
-    }
     #[inline(always)]
     unsafe fn tile<const R: usize, const V: usize>(&self, row: usize, lane: usize) {
         let stretch = self.0;
@@ -203,7 +212,7 @@ impl<L: Lanes, M: Product<L>> Grid<L> for Chained<'_, L, M> {
 /// The stretch holds what it names.
 #[inline(always)]
 pub unsafe fn chained<L: Lanes, M: Product<L>>(stretch: &Stretch<'_, M::X>) {
-    unsafe { cover::<L, _>(&Chained::<L, M>(stretch, PhantomData)) }
+    unsafe { cover::<L, _>(&Chained::<L, M>(stretch, PhantomData), (stretch.x.len(), stretch.width)) }
 }
 
 /// [`stretches`] of bf16 inputs; where they are few and go through tiles, run by run.
@@ -216,7 +225,7 @@ pub unsafe fn segment<L: Lanes>(task: &Task<'_, bf16>, coded: &Coded, (at, lengt
         return unsafe { alone::row::<L>(task, coded, (at, length), acc) };
     }
     #[cfg(target_arch = "x86_64")]
-    if task.family == KernelFamily::Amx && fits_tiles::<L>(coded.run_pairs()) && task.x.len() <= super::amx::ROWS {
+    if task.family == KernelFamily::Amx && fits_tiles::<L>(coded.run_pairs()) && task.x.len() <= AMX_ROWS {
         return unsafe { piped::<L>(task, coded, (at, length), acc) };
     }
     unsafe { stretches::<L, bf16>(task, coded, (at, length), acc) }
@@ -240,22 +249,11 @@ pub unsafe fn halves<L: Lanes>(task: &Task<'_, bf16>, stretch: &Stretch<'_, bf16
 /// Without bf16 products the rows are widened once for all columns; the chains are the same.
 #[inline(always)]
 unsafe fn widened<L: Lanes>(stretch: &Stretch<'_, bf16>) {
-    const STRIDE: usize = 2 * TILE_PAIRS + LANES;
-    let mut wide = MaybeUninit::<[f32; TASK_ROWS * STRIDE]>::uninit();
-    let wide = wide.as_mut_ptr().cast::<f32>();
-    let mut x = [std::ptr::null::<f32>(); TASK_ROWS];
-    let inputs = 2 * stretch.runs * stretch.pairs;
-    // SAFETY: a row of a stretch is at most a tile, and its lanes are read no further than it goes.
+    let Stretch { w, width, at, runs, pairs, factors, shifted, totals, acc, .. } = *stretch;
+    let mut wide = Wide::<{ 2 * TILE_PAIRS + LANES }>::new();
+    // SAFETY: a row of a stretch is at most a tile.
     unsafe {
-        for (row, from) in stretch.x.iter().enumerate() {
-            let to = wide.add(row * STRIDE);
-            x[row] = to;
-            for i in (0..inputs).step_by(LANES) {
-                L::store(to.add(i), bf16::load_up_to::<L>(from.add(stretch.at + i), inputs - i));
-            }
-        }
-        let Stretch { w, width, runs, pairs, factors, shifted, totals, acc, .. } = *stretch;
-        let x = &x[..stretch.x.len()];
+        let x = wide.rows::<L>(stretch.x, at, 2 * runs * pairs);
         chained::<L, FullByHalf>(&Stretch { w, width, x, at: 0, runs, pairs, factors, shifted, totals, acc });
     }
 }
@@ -272,14 +270,6 @@ unsafe fn blocks<L: Lanes>(task: &Task<'_, bf16>, stretch: &Stretch<'_, bf16>) {
     struct Blocks<'a>(&'a Stretch<'a, bf16>);
     impl<L: Lanes> Grid<L> for Blocks<'_> {
         #[inline(always)]
-        fn rows(&self) -> usize {
-            self.0.x.len()
-        }
-        #[inline(always)]
-        fn width(&self) -> usize {
-            self.0.width
-        }
-        #[inline(always)]
         unsafe fn tile<const R: usize, const V: usize>(&self, row: usize, lane: usize) {
             let Stretch { w, width, pairs, .. } = *self.0;
             unsafe {
@@ -295,7 +285,7 @@ unsafe fn blocks<L: Lanes>(task: &Task<'_, bf16>, stretch: &Stretch<'_, bf16>) {
             }
         }
     }
-    unsafe { cover::<L, _>(&Blocks(stretch)) }
+    unsafe { cover::<L, _>(&Blocks(stretch), (stretch.x.len(), stretch.width)) }
 }
 
 /// Whether runs of so many pairs are a block or several.
@@ -310,17 +300,17 @@ const WAITING: usize = 4;
 
 #[cfg(target_arch = "x86_64")]
 #[repr(C, align(64))]
-struct Sums([f32; WAITING * super::amx::ROWS * PANEL]);
+struct Sums([f32; WAITING * AMX_ROWS * PANEL]);
 
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 unsafe fn tiles<L: Lanes>(task: &Task<'_, bf16>, stretch: &Stretch<'_, bf16>) {
-    use super::amx::{ROWS, sums};
+    use super::amx::sums;
     let mut waiting = MaybeUninit::<Sums>::uninit();
     let waiting = waiting.as_mut_ptr().cast::<f32>();
     let Stretch { w, width, pairs, .. } = *stretch;
-    for first in (0..stretch.x.len()).step_by(ROWS) {
-        let rows = &stretch.x[first..stretch.x.len().min(first + ROWS)];
+    for first in (0..stretch.x.len()).step_by(AMX_ROWS) {
+        let rows = &stretch.x[first..stretch.x.len().min(first + AMX_ROWS)];
         for run in (0..stretch.runs).step_by(WAITING) {
             let runs = WAITING.min(stretch.runs - run);
             let (at, w) = (stretch.at + run * 2 * pairs, w.wrapping_add(run * pairs * width));
@@ -333,7 +323,7 @@ unsafe fn tiles<L: Lanes>(task: &Task<'_, bf16>, stretch: &Stretch<'_, bf16>) {
                         continue;
                     }
                     for r in 0..runs {
-                        let waiting = waiting.add(r * ROWS * PANEL);
+                        let waiting = waiting.add(r * AMX_ROWS * PANEL);
                         stretch.settle::<L, 1>((first, rows.len(), lane), run + r, waiting);
                     }
                 }
@@ -353,7 +343,7 @@ unsafe fn piped<L: Lanes>(task: &Task<'_, bf16>, coded: &Coded, (at, length): (u
     let mut waiting = MaybeUninit::<Sums>::uninit();
     let waiting = waiting.as_mut_ptr().cast::<f32>();
     let mut factors = MaybeUninit::<Factors>::uninit();
-    let mut totals = MaybeUninit::<[f32; super::amx::ROWS * RUNS_MAX]>::uninit();
+    let mut totals = MaybeUninit::<[f32; AMX_ROWS * RUNS_MAX]>::uninit();
     let totals = totals.as_mut_ptr().cast::<f32>();
     let (width, shifted, runs) = (place.1, coded.is_shifted(), length / (2 * pairs));
     // SAFETY: the caller's promises, a run after the other; what is read of words, sums and factors was written.
