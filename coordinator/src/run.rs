@@ -33,9 +33,10 @@ use proto::cluster::v1::peer_server::PeerServer;
 use proto::tls::Renewed;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio_rustls::rustls::ServerConfig;
 use tokio_stream::wrappers::ReceiverStream;
 
 /// How often workers say that they live; five silent intervals are a death.
@@ -231,7 +232,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
         door: door.clone(),
         ask: ask.clone(),
         queues,
-        tls: config.tls.as_ref().map(|tls| Renewed::open(tls, Instant::now())).transpose()?,
+        tls: config.tls.as_ref().map(Renewed::node_plane).transpose()?,
         view: view_writer,
         config: config.clone(),
     };
@@ -316,7 +317,7 @@ struct Engine {
     door: Door,
     ask: mpsc::Sender<Ask>,
     queues: Option<(mpsc::Receiver<Submission>, mpsc::Receiver<Ask>)>,
-    tls: Option<Renewed>,
+    tls: Option<Renewed<Arc<ServerConfig>>>,
     view: watch::Sender<ClusterView>,
     config: Config,
 }

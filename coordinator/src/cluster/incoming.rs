@@ -4,12 +4,13 @@
 use super::stranger::Stranger;
 use proto::tls::Renewed;
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
-use tokio_rustls::rustls::{CertificateError, Error};
+use tokio_rustls::rustls::{CertificateError, Error, ServerConfig};
 use tokio_rustls::server::TlsStream;
 
 /// How long a handshake may take.
@@ -27,18 +28,18 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub type Guest = std::io::Result<TlsStream<TcpStream>>;
 
 /// Hands over those who belong, until nobody takes them.
-pub async fn accept(listener: TcpListener, mut tls: Renewed, guests: mpsc::Sender<Guest>) {
+pub async fn accept(listener: TcpListener, mut tls: Renewed<Arc<ServerConfig>>, guests: mpsc::Sender<Guest>) {
     let mut hands: JoinSet<(SocketAddr, Result<TlsStream<TcpStream>, Refused>)> = JoinSet::new();
     loop {
         tokio::select! {
             accepted = listener.accept(), if hands.len() < HANDSHAKES_MAX => match accepted {
                 Ok((socket, address)) => {
-                    match tls.look(Instant::now()) {
+                    match tls.look() {
                         Some(Ok(())) => tracing::info!("the node plane's certificates were renewed"),
                         Some(Err(why)) => tracing::warn!("the node plane's certificates before it stay: {why}"),
                         None => {}
                     }
-                    let acceptor = TlsAcceptor::from(tls.config());
+                    let acceptor = TlsAcceptor::from(tls.current().clone());
                     hands.spawn(async move { (address, shake(socket, acceptor).await) });
                 }
                 Err(error) => {

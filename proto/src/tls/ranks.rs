@@ -1,11 +1,11 @@
 //! TLS between workers, for numbers that ranks exchange: version 1.3 alone, certificates on both sides, one authority.
 //! The sockets are the worker's (`worker::collective`); here is only who is let in.
 
-use super::{Tls, TlsError, WORKER_NAME, read};
+use super::renewed::{Credentials, unusable};
+use super::{TlsError, WORKER_NAME};
 use rustls::client::{Resumption, WebPkiServerVerifier, verify_server_name};
 use rustls::crypto::{CryptoProvider, ring};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
 use rustls::version::TLS13;
@@ -13,7 +13,6 @@ use rustls::{
     AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, RootCertStore,
     ServerConfig, SignatureScheme,
 };
-use std::path::Path;
 use std::sync::Arc;
 
 /// What a worker shows to other workers, when it dials and when it listens.
@@ -28,25 +27,16 @@ pub fn worker_name() -> ServerName<'static> {
     ServerName::try_from(WORKER_NAME).expect("a constant that is a host's name")
 }
 
-impl Tls {
-    /// Reads the files. An error names the one that is missing or wrong.
-    pub fn ranks(&self) -> Result<Ranks, TlsError> {
+impl Ranks {
+    pub(super) fn new(Credentials { files, roots, shown, key }: Credentials<'_>) -> Result<Ranks, TlsError> {
         let provider = Arc::new(ring::default_provider());
-        let mut roots = RootCertStore::empty();
-        for certificate in certificates(&self.ca)? {
-            roots.add(certificate).map_err(|error| unusable(&self.ca, error))?;
-        }
-        let roots = Arc::new(roots);
-        let shown = certificates(&self.certificate)?;
-        let key = PrivateKeyDer::from_pem_slice(&read(&self.key)?).map_err(|error| unusable(&self.key, error))?;
         // A key of another certificate is found here.
-        let mismatch = |error: Error| unusable(&self.key, error);
+        let mismatch = |error: Error| unusable(&files.key, error);
         let server = WebPkiServerVerifier::builder_with_provider(roots.clone(), provider.clone()).build();
-        let server = server.map_err(|error| unusable(&self.ca, error))?;
         let mut dials = ClientConfig::builder_with_provider(provider.clone())
             .with_protocol_versions(&[&TLS13])
             .expect("the provider has suites of version 1.3")
-            .with_webpki_verifier(server)
+            .with_webpki_verifier(server.map_err(|error| unusable(&files.ca, error))?)
             .with_client_auth_cert(shown.clone(), key.clone_key())
             .map_err(mismatch)?;
         // Connections last as long as an epoch: there is nothing to resume, and nothing is said after the handshake.
@@ -54,23 +44,12 @@ impl Tls {
         let mut listens = ServerConfig::builder_with_provider(provider.clone())
             .with_protocol_versions(&[&TLS13])
             .expect("the provider has suites of version 1.3")
-            .with_client_cert_verifier(Workers::new(roots, provider).map_err(|why| unusable(&self.ca, why))?)
+            .with_client_cert_verifier(Workers::new(roots, provider).map_err(|why| unusable(&files.ca, why))?)
             .with_single_cert(shown, key)
             .map_err(mismatch)?;
         listens.send_tls13_tickets = 0;
         Ok(Ranks { dials: Arc::new(dials), listens: Arc::new(listens) })
     }
-}
-
-fn unusable(path: &Path, why: impl ToString) -> TlsError {
-    TlsError::Unusable { path: path.into(), why: why.to_string() }
-}
-
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let bytes = read(path)?;
-    let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&bytes).collect();
-    let all = all.map_err(|error| unusable(path, error))?;
-    if all.is_empty() { Err(unusable(path, "it holds no certificate")) } else { Ok(all) }
 }
 
 /// Lets in whom the authority vouches for, by the name of a worker: a coordinator's certificate joins no ranks.

@@ -1,16 +1,13 @@
-//! What a coordinator's node plane shows and whom it lets in, as its files have it: they may be renewed in place.
+//! What a process shows and whom it trusts, as its files have it: they may be renewed in place, one after another.
 
+use super::ranks::Ranks;
 use super::{Tls, TlsError, read};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig};
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-/// Between two looks at the files, so that strangers who knock can't keep the disk busy.
-const LOOK: Duration = Duration::from_secs(1);
 
 /// Of a process' files, as they were read.
 #[derive(PartialEq, Eq)]
@@ -20,43 +17,58 @@ struct Contents {
     key: Vec<u8>,
 }
 
-/// What a server shows and whom it trusts, as its files have it: they may be renewed in place, one after another.
-pub struct Renewed {
-    tls: Tls,
+/// The files' contents, understood.
+pub(super) struct Credentials<'a> {
+    pub files: &'a Tls,
+    pub roots: Arc<RootCertStore>,
+    pub shown: Vec<CertificateDer<'static>>,
+    pub key: PrivateKeyDer<'static>,
+}
+
+/// What TLS needs of the files, in the form `T` that its sockets take. A new authority or certificate gets a form of its own:
+/// nobody resumes a session of before.
+pub struct Renewed<T> {
+    files: Tls,
     contents: Contents,
-    config: Arc<ServerConfig>,
-    looked: Instant,
+    form: fn(Credentials<'_>) -> Result<T, TlsError>,
+    current: T,
     /// Why what the files hold now is not in force.
     why: String,
 }
 
-impl Renewed {
-    pub fn open(tls: &Tls, now: Instant) -> Result<Renewed, TlsError> {
-        let contents = tls.contents()?;
-        let config = Arc::new(tls.server(&contents)?);
-        Ok(Renewed { tls: tls.clone(), contents, config, looked: now, why: String::new() })
+impl Renewed<Arc<ServerConfig>> {
+    /// For a coordinator's node plane. An error names the file that is missing or wrong.
+    pub fn node_plane(files: &Tls) -> Result<Renewed<Arc<ServerConfig>>, TlsError> {
+        Renewed::open(files, node_plane)
+    }
+}
+
+impl Renewed<Ranks> {
+    /// For the sockets between workers. An error names the file that is missing or wrong.
+    pub fn ranks(files: &Tls) -> Result<Renewed<Ranks>, TlsError> {
+        Renewed::open(files, Ranks::new)
+    }
+}
+
+impl<T> Renewed<T> {
+    fn open(files: &Tls, form: fn(Credentials<'_>) -> Result<T, TlsError>) -> Result<Renewed<T>, TlsError> {
+        let contents = files.contents()?;
+        let current = form(files.credentials(&contents)?)?;
+        Ok(Renewed { files: files.clone(), contents, form, current, why: String::new() })
     }
 
-    /// What is in force. A new authority or certificate has sessions of its own: nobody resumes one of before.
-    pub fn config(&self) -> Arc<ServerConfig> {
-        self.config.clone()
+    /// What is in force.
+    pub fn current(&self) -> &T {
+        &self.current
     }
 
-    /// Looks at the files, unless it just did. What is wrong, as between the renewals of certificate and key, leaves in force
-    /// what was there before. None where nothing is new.
-    pub fn look(&mut self, now: Instant) -> Option<Result<(), TlsError>> {
-        if now.saturating_duration_since(self.looked) < LOOK {
-            return None;
-        }
-        self.looked = now;
-        let taken = self.tls.contents().and_then(|contents| match contents == self.contents {
-            true => Ok(None),
-            false => Ok(Some((self.tls.server(&contents)?, contents))),
-        });
-        match taken {
+    /// Looks at the files: some microseconds, as they are in the system's cache; little beside the handshake that follows. What is
+    /// wrong, as between the renewals of certificate and key, leaves in force what was there before. None where nothing is new.
+    pub fn look(&mut self) -> Option<Result<(), TlsError>> {
+        match self.changed() {
             Ok(None) => self.why.clear(),
-            Ok(Some((config, contents))) => {
-                (self.config, self.contents) = (Arc::new(config), contents);
+            Ok(Some((current, contents))) => {
+                (self.current, self.contents) = (current, contents);
                 self.why.clear();
                 return Some(Ok(()));
             }
@@ -68,6 +80,14 @@ impl Renewed {
         }
         None
     }
+
+    fn changed(&self) -> Result<Option<(T, Contents)>, TlsError> {
+        let contents = self.files.contents()?;
+        if contents == self.contents {
+            return Ok(None);
+        }
+        Ok(Some(((self.form)(self.files.credentials(&contents)?)?, contents)))
+    }
 }
 
 impl Tls {
@@ -75,33 +95,42 @@ impl Tls {
         Ok(Contents { ca: read(&self.ca)?, certificate: read(&self.certificate)?, key: read(&self.key)? })
     }
 
-    /// Only those whom the authority vouches for come in.
-    fn server(&self, contents: &Contents) -> Result<ServerConfig, TlsError> {
-        let unusable = |path: &PathBuf, why: String| TlsError::Unusable { path: path.clone(), why };
-        let certificates = |path, pem: &[u8]| -> Result<Vec<CertificateDer<'static>>, TlsError> {
-            let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
-            all.map_err(|e| unusable(path, e.to_string()))
-        };
+    fn credentials(&self, contents: &Contents) -> Result<Credentials<'_>, TlsError> {
         let mut roots = RootCertStore::empty();
         for root in certificates(&self.ca, &contents.ca)? {
-            roots.add(root).map_err(|e| unusable(&self.ca, e.to_string()))?;
+            roots.add(root).map_err(|error| unusable(&self.ca, error))?;
         }
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone()).build();
-        let verifier = verifier.map_err(|e| unusable(&self.ca, e.to_string()))?;
-        let chain = certificates(&self.certificate, &contents.certificate)?;
-        let key = PrivateKeyDer::from_pem_slice(&contents.key).map_err(|e| unusable(&self.key, e.to_string()))?;
-        let config = ServerConfig::builder_with_provider(provider)
-            // Both ends are this program.
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .map_err(|e| unusable(&self.certificate, e.to_string()))?
-            .with_client_cert_verifier(verifier)
-            .with_single_cert(chain, key);
-        let mut config = config.map_err(|e| unusable(&self.certificate, e.to_string()))?;
-        // What gRPC speaks.
-        config.alpn_protocols = vec![b"h2".to_vec()];
-        Ok(config)
+        let shown = certificates(&self.certificate, &contents.certificate)?;
+        let key = PrivateKeyDer::from_pem_slice(&contents.key).map_err(|error| unusable(&self.key, error))?;
+        Ok(Credentials { files: self, roots: roots.into(), shown, key })
     }
+}
+
+fn certificates(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
+    let all = all.map_err(|error| unusable(path, error))?;
+    if all.is_empty() { Err(unusable(path, "it holds no certificate")) } else { Ok(all) }
+}
+
+pub(super) fn unusable(path: &Path, why: impl ToString) -> TlsError {
+    TlsError::Unusable { path: path.into(), why: why.to_string() }
+}
+
+/// Only those whom the authority vouches for come in; what they may do follows from the names they show.
+fn node_plane(Credentials { files, roots, shown, key }: Credentials<'_>) -> Result<Arc<ServerConfig>, TlsError> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider.clone()).build();
+    let mut config = ServerConfig::builder_with_provider(provider)
+        // Both ends are this program.
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .expect("the provider has suites of version 1.3")
+        .with_client_cert_verifier(verifier.map_err(|error| unusable(&files.ca, error))?)
+        .with_single_cert(shown, key)
+        // A key of another certificate is found here.
+        .map_err(|error| unusable(&files.key, error))?;
+    // What gRPC speaks.
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(config.into())
 }
 
 #[cfg(test)]
@@ -126,19 +155,17 @@ mod tests {
         write(&tls.ca, &certificate);
         write(&tls.certificate, &certificate);
         write(&tls.key, &key);
-        let start = Instant::now();
-        let mut renewed = Renewed::open(&tls, start).expect("files that fit");
-        let before = renewed.config();
-        assert!(renewed.look(start + LOOK).is_none(), "nothing is new");
+        let mut renewed = Renewed::node_plane(&tls).expect("files that fit");
+        let before = renewed.current().clone();
+        assert!(renewed.look().is_none(), "nothing is new");
         let (certificate, key) = make();
         write(&tls.certificate, &certificate);
-        assert!(renewed.look(start + LOOK * 3 / 2).is_none(), "it just looked");
-        assert!(matches!(renewed.look(start + LOOK * 2), Some(Err(TlsError::Unusable { .. }))), "another's key");
-        assert!(renewed.look(start + LOOK * 3).is_none(), "said once");
-        assert!(Arc::ptr_eq(&before, &renewed.config()));
+        assert!(matches!(renewed.look(), Some(Err(TlsError::Unusable { .. }))), "another's key");
+        assert!(renewed.look().is_none(), "said once");
+        assert!(Arc::ptr_eq(&before, renewed.current()));
         write(&tls.key, &key);
-        assert!(matches!(renewed.look(start + LOOK * 4), Some(Ok(()))));
-        assert!(!Arc::ptr_eq(&before, &renewed.config()));
+        assert!(matches!(renewed.look(), Some(Ok(()))));
+        assert!(!Arc::ptr_eq(&before, renewed.current()));
         std::fs::remove_dir_all(&folder).expect("it was just written");
     }
 }

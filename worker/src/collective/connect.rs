@@ -99,9 +99,6 @@ impl DataPlane {
             Fault::new(FaultKind::Incompatible, format!("worker {} has no part in plan {}", me.0, plan.epoch.0))
         })?;
         self.door.raise(plan.epoch);
-        if let Some(credentials) = &self.credentials {
-            credentials.renew();
-        }
         let host_ranks = plan.members.iter().filter(|other| other.host == member.host).map(|m| m.ranks.len()).sum();
         let connecting = Connecting {
             plane: self,

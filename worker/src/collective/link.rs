@@ -31,7 +31,7 @@ impl Link {
             (&socket).write_all(hello)?;
             return Ok(Link { socket, session: None });
         };
-        let mut session = Session::dialling(credentials.dials())?;
+        let mut session = Session::dialling(credentials.current().dials)?;
         // Said with the last words of the handshake: a peer that refuses has read all there is, so that its reason arrives.
         session.write_all(&socket, hello)?;
         socket.set_nonblocking(true)?;
@@ -52,7 +52,7 @@ impl Link {
 
     /// The end that was dialled; its handshake goes on as it is read.
     pub fn accepted(socket: TcpStream, credentials: Option<&Credentials>) -> Result<Link> {
-        let session = credentials.map(|credentials| Session::listening(credentials.listens())).transpose()?;
+        let session = credentials.map(|credentials| Session::listening(credentials.current().listens)).transpose()?;
         Ok(Link { socket, session: session.map(Box::new) })
     }
 
@@ -60,7 +60,7 @@ impl Link {
     pub fn pair(dialling: TcpStream, accepting: TcpStream, credentials: Option<&Credentials>) -> Result<(Link, Link)> {
         let mut accepted = Link::accepted(accepting, credentials)?;
         let Some(credentials) = credentials else { return Ok((Link { socket: dialling, session: None }, accepted)) };
-        let mut dialled = Session::dialling(credentials.dials())?;
+        let mut dialled = Session::dialling(credentials.current().dials)?;
         dialling.set_nonblocking(true)?;
         accepted.socket.set_nonblocking(true)?;
         let session = accepted.session.as_mut().expect("as the credentials say");
