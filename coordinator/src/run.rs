@@ -40,7 +40,7 @@ use tokio_rustls::rustls::ServerConfig;
 use tokio_stream::wrappers::ReceiverStream;
 
 /// How often workers say that they live; five silent intervals are a death.
-pub const BEAT: Duration = Duration::from_millis(300);
+pub const BEAT: Duration = Duration::from_millis(250);
 
 /// Newcomers come in crowds: the cluster grows when none came for so long.
 pub const GROW: Duration = Duration::from_secs(1);
