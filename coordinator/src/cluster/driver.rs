@@ -75,6 +75,8 @@ pub struct Shell<S, P> {
     began: Instant,
     links: Links<Commands, Steps>,
     answers: Option<Answers>,
+    /// When the epoch that served last was lost, until another serves.
+    died: Option<Instant>,
     /// Those that were named for being slow.
     slow: BTreeSet<WorkerId>,
     /// What metrics last heard of.
@@ -109,7 +111,7 @@ impl<S: Store, P: Planner> Shell<S, P> {
         assert!(actions.is_empty(), "nobody joined yet");
         let links = Links::new(parts.identity.clone()).comparing(parts.reference.take());
         let slow = BTreeSet::new();
-        Shell { parts, began: Instant::now(), links, answers: None, slow, observed: Load::default() }
+        Shell { parts, began: Instant::now(), links, answers: None, died: None, slow, observed: Load::default() }
     }
 
     /// Runs until the service is gone.
@@ -280,7 +282,14 @@ impl<S: Store, P: Planner> Shell<S, P> {
                 let group = GrpcGroup::new(plan.clone(), streams, queue);
                 let weights = self.links.weights().unwrap_or_default();
                 self.parts.view.send_modify(|view| view.weights = weights);
-                tracing::info!("serving epoch {}: {}", plan.epoch.0, plan.mesh);
+                let (epoch, mesh) = (plan.epoch.0, plan.mesh);
+                match self.died.take() {
+                    // As loud as what it ends.
+                    Some(died) => {
+                        tracing::warn!("serving again, {} ms later: epoch {epoch}, {mesh}", died.elapsed().as_millis())
+                    }
+                    None => tracing::info!("serving epoch {epoch}: {mesh}"),
+                }
                 self.turn(Turn::Serve { plan: plan.clone(), group }).await;
                 for member in &plan.members {
                     self.command(&member.worker, Body::Serving(wire::Serving { epoch: plan.epoch.0 }));
@@ -289,9 +298,11 @@ impl<S: Store, P: Planner> Shell<S, P> {
             Action::StandBy { worker, serves } => self.command(&worker, Body::StandBy(wire::StandBy { serves })),
             Action::Halt { epoch, why } => {
                 let died = !matches!(self.parts.cluster.phase(), Phase::Loading(_));
-                match died {
-                    true => tracing::warn!("epoch {} is halted: {why}", epoch.0),
-                    false => tracing::info!("epoch {} ends: {why}", epoch.0),
+                if died {
+                    tracing::warn!("epoch {} is halted: {why}", epoch.0);
+                    self.died.get_or_insert_with(Instant::now);
+                } else {
+                    tracing::info!("epoch {} ends: {why}", epoch.0);
                 }
                 self.links.close();
                 self.answers = None;
