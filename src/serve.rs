@@ -51,6 +51,9 @@ pub struct Options {
     /// Longest sequence in tokens, prompt and answer together
     #[arg(long)]
     pub max_model_len: Option<usize>,
+    /// Tokens that a step may guess and check, by what followed a sequence's last tokens before (prompt lookup)
+    #[arg(long, default_value_t = 0)]
+    pub num_speculative_tokens: usize,
     /// Cache of each rank, e.g. 2GiB; by default 4GiB for all together, or one longest sequence
     #[arg(long, value_parser = parse_bytes)]
     pub kv_cache_memory: Option<u64>,
@@ -143,6 +146,7 @@ impl Options {
             expert_parallel_size: self.expert_parallel_size,
             dtype: self.dtype,
             max_model_len: self.max_model_len,
+            num_speculative_tokens: self.num_speculative_tokens,
             kv_cache_memory_bytes: self.kv_cache_memory,
             kv_cache_modest_bytes: Some(CACHE_MODEST / workers as u64),
             max_num_batched_tokens: self.max_num_batched_tokens.unwrap_or(defaults.max_num_batched_tokens),

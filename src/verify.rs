@@ -190,6 +190,7 @@ fn reference(status: &Value, key: String) -> Result<Options> {
         api_keys_file: None,
         max_num_batched_tokens: None,
         max_num_seqs: None,
+        num_speculative_tokens: 0,
         threads: None,
     })
 }

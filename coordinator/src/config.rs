@@ -85,6 +85,10 @@ pub struct Config {
     /// Sequences in a lane's part of a step.
     #[serde(default = "step_sequences")]
     pub max_num_seqs: usize,
+    /// Tokens of a sequence that a step may guess, from what followed its last tokens before, and check at once. Answers stay
+    /// the same; those that repeat come faster, and others a little later where experts are many.
+    #[serde(default)]
+    pub num_speculative_tokens: usize,
     /// Requests that may wait before new ones are refused.
     #[serde(default = "queue")]
     pub max_waiting: usize,

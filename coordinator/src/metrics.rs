@@ -21,6 +21,8 @@ const REQUEUES: &str = "conclave_num_requeues_total";
 const STEPS: &str = "conclave_steps_total";
 const STEP_MILLISECONDS: &str = "conclave_step_milliseconds_total";
 const QUEUE_MILLISECONDS: &str = "conclave_request_queue_milliseconds_total";
+const DRAFTED: &str = "conclave_draft_tokens_total";
+const ACCEPTED: &str = "conclave_draft_tokens_accepted_total";
 const PREFILLED: &str = "conclave_prefilled_tokens_total";
 const PROMPT_TOKENS: &str = "conclave_prompt_tokens_total";
 const GENERATION_TOKENS: &str = "conclave_generation_tokens_total";
@@ -98,6 +100,8 @@ fn describe() {
     describe_counter!(STEP_MILLISECONDS, "Time from packing a step to its answer, summed over steps");
     describe_counter!(QUEUE_MILLISECONDS, "Time from acceptance to admission, summed over requests");
     describe_counter!(PREFILLED, "Prompt tokens computed, recomputed ones again; cached ones not");
+    describe_counter!(DRAFTED, "Tokens that were guessed and checked");
+    describe_counter!(ACCEPTED, "Guesses that were drawn as guessed: tokens that needed no step of their own");
     describe_counter!(PROMPT_TOKENS, "Prompt tokens of requests whose first token was drawn");
     describe_counter!(GENERATION_TOKENS, "Tokens generated");
     describe_histogram!(FIRST_TOKEN, Unit::Seconds, "From a request's submission to its first token");
@@ -135,6 +139,8 @@ pub fn observe(group: usize, before: &Load, load: &Load) {
     count(STEPS, before.steps, load.steps);
     count(STEP_MILLISECONDS, milliseconds(before.stepping), milliseconds(load.stepping));
     count(QUEUE_MILLISECONDS, milliseconds(before.queued), milliseconds(load.queued));
+    count(DRAFTED, before.tokens_drafted, load.tokens_drafted);
+    count(ACCEPTED, before.drafts_accepted, load.drafts_accepted);
     count(PREFILLED, before.tokens_prefilled, load.tokens_prefilled);
 }
 

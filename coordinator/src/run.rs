@@ -401,6 +401,7 @@ impl Engine {
             // What the one before served goes on: requests wait for it.
             served: matches!(self.view.borrow().phase, Phase::Serving | Phase::Recovering),
             waiting_max: self.config.max_waiting,
+            drafts_max: self.config.num_speculative_tokens,
             source: self.source.clone(),
             list: self.list.clone(),
         };

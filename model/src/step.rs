@@ -51,8 +51,18 @@ pub struct Chunk {
     pub tokens: Vec<u32>,
     /// Blocks appended to the sequence's table before this chunk; on its first chunk those of a cached prefix too.
     pub blocks: Vec<BlockId>,
-    /// Sample a token after the last one.
+    /// Sample a token after the last one, and after each that a draft follows.
     pub sample: bool,
+    /// So many of the last tokens are drafts: guesses, each drawn anew from what is before it. The sequence goes on behind those
+    /// that were drawn as guessed; what a guess that was not left in the cache is written over. Only where `sample` is.
+    pub drafts: u32,
+}
+
+impl Chunk {
+    /// The drafts among the tokens.
+    pub fn drafted(&self) -> &[u32] {
+        &self.tokens[self.tokens.len() - self.drafts as usize..]
+    }
 }
 
 /// How tokens are drawn. The token depends on (weights, tokens, this) alone.
@@ -108,7 +118,8 @@ impl Sampling {
     }
 }
 
-/// What a group answers to a step: one entry a lane, each holding the lane's samples in chunk order.
+/// What a group answers to a step: one entry a lane, each holding the lane's samples in chunk order. A chunk with
+/// drafts has a sample for each that was drawn as guessed, and one more.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct StepResult {
     pub lanes: Vec<LaneResult>,

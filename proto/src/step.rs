@@ -78,6 +78,7 @@ fn chunk_to_wire(chunk: &Chunk) -> wire::Chunk {
         tokens: chunk.tokens.clone(),
         blocks: chunk.blocks.iter().map(|b| b.0).collect(),
         sample: chunk.sample,
+        drafts: chunk.drafts,
     }
 }
 
@@ -88,6 +89,7 @@ fn chunk_from_wire(chunk: wire::Chunk) -> Chunk {
         tokens: chunk.tokens,
         blocks: chunk.blocks.into_iter().map(BlockId).collect(),
         sample: chunk.sample,
+        drafts: chunk.drafts,
     }
 }
 
@@ -185,12 +187,12 @@ mod tests {
             sampling in sampling(),
             tokens in prop::collection::vec(any::<u32>(), 0..9),
             blocks in prop::collection::vec(any::<u32>(), 0..9),
-            sample in any::<bool>(),
+            (sample, drafts) in any::<(bool, u32)>(),
         ) {
             let batch = LaneBatch {
                 begun: vec![Begin { seq: SeqId(seq), sampling, prompt_len: 3, history: tokens.clone() }],
                 chunks: vec![Chunk {
-                    seq: SeqId(seq), start: 5, tokens, blocks: blocks.into_iter().map(BlockId).collect(), sample,
+                    seq: SeqId(seq), start: 5, tokens, blocks: blocks.into_iter().map(BlockId).collect(), sample, drafts,
                 }],
                 ended: vec![SeqId(seq ^ 1)],
             };

@@ -109,6 +109,29 @@ fn a_killed_worker_changes_no_token_of_a_running_stream() -> Result<()> {
 }
 
 #[test]
+fn drafts_change_no_token_and_save_steps() -> Result<()> {
+    let mut body = story(false);
+    body["max_tokens"] = json!(600);
+    body["ignore_eos"] = json!(true);
+    let answered = |flags: &[&str]| -> Result<(Value, f64)> {
+        let served = Served::start(PROGRAM, &demo(), flags)?;
+        let reply = served.ask("/v1/chat/completions", &body)?;
+        let accepted = || served.metric("conclave_draft_tokens_accepted_total", "");
+        // What is counted is shown soon after.
+        until("every token has had its step or was a draft", || {
+            served.metric("conclave_steps_total", "").is_ok_and(|steps| accepted().is_ok_and(|n| steps + n == 600.0))
+        })?;
+        Ok((reply["choices"][0]["token_ids"].clone(), accepted()?))
+    };
+    let (expected, none) = answered(&["--workers", "1"])?;
+    let (found, accepted) = answered(&["--tp", "2", "--num-speculative-tokens", "5"])?;
+    ensure!(expected.as_array().is_some_and(|ids| ids.len() == 600) && none == 0.0, "{expected}, {none} accepted");
+    ensure!(found == expected, "drafts changed the answer: {found} is not {expected}");
+    ensure!(accepted > 0.0, "no draft was right");
+    Ok(())
+}
+
+#[test]
 fn every_process_ends_with_the_server_and_nothing_stays_in_shared_memory() -> Result<()> {
     for signal in ["INT", "TERM", "KILL"] {
         let before = shared_memory()?;

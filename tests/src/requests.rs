@@ -90,6 +90,7 @@ pub fn run(ring: &mut Ring, lanes: usize, requests: &[Request], chunk: usize) ->
                 tokens: all[start..end].to_vec(),
                 blocks: (had..end.div_ceil(BLOCK_TOKENS)).map(|b| BlockId(r.block + b as u32)).collect(),
                 sample: end == all.len(),
+                drafts: 0,
             });
             begun[i] = true;
             positions[i] = end;

@@ -28,6 +28,7 @@ fn chunk(index: usize, start: usize, tokens: &[u32], first: Option<Begin>) -> St
         // Each prompt has its own run of blocks.
         blocks: (had..blocks).map(|b| BlockId(b + 16 * index as u32)).collect(),
         sample: true,
+        drafts: 0,
     };
     StepBatch { lanes: vec![LaneBatch { begun: first.into_iter().collect(), chunks: vec![chunk], ended: vec![] }] }
 }

@@ -8,7 +8,7 @@ use conclave_tests::ring::{Ring, Setting, fixture, fixtures};
 use model::mesh::Mesh;
 use model::plan::{BLOCK_TOKENS, KernelFamily};
 use model::quant::Dtype;
-use model::step::{Begin, BlockId, Chunk, LaneBatch, Sampling, SeqId, StepBatch};
+use model::step::{Begin, BlockId, Chunk, LaneBatch, Sampling, Score, SeqId, StepBatch};
 use worker::load::checkpoint::Checkpoint;
 
 fn reference(name: &str, dtype: Dtype, family: KernelFamily, request: &Request) -> Outcome {
@@ -162,6 +162,7 @@ fn scores_do_not_depend_on_the_mesh_or_the_chunks() {
                 tokens: tokens[start..end].to_vec(),
                 blocks: if start == 0 { vec![BlockId(3)] } else { vec![] },
                 sample: end == 20,
+                drafts: 0,
             }];
             let answer = ring.step(&StepBatch { lanes: vec![std::mem::take(&mut lane)] }).unwrap().remove(0);
             for list in answer.prompt_scores {
@@ -195,6 +196,7 @@ fn greedy_tokens_are_the_same_with_and_without_whole_rows() {
                 tokens: prompt(9, 3),
                 blocks: vec![BlockId(seq as u32)],
                 sample: true,
+                drafts: 0,
             }];
             let lane = LaneBatch { begun, chunks, ended: vec![] };
             ring.step(&StepBatch { lanes: vec![lane] }).unwrap()[0].samples[0].token
@@ -203,6 +205,66 @@ fn greedy_tokens_are_the_same_with_and_without_whole_rows() {
         assert_eq!(plain, step(&mut ring, 2, Sampling { logprobs: Some(0), ..Sampling::GREEDY }));
         let forbidden = Sampling { suppress: vec![plain], suppress_until: 1, ..Sampling::GREEDY };
         assert_ne!(plain, step(&mut ring, 3, forbidden));
+    }
+}
+
+/// A request's tokens and scores, with `drafts(tokens so far)` behind each step's last one, and the steps that it took.
+fn drafted(
+    mesh: Mesh,
+    sampling: Sampling,
+    answer: usize,
+    drafts: impl Fn(usize) -> Vec<u32>,
+) -> (Vec<(u32, Option<Score>)>, usize) {
+    let mut ring = Ring::load(&fixture("qwen3_moe"), Setting::new(mesh, Dtype::Bf16)).unwrap();
+    let begin = Begin { seq: SeqId(1), sampling, prompt_len: 20, history: vec![] };
+    let mut lane = LaneBatch { begun: vec![begin], ..LaneBatch::default() };
+    let (mut tokens, mut drawn, mut start, mut blocks, mut steps) = (prompt(20, 5), Vec::new(), 0, 0, 0);
+    while drawn.len() < answer {
+        let mut guesses = if drawn.is_empty() { vec![] } else { drafts(drawn.len()) };
+        guesses.truncate(answer - drawn.len() - 1);
+        let end = tokens.len() + guesses.len();
+        let needed = end.div_ceil(BLOCK_TOKENS).max(blocks);
+        lane.chunks = vec![Chunk {
+            seq: SeqId(1),
+            start: start as u32,
+            tokens: [&tokens[start..], &guesses].concat(),
+            blocks: (blocks..needed).map(|b| BlockId(b as u32)).collect(),
+            sample: true,
+            drafts: guesses.len() as u32,
+        }];
+        blocks = needed;
+        let samples = ring.step(&StepBatch { lanes: vec![std::mem::take(&mut lane)] }).unwrap().remove(0).samples;
+        let right = guesses.iter().zip(&samples).take_while(|(guess, sample)| **guess == sample.token).count();
+        assert_eq!(samples.len(), right + 1, "a draw behind each draft that was right");
+        start = tokens.len() + right;
+        tokens.extend(samples.iter().map(|sample| sample.token));
+        drawn.extend(samples.into_iter().map(|sample| (sample.token, sample.score)));
+        steps += 1;
+    }
+    (drawn, steps)
+}
+
+#[test]
+fn drafts_change_no_token_and_no_score() {
+    const LONG: usize = 24;
+    let penalised = Sampling { presence_penalty: 0.7, frequency_penalty: 0.3, repetition_penalty: 1.2, ..warm(6) };
+    let scored = Sampling { logprobs: Some(3), ..penalised.clone() };
+    // Its first tokens need whole rows, the others none.
+    let suppressed = Sampling { suppress: vec![3, 5], suppress_until: 9, ..Sampling::GREEDY };
+    for sampling in [Sampling::GREEDY, warm(6), penalised, scored, suppressed] {
+        let (expected, steps) = drafted(Mesh::ONE, sampling.clone(), LONG, |_| vec![]);
+        assert_eq!(steps, LONG);
+        // Guesses are right but for every fifth token of the answer.
+        let guess = |at: usize| if at.is_multiple_of(5) { expected[at].0 ^ 1 } else { expected[at].0 };
+        for (pipeline, tensor) in [(1, 1), (1, 2), (2, 1), (2, 2)] {
+            let mesh = Mesh::new(pipeline, 1, tensor, 1).unwrap();
+            for most in [1, 3, 7] {
+                let guesses = |from: usize| (from..LONG.min(from + most)).map(guess).collect();
+                let (found, steps) = drafted(mesh, sampling.clone(), LONG, guesses);
+                assert_eq!(found, expected, "{mesh}, {most} drafts a step");
+                assert!(steps < LONG - 5, "{steps} steps");
+            }
+        }
     }
 }
 

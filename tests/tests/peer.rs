@@ -25,6 +25,7 @@ fn step(lanes: usize) -> StepBatch {
             tokens: vec![3, 1, 4, 1, 5, 9],
             blocks: vec![BlockId(0)],
             sample: true,
+            drafts: 0,
         }],
         ended: Vec::new(),
     };

@@ -47,6 +47,7 @@ pub struct Common<S, P> {
     pub served: bool,
     /// Requests that may wait, in each group.
     pub waiting_max: usize,
+    pub drafts_max: usize,
     pub source: Arc<Source>,
     /// The model's own digests, if there is a list of them.
     pub list: Option<BTreeMap<SegmentId, Digest>>,
@@ -102,7 +103,7 @@ impl Group {
             explain: Box::new(move |plan| explain::table(&source.spec, &source.storage, plan)),
         });
         lives.spawn(shell.run());
-        lives.spawn(steps::run(driver, turn_queue, ended, elsewhere_watch, common.waiting_max));
+        lives.spawn(steps::run(driver, turn_queue, ended, elsewhere_watch, common.waiting_max, common.drafts_max));
         let mut shown = view.clone();
         lives.spawn(async move {
             while shown.changed().await.is_ok() {

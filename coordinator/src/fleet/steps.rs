@@ -17,6 +17,7 @@ pub async fn run(
     ended: mpsc::Sender<GroupEnded>,
     mut elsewhere: watch::Receiver<bool>,
     waiting_max: usize,
+    drafts_max: usize,
 ) {
     let mut settings = Settings::without_plan(waiting_max);
     let mut stay = Instant::now();
@@ -40,6 +41,7 @@ pub async fn run(
         settings = Settings::new(plan.limits, plan.mesh.data);
         settings.steps_in_flight_max = plan.mesh.pipeline;
         settings.jobs_waiting_max = waiting_max;
+        settings.drafts_max = drafts_max;
         driver.requeue(settings);
         let outcome = tokio::select! {
             outcome = driver.run(&mut group) => outcome,

@@ -16,6 +16,8 @@ pub struct Settings {
     /// Jobs that may wait before new ones are refused.
     pub jobs_waiting_max: usize,
     pub prefix_cache: bool,
+    /// Tokens of a sequence that a step may guess and check at once; see [`super::draft`].
+    pub drafts_max: usize,
     pub block_hash: BlockHash,
 }
 
@@ -28,6 +30,7 @@ impl Settings {
             steps_in_flight_max: 1,
             jobs_waiting_max: 1024,
             prefix_cache: true,
+            drafts_max: 0,
             block_hash: chained_hash,
         }
     }

@@ -23,10 +23,11 @@ impl Scheduler {
             for scores in answer.prompt_scores {
                 self.collect_scores(&flown, scores);
             }
-            let mut samples = answer.samples.into_iter();
+            let mut samples = answer.samples.into_iter().peekable();
             for chunk in flown {
-                let sample = if chunk.sample { samples.next() } else { None };
-                self.land(lane, chunk, sample, &mut deliveries);
+                let own: Vec<Sample> =
+                    std::iter::from_fn(|| samples.next_if(|sample| chunk.sample && sample.seq == chunk.seq)).collect();
+                self.land(lane, chunk, own, &mut deliveries);
             }
         }
         Ok(deliveries)
@@ -43,8 +44,22 @@ impl Scheduler {
             return diverged(format!("step {asked} of {lanes} lanes is answered by step {} of {answered}", step.0));
         }
         for (lane, (flown, answer)) in flight.lanes.iter().zip(&result.lanes).enumerate() {
-            let asked = flown.iter().filter(|chunk| chunk.sample).map(|chunk| chunk.seq);
-            if !asked.eq(answer.samples.iter().map(|sample| sample.seq)) {
+            let mut samples = answer.samples.iter();
+            let asked = |chunk: &Flown| {
+                let mut drawn = |draft: Option<&u32>| {
+                    let sample = samples.next().filter(|sample| sample.seq == chunk.seq)?;
+                    Some(draft == Some(&sample.token))
+                };
+                // Each draft that was drawn as guessed has a draw behind it.
+                let mut drafts = chunk.drafts.iter();
+                loop {
+                    match drawn(drafts.next()) {
+                        Some(true) => {}
+                        other => return other.is_some(),
+                    }
+                }
+            };
+            if !flown.iter().filter(|chunk| chunk.sample).all(asked) || samples.next().is_some() {
                 return diverged(format!("step {}, lane {lane}: the samples are not those that were asked", step.0));
             }
             self.check_scores(flown, answer)?;
@@ -93,7 +108,7 @@ impl Scheduler {
     }
 
     /// A chunk was computed: its blocks may be shared, its token goes out, and the sequence goes on, ends or leaves.
-    fn land(&mut self, lane: usize, chunk: Flown, sample: Option<Sample>, deliveries: &mut Vec<Delivery>) {
+    fn land(&mut self, lane: usize, chunk: Flown, samples: Vec<Sample>, deliveries: &mut Vec<Delivery>) {
         let slot = chunk.slot;
         let sequence = self.roster.get_mut(slot);
         let place = sequence.place_mut();
@@ -117,10 +132,22 @@ impl Scheduler {
             if sequence.tokens.len() == sequence.prompt_len {
                 self.start(slot, deliveries);
             }
-            if self.extend(slot, sample, deliveries) {
-                self.retire(lane, slot);
-                return;
+            // Draws behind the last token of an answer count for nothing; an answer of no tokens ends without any.
+            let drawn = samples.len();
+            let mut samples = samples.into_iter();
+            loop {
+                if self.extend(slot, samples.next(), deliveries) {
+                    self.retire(lane, slot);
+                    return;
+                }
+                if samples.len() == 0 {
+                    break;
+                }
             }
+            let guessed = drawn.saturating_sub(1);
+            self.load.drafts_accepted += guessed as u64;
+            let place = self.roster.get_mut(slot).place_mut();
+            (place.computed, place.scheduled) = (place.computed + guessed, place.scheduled + guessed);
         }
         let sequence = self.roster.get_mut(slot);
         if fate == Fate::Preempted {

@@ -43,13 +43,14 @@ impl Pack {
 }
 
 /// One chunk in flight.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Flown {
     pub slot: Slot,
     pub seq: SeqId,
-    /// The position after its last token.
+    /// The position after its last token that is none of the drafts.
     pub end: usize,
     pub sample: bool,
+    pub drafts: Vec<u32>,
 }
 
 /// Whether a block could be found for a decode.
@@ -85,24 +86,27 @@ impl Lane {
         if self.running.is_empty() { 0 } else { (self.pool.total() / 100).max(1) }
     }
 
-    /// Appends a chunk of `count` tokens of an admitted sequence to a step.
-    pub fn fly(&mut self, sequence: &mut Sequence, slot: Slot, count: usize, pack: &mut Pack) {
+    /// Appends a chunk of `count` tokens of an admitted sequence to a step, and `drafts` behind them: only where those are its last
+    /// ones, a token may be drawn behind each, and its blocks hold them.
+    pub fn fly(&mut self, sequence: &mut Sequence, slot: Slot, count: usize, drafts: Vec<u32>, pack: &mut Pack) {
         let place = sequence.place.as_mut().expect("only an admitted sequence is packed");
         assert_eq!(place.fate, Fate::Runs, "a leaving sequence is not packed");
         let start = place.scheduled;
         let end = start + count;
-        let sent = end.div_ceil(BLOCK_TOKENS);
+        let sent = (end + drafts.len()).div_ceil(BLOCK_TOKENS);
         let complete = end == sequence.tokens.len();
+        assert!(drafts.is_empty() || complete && end + drafts.len() < sequence.len_max, "a draft has a draw behind it");
         let sample = complete && end < sequence.len_max;
         pack.batch.chunks.push(Chunk {
             seq: place.seq,
             start: start as u32,
-            tokens: sequence.tokens[start..end].to_vec(),
+            tokens: [&sequence.tokens[start..end], &drafts].concat(),
             blocks: place.blocks[place.sent..sent].to_vec(),
             sample,
+            drafts: drafts.len() as u32,
         });
-        pack.flown.push(Flown { slot, seq: place.seq, end, sample });
-        pack.tokens += count;
+        pack.tokens += count + drafts.len();
+        pack.flown.push(Flown { slot, seq: place.seq, end, sample, drafts });
         place.sent = sent;
         place.scheduled = end;
         place.chunks_in_flight += 1;

@@ -24,6 +24,9 @@ pub struct Load {
     /// Tokens computed to fill the cache (recomputed ones count again), and tokens drawn.
     pub tokens_prefilled: u64,
     pub tokens_generated: u64,
+    /// Tokens guessed and checked, and those drawn as guessed.
+    pub tokens_drafted: u64,
+    pub drafts_accepted: u64,
     pub steps: u64,
     pub jobs_accepted: u64,
     pub jobs_refused: u64,

@@ -4,6 +4,7 @@
 mod admit;
 mod answer;
 pub mod blocks;
+mod draft;
 pub mod driver;
 pub mod job;
 mod lane;

@@ -6,6 +6,7 @@ use model::plan::BLOCK_TOKENS;
 use model::step::{Begin, BlockId, Sampling, SeqId, StepBatch, StepId};
 
 use super::blocks::Parent;
+use super::draft;
 use super::lane::{Pack, Room};
 use super::scheduler::{Flight, JobId, Scheduler};
 use super::sequence::{Fate, Place, Slot};
@@ -94,7 +95,12 @@ impl Scheduler {
                     Room::PreemptedItself => continue,
                 }
             }
-            self.lanes[lane].fly(self.roster.get_mut(slot), slot, 1, pack);
+            // Whoever comes after it in this step has a row all the same, and prompts have some.
+            let left = self.settings.limits.step_tokens_max - pack.tokens - (rows_max - pack.flown.len());
+            let sequence = self.roster.get_mut(slot);
+            let drafts = draft::of(sequence, self.settings.drafts_max.min(left / 2));
+            self.load.tokens_drafted += drafts.len() as u64;
+            self.lanes[lane].fly(sequence, slot, 1, drafts, pack);
         }
         for entry in stalled.into_iter().rev() {
             self.lanes[lane].ready.push_front(entry);
@@ -235,7 +241,7 @@ impl Scheduler {
         let left = sequence.tokens.len() - sequence.place().scheduled;
         let count = left.min(pack.tokens_max - pack.tokens);
         self.load.tokens_prefilled += count as u64;
-        self.lanes[lane].fly(sequence, slot, count, pack);
+        self.lanes[lane].fly(sequence, slot, count, Vec::new(), pack);
     }
 
     /// Puts a preempted sequence that has left its lane back into the queue, before everyone younger.

@@ -12,6 +12,8 @@ use super::job::{Begun, DoneReason, Job, Output, Refusal};
 use super::scheduler::{Delivery, JobId, Scheduler};
 use super::suspect::GivenUp;
 
+mod drafts;
+
 const LIMITS: Limits = Limits { model_len_max: 256, step_tokens_max: 64, step_sequences_max: 4, blocks: 16 };
 
 struct Bench {

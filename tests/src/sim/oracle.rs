@@ -11,6 +11,10 @@ pub const VOCABULARY: u32 = 40;
 /// The token that the simulated model draws after `tokens`.
 pub fn draw(sampling: &Sampling, tokens: impl Iterator<Item = u32>) -> u32 {
     let key = mix(sampling.seed ^ (u64::from(sampling.choice) << 32));
+    // Some answers repeat themselves before long: drafts of them are right now and then.
+    if sampling.seed.is_multiple_of(3) {
+        return (digest(key, tokens.last().into_iter()) % u64::from(VOCABULARY)) as u32;
+    }
     (digest(key, tokens) % u64::from(VOCABULARY)) as u32
 }
 

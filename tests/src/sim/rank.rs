@@ -30,7 +30,7 @@ struct Known {
     prompt_len: usize,
     history: Vec<u32>,
     table: Vec<BlockId>,
-    /// Positions in the cache; `None` before the first chunk.
+    /// Positions in the cache that go on with what was drawn; `None` before the first chunk.
     len: Option<usize>,
 }
 
@@ -87,7 +87,7 @@ impl Rank {
         let read =
             |len: usize| (0..len).map(|position| self.cache[slot(&known.table, position)] ^ tenant(&known.sampling));
         match known.len {
-            Some(len) => assert_eq!(start, len, "a chunk follows the one before"),
+            Some(len) => assert_eq!(start, len, "a chunk follows the one before, and the drafts that it had right"),
             None if known.sampling.needs_history() => assert!(read(start).eq(known.history.iter().copied())),
             None => assert!(known.history.is_empty()),
         }
@@ -96,12 +96,18 @@ impl Rank {
             let start = start.max(1) as u32;
             result.prompt_scores.push(PromptScores { seq: chunk.seq, start, scores: scores.collect() });
         }
-        if chunk.sample {
-            let token = oracle::draw(&known.sampling, read(end));
-            let score = known.sampling.logprobs.map(|_| oracle::score(read(end).chain([token])));
+        let (mut len, drafts) = (end - chunk.drafts as usize, chunk.drafted());
+        assert!(drafts.is_empty() || chunk.sample && len >= known.prompt_len.max(start + 1), "drafts behind an answer");
+        let first = len;
+        let mut draws = chunk.sample;
+        while draws {
+            let token = oracle::draw(&known.sampling, read(len));
+            let score = known.sampling.logprobs.map(|_| oracle::score(read(len).chain([token])));
             result.samples.push(Sample { seq: chunk.seq, token, score });
+            draws = drafts.get(len - first) == Some(&token);
+            len += usize::from(draws);
         }
-        self.sequences.get_mut(&chunk.seq).expect("it was just read").len = Some(end);
+        self.sequences.get_mut(&chunk.seq).expect("it was just read").len = Some(len);
     }
 }
 

@@ -335,6 +335,8 @@ impl World {
         self.tally.prefix_hits_tokens = load.prefix_hits_tokens;
         self.tally.preemptions = load.preemptions;
         self.tally.requeues = load.requeues;
+        self.tally.drafts_accepted = load.drafts_accepted;
+        self.tally.drafts_refused = load.tokens_drafted - load.drafts_accepted;
         let collides = (self.profile.settings.block_hash)(1, &[2]) == 0;
         self.tally.hits_with_colliding_hashes = if collides { load.prefix_hits_tokens } else { 0 };
     }

@@ -72,6 +72,8 @@ pub struct Wanted {
     pub next: usize,
     /// Draw that token.
     pub sample: bool,
+    /// Drafts of the chunk up to this row: the draw counts only if they were drawn as guessed.
+    pub drafts: usize,
     /// It is a token of the prompt whose score was asked for.
     pub prompt: Option<PromptRow>,
 }

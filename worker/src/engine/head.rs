@@ -12,6 +12,7 @@ use super::weights::Vocabulary;
 use crate::backend::{Backend, Kind, NormWeights};
 use model::fault::{Fault, FaultKind};
 use model::step::{LaneResult, PromptScores, Sample, SeqId};
+use std::borrow::Cow;
 
 /// Rows whose logits are held at once: bounds the memory that scores of a long prompt take.
 const TILE_ROWS: usize = 32;
@@ -61,7 +62,29 @@ impl<'a, B: Backend> Head<'a, B> {
             }
         }
         samples.sort_by_key(|s| s.0);
-        Ok(LaneResult { samples: samples.into_iter().map(|s| s.1).collect(), prompt_scores: scores.lists })
+        Ok(LaneResult { samples: self.counting(samples, &resolved.wanted)?, prompt_scores: scores.lists })
+    }
+
+    /// Of samples by the wanted row, in order, those that count: behind drafts that were drawn as guessed.
+    fn counting(&mut self, samples: Vec<(usize, Sample)>, wanted: &[Wanted]) -> Result<Vec<Sample>, Fault> {
+        let mut counting: Vec<Sample> = Vec::with_capacity(samples.len());
+        // Drafts drawn as guessed of the sequence whose rows these are.
+        let mut guessed = 0;
+        for (index, sample) in samples {
+            let drafts = wanted[index].drafts;
+            if drafts == 0 {
+                guessed = 0;
+            } else if drafts != guessed {
+                continue;
+            }
+            if self.sequences.get(sample.seq)?.drafts.get(drafts) == Some(&sample.token) {
+                guessed += 1;
+            } else {
+                guessed = usize::MAX;
+            }
+            counting.push(sample);
+        }
+        Ok(counting)
     }
 
     fn is_plain(&mut self, wanted: &Wanted) -> Result<bool, Fault> {
@@ -213,7 +236,11 @@ impl<'a, B: Backend> Head<'a, B> {
             return Ok(None);
         }
         let raw = state.sampling.logprobs.map(|n| (row.to_vec(), usize::from(n)));
-        let token = sample::draw(row, &state.sampling, &state.history, state.moment(wanted.next));
+        let mut history = Cow::Borrowed(&state.history);
+        if state.sampling.needs_history() {
+            state.drafts[..wanted.drafts].iter().for_each(|&draft| history.to_mut().note(draft, true));
+        }
+        let token = sample::draw(row, &state.sampling, &history, state.moment(wanted.next));
         let score = raw.map(|(raw, n)| score::score(&raw, token, n));
         Ok(Some(Sample { seq: wanted.seq, token, score }))
     }

@@ -16,8 +16,10 @@ pub struct State {
     pub history: History,
     /// Logits after the last computed prompt token, waiting for the next chunk to say which token they foretold.
     pub held: Option<Vec<f32>>,
+    /// Guesses that the last chunk ended with. Those that the next chunk begins behind are tokens.
+    pub drafts: Vec<u32>,
     blocks: Vec<BlockId>,
-    /// Positions computed; `None` before the first chunk, which may begin behind a cached prefix.
+    /// Positions computed, drafts and all; `None` before the first chunk, which may begin behind a cached prefix.
     computed: Option<usize>,
     /// Its first position with a row of predictors; `None` where a step left them out. What is cached before must have
     /// been predicted too, and with the same token behind it: a predictor's last row there took that token in.
@@ -100,6 +102,7 @@ impl Sequences {
             prompt_len,
             history,
             held: None,
+            drafts: Vec::new(),
             blocks: Vec::new(),
             computed: None,
             predicted_from: None,
@@ -120,9 +123,14 @@ impl Sequences {
             return Err(wrong(format!("sequence {seq} has a chunk of no tokens")));
         }
         if let Some(computed) = state.computed
-            && computed != start
+            && !(computed - state.drafts.len()..=computed).contains(&start)
         {
             return Err(wrong(format!("sequence {seq} goes on at position {start}, it was computed up to {computed}")));
+        }
+        let drafts = chunk.drafts as usize;
+        if drafts >= rows || drafts > 0 && (!chunk.sample || start + rows - drafts < state.prompt_len) {
+            let sampled = if chunk.sample { "sampled" } else { "not sampled" };
+            return Err(wrong(format!("sequence {seq} has {drafts} drafts among {rows} tokens, {sampled}")));
         }
         if end > limits.model_len_max {
             return Err(wrong(format!("sequence {seq} reaches {end} tokens, {} are possible", limits.model_len_max)));
@@ -138,13 +146,18 @@ impl Sequences {
         if let Some(id) = chunk.tokens.iter().find(|&&id| id as usize >= readable) {
             return Err(wrong(format!("sequence {seq} has token {id}, {readable} can be read")));
         }
+        // What was predicted from a guess does not go on.
+        let all_stay = state.drafts.is_empty();
         state.predicted_from = match state.computed {
             None => all.then_some(start),
-            Some(_) => state.predicted_from.filter(|_| all),
+            Some(_) => state.predicted_from.filter(|_| all && all_stay),
         };
+        let guessed = state.computed.map_or(0, |computed| start - (computed - state.drafts.len()));
         state.computed = Some(end);
+        let before = std::mem::replace(&mut state.drafts, chunk.drafted().to_vec());
         if state.sampling.needs_history() {
-            for (position, &token) in (start..).zip(&chunk.tokens) {
+            before[..guessed].iter().for_each(|&token| state.history.note(token, true));
+            for (position, &token) in (start..).zip(&chunk.tokens[..rows - drafts]) {
                 state.history.note(token, position >= state.prompt_len);
             }
         }
@@ -159,9 +172,10 @@ impl Sequences {
             let next = start + i + 1;
             let scored = state.sampling.prompt_logprobs.is_some() && next < state.prompt_len;
             let prompt = scored.then(|| chunk.tokens.get(i + 1).map_or(PromptRow::Held, |&t| PromptRow::Token(t)));
-            let sample = chunk.sample && i + 1 == rows;
+            let drafts = (i + 1 + drafts).saturating_sub(rows);
+            let sample = chunk.sample && i + 1 + chunk.drafts as usize >= rows;
             if sample || prompt.is_some() || all {
-                resolved.wanted.push(Wanted { row: (row + i) as u32, seq: chunk.seq, next, sample, prompt });
+                resolved.wanted.push(Wanted { row: (row + i) as u32, seq: chunk.seq, next, sample, drafts, prompt });
             }
         }
         if let Some(from) = state.predicted_from {
@@ -213,7 +227,7 @@ mod tests {
 
     fn chunk(seq: u64, start: u32, tokens: &[u32], blocks: &[u32]) -> Chunk {
         let blocks = blocks.iter().map(|&b| BlockId(b)).collect();
-        Chunk { seq: SeqId(seq), start, tokens: tokens.to_vec(), blocks, sample: true }
+        Chunk { seq: SeqId(seq), start, tokens: tokens.to_vec(), blocks, sample: true, drafts: 0 }
     }
 
     fn lane(begun: Vec<Begin>, chunks: Vec<Chunk>) -> LaneBatch {
@@ -246,6 +260,34 @@ mod tests {
         let found = sequences.resolve(&lane(vec![], vec![chunk(1, 3, &[4, 5], &[])]), false).unwrap();
         let wanted: Vec<_> = found.wanted.iter().map(|w| (w.sample, w.prompt)).collect();
         assert_eq!(wanted, [(false, Some(PromptRow::Token(5))), (true, None)]);
+    }
+
+    #[test]
+    fn a_sequence_goes_on_behind_the_drafts_that_were_right() {
+        let penalised = Sampling { presence_penalty: 1.0, ..Sampling::GREEDY };
+        let drafted = |start: u32, tokens: &[u32], drafts: u32| Chunk { drafts, ..chunk(1, start, tokens, &[]) };
+        let mut sequences = Sequences::new(LIMITS, 10);
+        let prompt = lane(vec![begin(1, penalised.clone())], vec![chunk(1, 0, &[1, 2, 3, 4, 5], &[0])]);
+        sequences.resolve(&prompt, false).unwrap();
+        let found = sequences.resolve(&lane(vec![], vec![drafted(5, &[6, 7, 8, 9], 3)]), false).unwrap();
+        assert_eq!(
+            found.wanted.iter().map(|w| (w.row, w.next, w.drafts)).collect::<Vec<_>>(),
+            [(0, 6, 0), (1, 7, 1), (2, 8, 2), (3, 9, 3)]
+        );
+        // Two of three were right.
+        sequences.resolve(&lane(vec![], vec![chunk(1, 8, &[2], &[])]), false).unwrap();
+        let mut expected = History::default();
+        [1, 2, 3, 4, 5].into_iter().for_each(|token| expected.note(token, false));
+        [6, 7, 8, 2].into_iter().for_each(|token| expected.note(token, true));
+        assert_eq!(sequences.get(SeqId(1)).unwrap().history, expected);
+        for (chunk, said) in [
+            (drafted(8, &[1], 0), "computed up to 9"),
+            (drafted(9, &[1, 2], 2), "2 drafts among 2 tokens"),
+            (Chunk { sample: false, ..drafted(9, &[1, 2], 1) }, "1 drafts among 2 tokens, not sampled"),
+        ] {
+            let fault = sequences.resolve(&lane(vec![], vec![chunk]), false).unwrap_err();
+            assert!(fault.text.contains(said), "{said}: {}", fault.text);
+        }
     }
 
     #[test]

@@ -1,0 +1,52 @@
+//! Chunks with drafts: what of them counts, and where an answer ends.
+
+use super::*;
+
+/// A step's answer in which its only sequence drew `tokens`.
+fn drew(batch: &StepBatch, tokens: &[u32]) -> StepResult {
+    let seq = batch.lanes[0].chunks[0].seq;
+    let samples = tokens.iter().map(|&token| Sample { seq, token, score: None }).collect();
+    StepResult { lanes: vec![LaneResult { samples, prompt_scores: Vec::new() }] }
+}
+
+#[test]
+fn drafts_that_were_right_are_tokens_and_others_are_drawn_again() {
+    let mut bench = Bench::new(Settings { drafts_max: 3, ..settings() });
+    bench.add(Job { prompt: vec![1, 2, 3, 4, 5, 1, 2], ..job(1, 7, 9) });
+    bench.step(3);
+    let (step, batch) = bench.next().unwrap();
+    let chunk = &batch.lanes[0].chunks[0];
+    assert_eq!((chunk.start, &chunk.tokens[..], chunk.drafts), (7, &[3, 4, 5, 1][..], 3));
+    for wrong in [&[][..], &[4], &[4, 5], &[6, 5], &[4, 5, 1], &[4, 5, 1, 2, 3]] {
+        let fault = bench.scheduler.complete(bench.now, step, drew(&batch, wrong)).unwrap_err();
+        assert!(fault.text.contains("not those that were asked"), "{wrong:?}");
+    }
+    let deliveries = bench.scheduler.complete(bench.now, step, drew(&batch, &[4, 5, 8])).unwrap();
+    assert!(deliveries.into_iter().map(|delivery| delivery.output).eq([token(4), token(5), token(8)]));
+    assert_eq!((bench.scheduler.load().tokens_drafted, bench.scheduler.load().drafts_accepted), (3, 2));
+    let (batch, _) = bench.step(3);
+    assert_eq!(shape(&batch.lanes[0]), [(10, 1, true)], "behind the two that were right");
+    bench.scheduler.check_integrity().unwrap();
+}
+
+#[test]
+fn an_answer_ends_among_the_draws_behind_drafts_or_at_its_length() {
+    for (tokens_max, fourth, drawn, told, reason) in [
+        (9, 99, &[4, 99, 1, 6][..], &[4, 99][..], DoneReason::End),
+        // The last of an answer's tokens is no draft: a token is drawn behind each.
+        (4, 5, &[4, 5, 8], &[4, 5, 8], DoneReason::Length),
+        (3, 5, &[4, 8], &[4, 8], DoneReason::Length),
+        (2, 5, &[8], &[8], DoneReason::Length),
+    ] {
+        let mut bench = Bench::new(Settings { drafts_max: 3, ..settings() });
+        bench.add(Job { prompt: vec![1, 2, 3, 4, fourth, 1, 2], ..job(1, 7, tokens_max) });
+        bench.step(3);
+        let (step, batch) = bench.next().unwrap();
+        assert_eq!(batch.lanes[0].chunks[0].drafts as usize, drawn.len() - 1);
+        let outputs = bench.scheduler.complete(bench.now, step, drew(&batch, drawn)).unwrap();
+        let expected = told.iter().copied().map(token).chain([done(0, reason)]);
+        assert!(outputs.into_iter().map(|delivery| delivery.output).eq(expected));
+        bench.scheduler.check_integrity().unwrap();
+        assert!(bench.next().is_none() && bench.scheduler.is_idle());
+    }
+}
