@@ -33,7 +33,7 @@ use proto::cluster::v1::peer_server::PeerServer;
 use proto::tls::Renewed;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_rustls::rustls::ServerConfig;
@@ -232,7 +232,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
         door: door.clone(),
         ask: ask.clone(),
         queues,
-        tls: config.tls.as_ref().map(Renewed::node_plane).transpose()?,
+        tls: config.tls.as_ref().map(|tls| Renewed::node_plane(tls, Instant::now())).transpose()?,
         view: view_writer,
         config: config.clone(),
     };

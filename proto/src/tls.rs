@@ -118,12 +118,12 @@ mod tests {
         let file = std::env::temp_dir().join(format!("conclave-tls-{}", std::process::id()));
         let tls = Tls { ca: file.clone(), certificate: file.clone(), key: file.clone() };
         let said = |error: Option<TlsError>| error.map(|e| e.to_string()).unwrap_or_default();
-        assert!(said(Renewed::node_plane(&tls).err()).contains("can't be read"));
+        assert!(said(Renewed::node_plane(&tls, std::time::Instant::now()).err()).contains("can't be read"));
         std::fs::write(&file, "x").expect("a temporary file");
         assert!(said(tls.client().err()).contains("holds no PEM block"));
         std::fs::write(&file, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
             .expect("a temporary file");
-        assert!(said(Renewed::node_plane(&tls).err()).contains("can't be used"));
+        assert!(said(Renewed::node_plane(&tls, std::time::Instant::now()).err()).contains("can't be used"));
         std::fs::remove_file(&file).expect("it was just written");
     }
 }

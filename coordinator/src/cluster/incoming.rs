@@ -5,7 +5,7 @@ use super::stranger::Stranger;
 use proto::tls::Renewed;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -34,7 +34,7 @@ pub async fn accept(listener: TcpListener, mut tls: Renewed<Arc<ServerConfig>>, 
         tokio::select! {
             accepted = listener.accept(), if hands.len() < HANDSHAKES_MAX => match accepted {
                 Ok((socket, address)) => {
-                    match tls.look() {
+                    match tls.look(Instant::now()) {
                         Some(Ok(())) => tracing::info!("the node plane's certificates were renewed"),
                         Some(Err(why)) => tracing::warn!("the node plane's certificates before it stay: {why}"),
                         None => {}

@@ -8,6 +8,10 @@ use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Between two looks of a node plane, so that strangers who knock keep neither its disk busy nor its thread.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Of a process' files, as they were read.
 #[derive(PartialEq, Eq)]
@@ -32,29 +36,35 @@ pub struct Renewed<T> {
     contents: Contents,
     form: fn(Credentials<'_>) -> Result<T, TlsError>,
     current: T,
+    every: Duration,
+    looked: Instant,
     /// Why what the files hold now is not in force.
     why: String,
 }
 
 impl Renewed<Arc<ServerConfig>> {
     /// For a coordinator's node plane. An error names the file that is missing or wrong.
-    pub fn node_plane(files: &Tls) -> Result<Renewed<Arc<ServerConfig>>, TlsError> {
-        Renewed::open(files, node_plane)
+    pub fn node_plane(files: &Tls, now: Instant) -> Result<Renewed<Arc<ServerConfig>>, TlsError> {
+        Renewed::open(files, node_plane, (LOOK, now))
     }
 }
 
 impl Renewed<Ranks> {
-    /// For the sockets between workers. An error names the file that is missing or wrong.
+    /// For the sockets between workers, looked at for each: who was renewed a moment before must not be refused. An error names the file that is missing or wrong.
     pub fn ranks(files: &Tls) -> Result<Renewed<Ranks>, TlsError> {
-        Renewed::open(files, Ranks::new)
+        Renewed::open(files, Ranks::new, (Duration::ZERO, Instant::now()))
     }
 }
 
 impl<T> Renewed<T> {
-    fn open(files: &Tls, form: fn(Credentials<'_>) -> Result<T, TlsError>) -> Result<Renewed<T>, TlsError> {
+    fn open(
+        files: &Tls,
+        form: fn(Credentials<'_>) -> Result<T, TlsError>,
+        (every, looked): (Duration, Instant),
+    ) -> Result<Renewed<T>, TlsError> {
         let contents = files.contents()?;
         let current = form(files.credentials(&contents)?)?;
-        Ok(Renewed { files: files.clone(), contents, form, current, why: String::new() })
+        Ok(Renewed { files: files.clone(), contents, form, current, every, looked, why: String::new() })
     }
 
     /// What is in force.
@@ -62,9 +72,13 @@ impl<T> Renewed<T> {
         &self.current
     }
 
-    /// Looks at the files: some microseconds, as they are in the system's cache; little beside the handshake that follows. What is
-    /// wrong, as between the renewals of certificate and key, leaves in force what was there before. None where nothing is new.
-    pub fn look(&mut self) -> Option<Result<(), TlsError>> {
+    /// Looks at the files, unless it just did. What is wrong, as between the renewals of certificate and key, leaves in force
+    /// what was there before. None where nothing is new.
+    pub fn look(&mut self, now: Instant) -> Option<Result<(), TlsError>> {
+        if now.saturating_duration_since(self.looked) < self.every {
+            return None;
+        }
+        self.looked = now;
         match self.changed() {
             Ok(None) => self.why.clear(),
             Ok(Some((current, contents))) => {
@@ -155,16 +169,18 @@ mod tests {
         write(&tls.ca, &certificate);
         write(&tls.certificate, &certificate);
         write(&tls.key, &key);
-        let mut renewed = Renewed::node_plane(&tls).expect("files that fit");
+        let start = Instant::now();
+        let mut renewed = Renewed::node_plane(&tls, start).expect("files that fit");
         let before = renewed.current().clone();
-        assert!(renewed.look().is_none(), "nothing is new");
+        assert!(renewed.look(start + LOOK).is_none(), "nothing is new");
         let (certificate, key) = make();
         write(&tls.certificate, &certificate);
-        assert!(matches!(renewed.look(), Some(Err(TlsError::Unusable { .. }))), "another's key");
-        assert!(renewed.look().is_none(), "said once");
+        assert!(renewed.look(start + LOOK * 3 / 2).is_none(), "it just looked");
+        assert!(matches!(renewed.look(start + LOOK * 2), Some(Err(TlsError::Unusable { .. }))), "another's key");
+        assert!(renewed.look(start + LOOK * 3).is_none(), "said once");
         assert!(Arc::ptr_eq(&before, renewed.current()));
         write(&tls.key, &key);
-        assert!(matches!(renewed.look(), Some(Ok(()))));
+        assert!(matches!(renewed.look(start + LOOK * 4), Some(Ok(()))));
         assert!(!Arc::ptr_eq(&before, renewed.current()));
         std::fs::remove_dir_all(&folder).expect("it was just written");
     }

@@ -4,6 +4,7 @@ use model::fault::{Fault, FaultKind};
 use proto::tls::ranks::Ranks;
 use proto::tls::{Renewed, Tls};
 use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 /// The files, and what they held when they last fitted each other.
 pub struct Credentials(Mutex<Renewed<Ranks>>);
@@ -19,7 +20,7 @@ impl Credentials {
     /// As the files are now. While they are half written, what they held before goes on.
     pub fn current(&self) -> Ranks {
         let mut renewed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match renewed.look() {
+        match renewed.look(Instant::now()) {
             Some(Ok(())) => tracing::info!("[tls]: the certificates were renewed"),
             Some(Err(error)) => tracing::warn!("[tls]: {error}: the certificates read before are kept"),
             None => {}
