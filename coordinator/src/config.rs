@@ -86,7 +86,7 @@ pub struct Config {
     #[serde(default = "step_sequences")]
     pub max_num_seqs: usize,
     /// Tokens of a sequence that a step may guess, from what followed its last tokens before, and check at once. Answers stay
-    /// the same; those that repeat come faster, and others a little later where experts are many.
+    /// the same; those that repeat come faster.
     #[serde(default)]
     pub num_speculative_tokens: usize,
     /// Requests that may wait before new ones are refused.

@@ -131,6 +131,11 @@ pub struct LaneResult {
     pub prompt_scores: Vec<PromptScores>,
 }
 
+/// How many of a chunk's drafts its samples have as guessed. One more of the samples counts: the draw behind the last of those.
+pub fn guessed(drafts: &[u32], samples: &[Sample]) -> usize {
+    drafts.iter().zip(samples).take_while(|(draft, sample)| sample.token == **draft).count()
+}
+
 /// A drawn token.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sample {

@@ -8,7 +8,7 @@ use conclave_tests::ring::{Ring, Setting, fixture, fixtures};
 use model::mesh::Mesh;
 use model::plan::{BLOCK_TOKENS, KernelFamily};
 use model::quant::Dtype;
-use model::step::{Begin, BlockId, Chunk, LaneBatch, Sampling, Score, SeqId, StepBatch};
+use model::step::{Begin, BlockId, Chunk, LaneBatch, Sampling, Score, SeqId, StepBatch, guessed};
 use worker::load::checkpoint::Checkpoint;
 
 fn reference(name: &str, dtype: Dtype, family: KernelFamily, request: &Request) -> Outcome {
@@ -234,7 +234,7 @@ fn drafted(
         }];
         blocks = needed;
         let samples = ring.step(&StepBatch { lanes: vec![std::mem::take(&mut lane)] }).unwrap().remove(0).samples;
-        let right = guesses.iter().zip(&samples).take_while(|(guess, sample)| **guess == sample.token).count();
+        let right = guessed(&guesses, &samples);
         assert_eq!(samples.len(), right + 1, "a draw behind each draft that was right");
         start = tokens.len() + right;
         tokens.extend(samples.iter().map(|sample| sample.token));

@@ -47,6 +47,7 @@ pub struct Common<S, P> {
     pub served: bool,
     /// Requests that may wait, in each group.
     pub waiting_max: usize,
+    /// See [`Settings`].
     pub drafts_max: usize,
     pub source: Arc<Source>,
     /// The model's own digests, if there is a list of them.
@@ -85,7 +86,8 @@ impl Group {
         let (turns, turn_queue) = mpsc::channel(8);
         let (ended, ended_queue) = mpsc::channel(8);
         let (elsewhere, elsewhere_watch) = watch::channel(false);
-        let (driver, load) = Driver::new(Settings::without_plan(common.waiting_max), queue, Instant::now);
+        let settings = Settings { drafts_max: common.drafts_max, ..Settings::without_plan(common.waiting_max) };
+        let (driver, load) = Driver::new(settings, queue, Instant::now);
         let source = common.source.clone();
         let shell = Shell::new(Parts {
             group: number,
@@ -103,7 +105,7 @@ impl Group {
             explain: Box::new(move |plan| explain::table(&source.spec, &source.storage, plan)),
         });
         lives.spawn(shell.run());
-        lives.spawn(steps::run(driver, turn_queue, ended, elsewhere_watch, common.waiting_max, common.drafts_max));
+        lives.spawn(steps::run(driver, turn_queue, ended, elsewhere_watch, settings));
         let mut shown = view.clone();
         lives.spawn(async move {
             while shown.changed().await.is_ok() {

@@ -10,16 +10,15 @@ use tokio::time::Instant;
 /// An epoch that ends only for the next one's sake is followed soon: jobs stay for so long.
 const SOON: Duration = Duration::from_secs(2);
 
-/// Runs until the shell, or everyone who could send jobs, is gone. `elsewhere`: whether another group serves.
+/// Runs until the shell, or everyone who could send jobs, is gone. `settings` are
+/// the driver's, before any plan. `elsewhere`: whether another group serves.
 pub async fn run(
     mut driver: Driver,
     mut turns: mpsc::Receiver<Turn>,
     ended: mpsc::Sender<GroupEnded>,
     mut elsewhere: watch::Receiver<bool>,
-    waiting_max: usize,
-    drafts_max: usize,
+    mut settings: Settings,
 ) {
-    let mut settings = Settings::without_plan(waiting_max);
     let mut stay = Instant::now();
     loop {
         let now = Instant::now();
@@ -38,10 +37,8 @@ pub async fn run(
             Some(Turn::Halt { .. }) => continue,
             Some(Turn::Serve { plan, group }) => (plan, group),
         };
-        settings = Settings::new(plan.limits, plan.mesh.data);
-        settings.steps_in_flight_max = plan.mesh.pipeline;
-        settings.jobs_waiting_max = waiting_max;
-        settings.drafts_max = drafts_max;
+        let steps_in_flight_max = plan.mesh.pipeline;
+        settings = Settings { limits: plan.limits, lanes: plan.mesh.data, steps_in_flight_max, ..settings };
         driver.requeue(settings);
         let outcome = tokio::select! {
             outcome = driver.run(&mut group) => outcome,

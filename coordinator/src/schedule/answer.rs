@@ -23,11 +23,12 @@ impl Scheduler {
             for scores in answer.prompt_scores {
                 self.collect_scores(&flown, scores);
             }
-            let mut samples = answer.samples.into_iter().peekable();
+            let mut samples = answer.samples.as_slice();
             for chunk in flown {
-                let own: Vec<Sample> =
-                    std::iter::from_fn(|| samples.next_if(|sample| chunk.sample && sample.seq == chunk.seq)).collect();
-                self.land(lane, chunk, own, &mut deliveries);
+                let (own, others) =
+                    samples.split_at(chunk.draws(samples).expect("a checked answer has what was asked"));
+                samples = others;
+                self.land(lane, &chunk, own, &mut deliveries);
             }
         }
         Ok(deliveries)
@@ -44,22 +45,10 @@ impl Scheduler {
             return diverged(format!("step {asked} of {lanes} lanes is answered by step {} of {answered}", step.0));
         }
         for (lane, (flown, answer)) in flight.lanes.iter().zip(&result.lanes).enumerate() {
-            let mut samples = answer.samples.iter();
-            let asked = |chunk: &Flown| {
-                let mut drawn = |draft: Option<&u32>| {
-                    let sample = samples.next().filter(|sample| sample.seq == chunk.seq)?;
-                    Some(draft == Some(&sample.token))
-                };
-                // Each draft that was drawn as guessed has a draw behind it.
-                let mut drafts = chunk.drafts.iter();
-                loop {
-                    match drawn(drafts.next()) {
-                        Some(true) => {}
-                        other => return other.is_some(),
-                    }
-                }
-            };
-            if !flown.iter().filter(|chunk| chunk.sample).all(asked) || samples.next().is_some() {
+            let rest = flown.iter().try_fold(answer.samples.as_slice(), |samples, chunk| {
+                chunk.draws(samples).map(|count| &samples[count..])
+            });
+            if !rest.is_some_and(<[Sample]>::is_empty) {
                 return diverged(format!("step {}, lane {lane}: the samples are not those that were asked", step.0));
             }
             self.check_scores(flown, answer)?;
@@ -108,7 +97,7 @@ impl Scheduler {
     }
 
     /// A chunk was computed: its blocks may be shared, its token goes out, and the sequence goes on, ends or leaves.
-    fn land(&mut self, lane: usize, chunk: Flown, samples: Vec<Sample>, deliveries: &mut Vec<Delivery>) {
+    fn land(&mut self, lane: usize, chunk: &Flown, samples: &[Sample], deliveries: &mut Vec<Delivery>) {
         let slot = chunk.slot;
         let sequence = self.roster.get_mut(slot);
         let place = sequence.place_mut();
@@ -133,20 +122,18 @@ impl Scheduler {
                 self.start(slot, deliveries);
             }
             // Draws behind the last token of an answer count for nothing; an answer of no tokens ends without any.
-            let drawn = samples.len();
-            let mut samples = samples.into_iter();
-            loop {
-                if self.extend(slot, samples.next(), deliveries) {
-                    self.retire(lane, slot);
-                    return;
-                }
-                if samples.len() == 0 {
-                    break;
-                }
-            }
-            let guessed = drawn.saturating_sub(1);
+            let ended = match samples {
+                [] => self.extend(slot, None, deliveries),
+                drawn => drawn.iter().any(|sample| self.extend(slot, Some(sample), deliveries)),
+            };
+            let sequence = self.roster.get_mut(slot);
+            let guessed = (sequence.tokens.len() - chunk.end).saturating_sub(1);
             self.load.drafts_accepted += guessed as u64;
-            let place = self.roster.get_mut(slot).place_mut();
+            if ended {
+                self.retire(lane, slot);
+                return;
+            }
+            let place = sequence.place_mut();
             (place.computed, place.scheduled) = (place.computed + guessed, place.scheduled + guessed);
         }
         let sequence = self.roster.get_mut(slot);
@@ -179,11 +166,12 @@ impl Scheduler {
     }
 
     /// Adds a token, if one was drawn, and says whether the answer has ended.
-    fn extend(&mut self, slot: Slot, sample: Option<Sample>, deliveries: &mut Vec<Delivery>) -> bool {
+    fn extend(&mut self, slot: Slot, sample: Option<&Sample>, deliveries: &mut Vec<Delivery>) -> bool {
         let sequence = self.roster.get_mut(slot);
         let Age { job, choice } = sequence.age;
         let mut reason = None;
-        if let Some(Sample { token, score, .. }) = sample {
+        if let Some(&Sample { token, ref score, .. }) = sample {
+            let score = score.clone();
             sequence.tokens.push(token);
             self.load.tokens_generated += 1;
             let suspect = self.requests.get(&job).is_some_and(|request| request.deaths.count > 0);

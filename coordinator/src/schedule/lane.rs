@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use model::plan::BLOCK_TOKENS;
-use model::step::{BlockId, Chunk, LaneBatch, SeqId};
+use model::step::{BlockId, Chunk, LaneBatch, Sample, SeqId, guessed};
 
 use super::blocks::BlockPool;
 use super::sequence::{Age, Fate, Roster, Sequence, Slot};
@@ -43,7 +43,7 @@ impl Pack {
 }
 
 /// One chunk in flight.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Flown {
     pub slot: Slot,
     pub seq: SeqId,
@@ -51,6 +51,17 @@ pub struct Flown {
     pub end: usize,
     pub sample: bool,
     pub drafts: Vec<u32>,
+}
+
+impl Flown {
+    /// How many of the samples, an answer's from some place on, are this chunk's. `None` where what comes there is not its.
+    pub fn draws(&self, samples: &[Sample]) -> Option<usize> {
+        if !self.sample {
+            return Some(0);
+        }
+        let own = samples.get(..=guessed(&self.drafts, samples))?;
+        own.iter().all(|sample| sample.seq == self.seq).then_some(own.len())
+    }
 }
 
 /// Whether a block could be found for a decode.

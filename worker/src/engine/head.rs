@@ -11,7 +11,7 @@ use super::trace::Trace;
 use super::weights::Vocabulary;
 use crate::backend::{Backend, Kind, NormWeights};
 use model::fault::{Fault, FaultKind};
-use model::step::{LaneResult, PromptScores, Sample, SeqId};
+use model::step::{LaneResult, PromptScores, Sample, SeqId, guessed};
 use std::borrow::Cow;
 
 /// Rows whose logits are held at once: bounds the memory that scores of a long prompt take.
@@ -62,27 +62,16 @@ impl<'a, B: Backend> Head<'a, B> {
             }
         }
         samples.sort_by_key(|s| s.0);
-        Ok(LaneResult { samples: self.counting(samples, &resolved.wanted)?, prompt_scores: scores.lists })
+        let samples = self.counting(samples.into_iter().map(|s| s.1).collect())?;
+        Ok(LaneResult { samples, prompt_scores: scores.lists })
     }
 
-    /// Of samples by the wanted row, in order, those that count: behind drafts that were drawn as guessed.
-    fn counting(&mut self, samples: Vec<(usize, Sample)>, wanted: &[Wanted]) -> Result<Vec<Sample>, Fault> {
-        let mut counting: Vec<Sample> = Vec::with_capacity(samples.len());
-        // Drafts drawn as guessed of the sequence whose rows these are.
-        let mut guessed = 0;
-        for (index, sample) in samples {
-            let drafts = wanted[index].drafts;
-            if drafts == 0 {
-                guessed = 0;
-            } else if drafts != guessed {
-                continue;
-            }
-            if self.sequences.get(sample.seq)?.drafts.get(drafts) == Some(&sample.token) {
-                guessed += 1;
-            } else {
-                guessed = usize::MAX;
-            }
-            counting.push(sample);
+    /// Of a step's samples those that count: up to the first behind a draft that was not drawn as guessed.
+    fn counting(&mut self, samples: Vec<Sample>) -> Result<Vec<Sample>, Fault> {
+        let mut counting = Vec::with_capacity(samples.len());
+        for own in samples.chunk_by(|a, b| a.seq == b.seq) {
+            let guessed = guessed(&self.sequences.get(own[0].seq)?.drafts, own);
+            counting.extend(own.iter().take(guessed + 1).cloned());
         }
         Ok(counting)
     }

@@ -46,6 +46,11 @@ fn an_answer_ends_among_the_draws_behind_drafts_or_at_its_length() {
         let outputs = bench.scheduler.complete(bench.now, step, drew(&batch, drawn)).unwrap();
         let expected = told.iter().copied().map(token).chain([done(0, reason)]);
         assert!(outputs.into_iter().map(|delivery| delivery.output).eq(expected));
+        assert_eq!(
+            bench.scheduler.load().drafts_accepted as usize,
+            told.len() - 1,
+            "what comes behind an end is no token"
+        );
         bench.scheduler.check_integrity().unwrap();
         assert!(bench.next().is_none() && bench.scheduler.is_idle());
     }
