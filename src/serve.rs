@@ -54,6 +54,9 @@ pub struct Options {
     /// Tokens that a step may guess and check, by what followed a sequence's last tokens before (prompt lookup)
     #[arg(long, default_value_t = 0)]
     pub num_speculative_tokens: usize,
+    /// Wait for each step's answer before the next is issued
+    #[arg(long)]
+    pub no_async_scheduling: bool,
     /// Cache of each rank, e.g. 2GiB; by default 4GiB for all together, or one longest sequence
     #[arg(long, value_parser = parse_bytes)]
     pub kv_cache_memory: Option<u64>,
@@ -147,6 +150,7 @@ impl Options {
             dtype: self.dtype,
             max_model_len: self.max_model_len,
             num_speculative_tokens: self.num_speculative_tokens,
+            async_scheduling: !self.no_async_scheduling,
             kv_cache_memory_bytes: self.kv_cache_memory,
             kv_cache_modest_bytes: Some(CACHE_MODEST / workers as u64),
             max_num_batched_tokens: self.max_num_batched_tokens.unwrap_or(defaults.max_num_batched_tokens),

@@ -89,6 +89,10 @@ pub struct Config {
     /// the same; those that repeat come faster.
     #[serde(default)]
     pub num_speculative_tokens: usize,
+    /// Issue a step before the one before it was answered; not with guesses, nor with pipeline stages, which keep several in
+    /// flight anyway. Answers stay the same.
+    #[serde(default = "yes")]
+    pub async_scheduling: bool,
     /// Requests that may wait before new ones are refused.
     #[serde(default = "queue")]
     pub max_waiting: usize,
@@ -178,6 +182,10 @@ fn step_tokens() -> usize {
 
 fn step_sequences() -> usize {
     128
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn queue() -> usize {

@@ -402,6 +402,8 @@ impl Engine {
             served: matches!(self.view.borrow().phase, Phase::Serving | Phase::Recovering),
             waiting_max: self.config.max_waiting,
             drafts_max: self.config.num_speculative_tokens,
+            // Guesses are checked against what was drawn, so a step of them waits for the one before.
+            steps_ahead: usize::from(self.config.async_scheduling && self.config.num_speculative_tokens == 0),
             source: self.source.clone(),
             list: self.list.clone(),
         };

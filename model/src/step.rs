@@ -48,6 +48,8 @@ pub struct Chunk {
     pub seq: SeqId,
     /// Position of the first token.
     pub start: u32,
+    /// None stand for one: that which was drawn behind the sequence's last chunk, a chunk without drafts. So a step can be
+    /// asked for before the one before it was answered.
     pub tokens: Vec<u32>,
     /// Blocks appended to the sequence's table before this chunk; on its first chunk those of a cached prefix too.
     pub blocks: Vec<BlockId>,
@@ -59,6 +61,16 @@ pub struct Chunk {
 }
 
 impl Chunk {
+    /// Whether it goes on from a token that only the group knows.
+    pub fn is_fed(&self) -> bool {
+        self.tokens.is_empty()
+    }
+
+    /// Positions that it computes.
+    pub fn rows(&self) -> usize {
+        self.tokens.len().max(1)
+    }
+
     /// The drafts among the tokens.
     pub fn drafted(&self) -> &[u32] {
         &self.tokens[self.tokens.len() - self.drafts as usize..]

@@ -268,6 +268,38 @@ fn drafts_change_no_token_and_no_score() {
     }
 }
 
+/// A request's tokens and scores, where all but every third step feeds itself the token of the one before.
+fn fed(mesh: Mesh, sampling: Sampling, answer: usize) -> Vec<(u32, Option<Score>)> {
+    let mut ring = Ring::load(&fixture("qwen3_moe"), Setting::new(mesh, Dtype::Bf16)).unwrap();
+    let begin = Begin { seq: SeqId(1), sampling, prompt_len: 20, history: vec![] };
+    let mut lane = LaneBatch { begun: vec![begin], ..LaneBatch::default() };
+    let mut drawn: Vec<(u32, Option<Score>)> = Vec::new();
+    for number in 0..answer {
+        let (start, tokens) = match drawn.last() {
+            None => (0, prompt(20, 5)),
+            Some((last, _)) => (19 + number, if number % 3 == 0 { vec![*last] } else { vec![] }),
+        };
+        let blocks = if start % BLOCK_TOKENS == 0 { vec![BlockId((start / BLOCK_TOKENS) as u32)] } else { vec![] };
+        lane.chunks = vec![Chunk { seq: SeqId(1), start: start as u32, tokens, blocks, sample: true, drafts: 0 }];
+        let samples = ring.step(&StepBatch { lanes: vec![std::mem::take(&mut lane)] }).unwrap().remove(0).samples;
+        drawn.extend(samples.into_iter().map(|sample| (sample.token, sample.score)));
+    }
+    drawn
+}
+
+#[test]
+fn a_step_that_feeds_itself_changes_no_token_and_no_score() {
+    let penalised = Sampling { presence_penalty: 0.7, frequency_penalty: 0.3, repetition_penalty: 1.2, ..warm(6) };
+    let scored = Sampling { logprobs: Some(3), ..penalised.clone() };
+    let suppressed = Sampling { suppress: vec![3, 5], suppress_until: 9, ..Sampling::GREEDY };
+    for sampling in [Sampling::GREEDY, warm(6), penalised, scored, suppressed] {
+        let (expected, _) = drafted(Mesh::ONE, sampling.clone(), 24, |_| vec![]);
+        for tensor in [1, 2, 4] {
+            assert_eq!(fed(Mesh::new(1, 1, tensor, 1).unwrap(), sampling.clone(), 24), expected, "tp{tensor}");
+        }
+    }
+}
+
 #[test]
 fn a_mesh_that_a_model_cannot_take_is_refused_in_words() {
     let mesh = Mesh::new(1, 1, 16, 1).unwrap();

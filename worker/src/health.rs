@@ -96,6 +96,8 @@ pub struct Facts {
     pub progress: u64,
     pub bytes_done: u64,
     pub bytes_total: u64,
+    /// Between steps, see [`crate::agent::rank::Gaps`].
+    pub gaps: (u64, Duration),
     /// How long steps have waited without that anything moved.
     pub still: Duration,
     /// Since the agent's last turn.
@@ -141,6 +143,7 @@ impl Pulse {
             spare: watched.turn.spare,
             steps_pending,
             progress,
+            gaps: self.counters.gaps.read(),
             bytes_done: self.counters.bytes_done.load(Ordering::Relaxed),
             bytes_total: self.counters.bytes_total.load(Ordering::Relaxed),
             still: now.saturating_duration_since(watched.moved),

@@ -17,12 +17,27 @@ const STILL: &str = "conclave_worker_stalled_seconds";
 const LOADED: &str = "conclave_worker_loaded_bytes";
 const TO_LOAD: &str = "conclave_worker_load_bytes";
 const RESIDENT: &str = "conclave_worker_resident_bytes";
+const GAPS: &str = "conclave_worker_step_gaps_total";
+const GAP_MICROSECONDS: &str = "conclave_worker_step_gap_microseconds_total";
 const REFUSED: &str = "conclave_worker_refused_peers_total";
 
 /// All of them, for whoever checks that they are there.
 #[cfg(test)]
-pub const NAMES: [&str; 11] =
-    [PROGRESS, EPOCH, PHASE, READY, JOINED, STEPS_PENDING, STILL, LOADED, TO_LOAD, RESIDENT, REFUSED];
+pub const NAMES: [&str; 13] = [
+    PROGRESS,
+    EPOCH,
+    PHASE,
+    READY,
+    JOINED,
+    STEPS_PENDING,
+    STILL,
+    LOADED,
+    TO_LOAD,
+    RESIDENT,
+    GAPS,
+    GAP_MICROSECONDS,
+    REFUSED,
+];
 
 /// The text format that Prometheus scrapes.
 pub fn render(facts: &Facts, refused: &Refused) -> String {
@@ -45,6 +60,8 @@ fn describe() {
     describe_gauge!(LOADED, "Bytes that the ranks of this epoch have loaded");
     describe_gauge!(TO_LOAD, "Bytes that the ranks of this epoch have to load");
     describe_gauge!(RESIDENT, "Bytes of this process in memory, mapped files apart");
+    describe_counter!(GAPS, "Times that a rank waited between two steps of one sequence");
+    describe_counter!(GAP_MICROSECONDS, "How long ranks waited between two steps of one sequence, in all");
     describe_counter!(REFUSED, "Connections to the ranks' data that were turned away, by reason");
 }
 
@@ -62,6 +79,8 @@ fn observe(facts: &Facts, refused: &Refused) {
     gauge!(LOADED).set(facts.bytes_done as f64);
     gauge!(TO_LOAD).set(facts.bytes_total as f64);
     gauge!(RESIDENT).set(resident_bytes() as f64);
+    counter!(GAPS).absolute(facts.gaps.0);
+    counter!(GAP_MICROSECONDS).absolute(facts.gaps.1.as_micros() as u64);
     for reason in Reason::ALL {
         counter!(REFUSED, "reason" => reason.word()).absolute(refused.count(reason));
     }

@@ -49,6 +49,7 @@ pub struct Common<S, P> {
     pub waiting_max: usize,
     /// See [`Settings`].
     pub drafts_max: usize,
+    pub steps_ahead: usize,
     pub source: Arc<Source>,
     /// The model's own digests, if there is a list of them.
     pub list: Option<BTreeMap<SegmentId, Digest>>,
@@ -86,7 +87,8 @@ impl Group {
         let (turns, turn_queue) = mpsc::channel(8);
         let (ended, ended_queue) = mpsc::channel(8);
         let (elsewhere, elsewhere_watch) = watch::channel(false);
-        let settings = Settings { drafts_max: common.drafts_max, ..Settings::without_plan(common.waiting_max) };
+        let (drafts_max, steps_ahead) = (common.drafts_max, common.steps_ahead);
+        let settings = Settings { drafts_max, steps_ahead, ..Settings::without_plan(common.waiting_max) };
         let (driver, load) = Driver::new(settings, queue, Instant::now);
         let source = common.source.clone();
         let shell = Shell::new(Parts {

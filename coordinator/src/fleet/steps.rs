@@ -19,6 +19,7 @@ pub async fn run(
     mut elsewhere: watch::Receiver<bool>,
     mut settings: Settings,
 ) {
+    let steps_ahead = settings.steps_ahead;
     let mut stay = Instant::now();
     loop {
         let now = Instant::now();
@@ -38,7 +39,10 @@ pub async fn run(
             Some(Turn::Serve { plan, group }) => (plan, group),
         };
         let steps_in_flight_max = plan.mesh.pipeline;
-        settings = Settings { limits: plan.limits, lanes: plan.mesh.data, steps_in_flight_max, ..settings };
+        // Between the last stage, which draws, and the first, which reads, tokens go through the scheduler.
+        let steps_ahead = if steps_in_flight_max == 1 { steps_ahead } else { 0 };
+        let (limits, lanes) = (plan.limits, plan.mesh.data);
+        settings = Settings { limits, lanes, steps_in_flight_max, steps_ahead, ..settings };
         driver.requeue(settings);
         let outcome = tokio::select! {
             outcome = driver.run(&mut group) => outcome,

@@ -13,6 +13,9 @@ pub struct Settings {
     pub lanes: usize,
     /// 1 waits for each answer; pipeline stages want one a stage and running sequences are spread over them.
     pub steps_in_flight_max: usize,
+    /// Steps beyond those that are issued before it is known here what the last one draws: a decode in them goes on from the token that
+    /// the group drew itself.
+    pub steps_ahead: usize,
     /// Jobs that may wait before new ones are refused.
     pub jobs_waiting_max: usize,
     pub prefix_cache: bool,
@@ -22,12 +25,13 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// One step at a time, 1,024 jobs may wait, prefixes are cached.
+    /// One step at a time, each answered before the next, 1,024 jobs may wait, prefixes are cached.
     pub fn new(limits: Limits, lanes: usize) -> Settings {
         Settings {
             limits,
             lanes,
             steps_in_flight_max: 1,
+            steps_ahead: 0,
             jobs_waiting_max: 1024,
             prefix_cache: true,
             drafts_max: 0,

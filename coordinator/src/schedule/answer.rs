@@ -17,7 +17,9 @@ impl Scheduler {
     pub fn complete(&mut self, now: Instant, step: StepId, result: StepResult) -> Result<Vec<Delivery>, Fault> {
         self.check_answer(step, &result)?;
         let flight = self.flights.pop_front().expect("a checked answer has its step");
-        self.load.stepping += now.saturating_duration_since(flight.since);
+        let since = self.answered.map_or(flight.since, |answered| answered.max(flight.since));
+        self.load.stepping += now.saturating_duration_since(since);
+        self.answered = Some(now);
         let mut deliveries = Vec::new();
         for (lane, (flown, answer)) in flight.lanes.into_iter().zip(result.lanes).enumerate() {
             for scores in answer.prompt_scores {
@@ -100,10 +102,11 @@ impl Scheduler {
     fn land(&mut self, lane: usize, chunk: &Flown, samples: &[Sample], deliveries: &mut Vec<Delivery>) {
         let slot = chunk.slot;
         let sequence = self.roster.get_mut(slot);
-        let place = sequence.place_mut();
+        let place = sequence.place.as_mut().expect("a chunk in flight keeps its sequence in its lane");
         assert_eq!(place.seq, chunk.seq, "a sequence with chunks in flight keeps its slot");
         place.chunks_in_flight -= 1;
-        place.computed = chunk.end;
+        // Of a forgotten sequence the last tokens are not known.
+        place.computed = chunk.end.min(sequence.tokens.len());
         let (fate, landed) = (place.fate, place.chunks_in_flight == 0);
         if chunk.end / BLOCK_TOKENS > place.offered && self.settings.prefix_cache {
             sequence.extend_hashes(self.settings.block_hash);
@@ -142,7 +145,7 @@ impl Scheduler {
                 self.lanes[lane].vacate(sequence);
                 self.requeue(slot);
             }
-        } else if chunk.sample {
+        } else if chunk.sample && landed {
             self.lanes[lane].ready.push_back((slot, chunk.seq));
         }
     }
@@ -207,8 +210,14 @@ impl Scheduler {
         true
     }
 
+    /// An answer has ended: its sequence leaves, once what the group computed of it in vain has landed.
     fn retire(&mut self, lane: usize, slot: Slot) {
-        self.lanes[lane].vacate(self.roster.get_mut(slot));
+        let sequence = self.roster.get_mut(slot);
+        if sequence.place().chunks_in_flight > 0 {
+            self.lanes[lane].dismiss(sequence, Fate::Dropped);
+            return;
+        }
+        self.lanes[lane].vacate(sequence);
         self.roster.remove(slot);
     }
 }

@@ -98,20 +98,21 @@ impl Lane {
     }
 
     /// Appends a chunk of `count` tokens of an admitted sequence to a step, and `drafts` behind them: only where those are its last
-    /// ones, a token may be drawn behind each, and its blocks hold them.
+    /// ones, a token may be drawn behind each, and its blocks hold them. Where all its tokens are scheduled, the one is meant that a
+    /// step in flight draws.
     pub fn fly(&mut self, sequence: &mut Sequence, slot: Slot, count: usize, drafts: Vec<u32>, pack: &mut Pack) {
         let place = sequence.place.as_mut().expect("only an admitted sequence is packed");
         assert_eq!(place.fate, Fate::Runs, "a leaving sequence is not packed");
         let start = place.scheduled;
         let end = start + count;
         let sent = (end + drafts.len()).div_ceil(BLOCK_TOKENS);
-        let complete = end == sequence.tokens.len();
+        let complete = end >= sequence.tokens.len();
         assert!(drafts.is_empty() || complete && end + drafts.len() < sequence.len_max, "a draft has a draw behind it");
         let sample = complete && end < sequence.len_max;
         pack.batch.chunks.push(Chunk {
             seq: place.seq,
             start: start as u32,
-            tokens: [&sequence.tokens[start..end], &drafts].concat(),
+            tokens: [sequence.tokens.get(start..end).unwrap_or_default(), &drafts].concat(),
             blocks: place.blocks[place.sent..sent].to_vec(),
             sample,
             drafts: drafts.len() as u32,

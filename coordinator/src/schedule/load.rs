@@ -34,6 +34,6 @@ pub struct Load {
     pub jobs_cancelled: u64,
     /// Sum over jobs of the time from acceptance to the first admission to a lane.
     pub queued: Duration,
-    /// Sum over steps of the time from packing to the answer; steps in flight together each count.
+    /// The time during which steps were in flight.
     pub stepping: Duration,
 }

@@ -30,7 +30,7 @@ impl Scheduler {
     /// The next step, if there is anything to compute and a step may be added to those in flight. With no step in flight
     /// and any job in work there always is.
     pub fn next(&mut self, now: Instant) -> Option<(StepId, StepBatch)> {
-        if self.flights.len() >= self.settings.steps_in_flight_max {
+        if self.flights.len() >= self.settings.steps_in_flight_max + self.settings.steps_ahead {
             return None;
         }
         let alone = self.alone();
@@ -64,6 +64,9 @@ impl Scheduler {
         let mut packs: Vec<Pack> = self.lanes.iter().map(|_| Pack::default()).collect();
         for (lane, pack) in packs.iter_mut().enumerate() {
             self.pack_decodes(lane, pack, only);
+            if self.flights.len() >= self.settings.steps_in_flight_max {
+                self.pack_fed(lane, pack, only);
+            }
             pack.tokens_max = self.tokens_max(lane, pack.tokens);
             self.pack_prefills(lane, pack, only);
         }
@@ -110,12 +113,38 @@ impl Scheduler {
         }
     }
 
+    /// A row for each sequence whose last token is still to be drawn by a step in flight: the group feeds it to itself. Nobody is
+    /// preempted for a token that may turn out to be behind an answer's end.
+    fn pack_fed(&mut self, lane: usize, pack: &mut Pack, only: Option<JobId>) {
+        let rows_max = self.settings.limits.step_sequences_max.min(self.settings.limits.step_tokens_max);
+        let flown = self.flights.iter().flat_map(|flight| &flight.lanes[lane]);
+        let drawing = flown.filter(|flown| flown.sample && flown.drafts.is_empty());
+        for (slot, seq, end) in drawing.map(|flown| (flown.slot, flown.seq, flown.end)).collect::<Vec<_>>() {
+            if pack.flown.len() >= rows_max {
+                break;
+            }
+            let Some(sequence) = self.roster.running(slot, seq) else { continue };
+            let of_another = only.is_some_and(|job| sequence.age.job != job);
+            let place = sequence.place();
+            if of_another || place.scheduled != end || end + 1 >= sequence.len_max {
+                continue;
+            }
+            let full = end == place.blocks.len() * BLOCK_TOKENS;
+            let sequence = self.roster.get_mut(slot);
+            if full {
+                let Some(block) = self.lanes[lane].pool.allocate() else { continue };
+                sequence.place_mut().blocks.push(block);
+            }
+            self.lanes[lane].fly(sequence, slot, 1, Vec::new(), pack);
+        }
+    }
+
     /// Tokens of a lane's part of a step that has `decodes`: all that fit, or, where further steps can fly at once, prompts
     /// up to this step's share of what waits, so that every pipeline stage works on some of it.
     fn tokens_max(&self, lane: usize, decodes: usize) -> usize {
         let most = self.settings.limits.step_tokens_max;
-        let free = self.settings.steps_in_flight_max - self.flights.len();
-        if free == 1 {
+        let free = self.settings.steps_in_flight_max.saturating_sub(self.flights.len());
+        if free <= 1 {
             return most;
         }
         let left = |slot: &Slot| {

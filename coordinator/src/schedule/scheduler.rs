@@ -47,6 +47,8 @@ pub struct Scheduler {
     pub(super) suspects: BTreeSet<JobId>,
     /// Unanswered steps, the oldest first.
     pub(super) flights: VecDeque<Flight>,
+    /// When the last step was answered.
+    pub(super) answered: Option<Instant>,
     pub(super) jobs_next: u64,
     pub(super) seqs_next: u64,
     pub(super) steps_next: u64,
@@ -101,6 +103,7 @@ impl Scheduler {
             lanes: (0..settings.lanes).map(|_| Lane::new(settings.limits.blocks)).collect(),
             suspects: BTreeSet::new(),
             flights: VecDeque::new(),
+            answered: None,
             jobs_next: 0,
             seqs_next: 0,
             steps_next: 0,

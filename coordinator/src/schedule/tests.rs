@@ -12,6 +12,7 @@ use super::job::{Begun, DoneReason, Job, Output, Refusal};
 use super::scheduler::{Delivery, JobId, Scheduler};
 use super::suspect::GivenUp;
 
+mod ahead;
 mod drafts;
 
 const LIMITS: Limits = Limits { model_len_max: 256, step_tokens_max: 64, step_sequences_max: 4, blocks: 16 };

@@ -42,6 +42,7 @@ impl Profile {
         };
         let mut settings = Settings::new(limits, random.within(1..=4));
         settings.steps_in_flight_max = random.within(1..=4);
+        settings.steps_ahead = random.within(0..=2);
         settings.jobs_waiting_max = random.within(2..=40);
         settings.prefix_cache = !random.once_in(8);
         settings.drafts_max = if random.once_in(2) { random.within(1..=8) } else { 0 };
@@ -105,6 +106,7 @@ impl Profile {
     pub fn replan(&mut self, random: &mut Random) {
         self.settings.lanes = random.within(1..=4);
         self.settings.steps_in_flight_max = random.within(1..=4);
+        self.settings.steps_ahead = random.within(0..=2);
         self.settings.limits.blocks += random.within(0..=3);
         if random.once_in(3) {
             self.settings.limits.blocks = self.settings.limits.blocks.div_ceil(2);

@@ -32,6 +32,8 @@ struct Known {
     table: Vec<BlockId>,
     /// Positions in the cache that go on with what was drawn; `None` before the first chunk.
     len: Option<usize>,
+    /// What was drawn behind the last chunk, if that had no drafts.
+    drawn: Option<u32>,
 }
 
 impl Rank {
@@ -46,7 +48,7 @@ impl Rank {
     /// Computes a lane's part of a step, and demands of it what an engine would.
     pub fn step(&mut self, batch: &LaneBatch) -> LaneResult {
         assert!(batch.chunks.len() <= self.limits.step_sequences_max, "too many sequences");
-        let tokens: usize = batch.chunks.iter().map(|chunk| chunk.tokens.len()).sum();
+        let tokens: usize = batch.chunks.iter().map(Chunk::rows).sum();
         assert!(tokens <= self.limits.step_tokens_max, "too many tokens");
         for seq in &batch.ended {
             assert!(self.sequences.remove(seq).is_some(), "{seq:?} ended and was not known");
@@ -58,6 +60,7 @@ impl Rank {
                 history: begin.history.clone(),
                 table: Vec::new(),
                 len: None,
+                drawn: None,
             };
             assert!(self.sequences.insert(begin.seq, known).is_none(), "{:?} begins twice", begin.seq);
         }
@@ -77,10 +80,12 @@ impl Rank {
     fn compute(&mut self, chunk: &Chunk, result: &mut LaneResult) {
         let known = self.sequences.get_mut(&chunk.seq).expect("a chunk's sequence has begun");
         known.table.extend(&chunk.blocks);
-        let (start, end) = (chunk.start as usize, chunk.start as usize + chunk.tokens.len());
-        assert!(!chunk.tokens.is_empty() && end <= self.limits.model_len_max, "a chunk of {start}..{end}");
+        let (start, end) = (chunk.start as usize, chunk.start as usize + chunk.rows());
+        assert!(end <= self.limits.model_len_max, "a chunk of {start}..{end}");
+        let drawn = known.drawn.take();
+        let fed = chunk.is_fed().then(|| drawn.expect("a chunk without tokens follows a draw"));
         assert_eq!(known.table.len(), end.div_ceil(BLOCK_TOKENS), "blocks for {end} tokens");
-        for (position, token) in (start..end).zip(&chunk.tokens) {
+        for (position, token) in (start..end).zip(chunk.tokens.iter().chain(&fed)) {
             self.cache[slot(&known.table, position)] = *token | tenant(&known.sampling);
         }
         let known = &self.sequences[&chunk.seq];
@@ -98,16 +103,19 @@ impl Rank {
         }
         let (mut len, drafts) = (end - chunk.drafts as usize, chunk.drafted());
         assert!(drafts.is_empty() || chunk.sample && len >= known.prompt_len.max(start + 1), "drafts behind an answer");
-        let first = len;
+        let (first, mut last) = (len, None);
         let mut draws = chunk.sample;
         while draws {
             let token = oracle::draw(&known.sampling, read(len));
+            last = Some(token);
             let score = known.sampling.logprobs.map(|_| oracle::score(read(len).chain([token])));
             result.samples.push(Sample { seq: chunk.seq, token, score });
             draws = drafts.get(len - first) == Some(&token);
             len += usize::from(draws);
         }
-        self.sequences.get_mut(&chunk.seq).expect("it was just read").len = Some(len);
+        let drawn = last.filter(|_| drafts.is_empty());
+        let known = self.sequences.get_mut(&chunk.seq).expect("it was just read");
+        (known.len, known.drawn) = (Some(len), drawn);
     }
 }
 

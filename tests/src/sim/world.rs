@@ -238,6 +238,7 @@ impl World {
         tally.overlapping_steps += u64::from(!self.in_flight.is_empty());
         for part in &batch.lanes {
             tally.idle_lanes += u64::from(part.chunks.is_empty());
+            tally.fed += part.chunks.iter().filter(|chunk| chunk.is_fed()).count() as u64;
             tally.histories += part.begun.iter().filter(|begin| !begin.history.is_empty()).count() as u64;
             let prefills = part.chunks.iter().filter(|chunk| chunk.tokens.len() > 1);
             tally.chunked_prefills += prefills.clone().filter(|chunk| !chunk.sample).count() as u64;

@@ -9,7 +9,7 @@ use model::fault::{Fault, FaultKind};
 use model::mesh::RankId;
 use model::plan::{Epoch, Plan, WorkerId};
 use model::spec::ModelSpec;
-use model::step::{LaneBatch, LaneResult, StepBatch, StepId};
+use model::step::{LaneBatch, LaneResult, SeqId, StepBatch, StepId};
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc as channel;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 /// Steps waiting for a rank; the coordinator keeps far fewer in flight.
@@ -58,6 +59,26 @@ pub struct Counters {
     pub progress: Arc<AtomicU64>,
     pub bytes_done: Arc<AtomicU64>,
     pub bytes_total: Arc<AtomicU64>,
+    pub gaps: Arc<Gaps>,
+}
+
+/// How long ranks waited between two steps of which the second went on with what the first had drawn for: time in which somebody
+/// waited for a token and nobody computed it.
+#[derive(Debug, Default)]
+pub struct Gaps {
+    count: AtomicU64,
+    nanoseconds: AtomicU64,
+}
+
+impl Gaps {
+    fn add(&self, gap: Duration) {
+        self.count.fetch_add(1, Ordering::Relaxed);
+        self.nanoseconds.fetch_add(gap.as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    pub fn read(&self) -> (u64, Duration) {
+        (self.count.load(Ordering::Relaxed), Duration::from_nanos(self.nanoseconds.load(Ordering::Relaxed)))
+    }
 }
 
 /// A step as a worker receives it: the lanes its ranks serve.
@@ -91,6 +112,7 @@ struct Setting {
     pending: Arc<AtomicU32>,
     bytes_done: Arc<AtomicU64>,
     bytes_total: Arc<AtomicU64>,
+    gaps: Arc<Gaps>,
     reports: mpsc::Sender<Report>,
 }
 
@@ -122,6 +144,7 @@ impl Ranks {
             pending: pending.clone(),
             bytes_done: counters.bytes_done.clone(),
             bytes_total: counters.bytes_total.clone(),
+            gaps: counters.gaps.clone(),
             reports,
         };
         let (senders, receivers): (Vec<_>, Vec<_>) =
@@ -364,6 +387,7 @@ fn serve_orders(
     orders: &channel::Receiver<Order>,
 ) -> Result<(), Fault> {
     let lane = setting.plan.mesh.place(rank).lane;
+    let mut last: Option<(Instant, SeqId)> = None;
     while let Ok(order) = orders.recv() {
         let mut batch = StepBatch { lanes: vec![LaneBatch::default(); setting.plan.mesh.data] };
         for (index, part) in order.lanes.iter() {
@@ -371,9 +395,16 @@ fn serve_orders(
                 slot.clone_from(part);
             }
         }
+        let chunks = &batch.lanes[lane].chunks;
+        if let Some((ended, seq)) = last
+            && chunks.iter().any(|chunk| chunk.seq == seq)
+        {
+            setting.gaps.add(ended.elapsed());
+        }
         watch.begin();
         let result = shard.step(&batch)?;
         watch.rest();
+        last = chunks.iter().find(|chunk| chunk.sample).map(|chunk| (Instant::now(), chunk.seq));
         setting.pending.fetch_sub(1, Ordering::Relaxed);
         if let Some(result) = result {
             let answer = Report::Answer { epoch: setting.plan.epoch, step: order.step, lane, result };

@@ -3,6 +3,7 @@
 
 use super::batch::{PromptRow, Resolved, Wanted};
 use super::comm;
+use super::feed::Drawn;
 use super::pass::Pass;
 use super::sample;
 use super::score;
@@ -43,9 +44,10 @@ impl<'a, B: Backend> Head<'a, B> {
         let mut samples: Vec<(usize, Sample)> = Vec::new();
         for tile in plain.chunks(TILE_ROWS) {
             let tokens = self.likeliest(pass, tile, x)?;
-            samples.extend(
-                tile.iter().zip(tokens).map(|(&(index, w), token)| (index, Sample { seq: w.seq, token, score: None })),
-            );
+            for (&(index, wanted), token) in tile.iter().zip(tokens) {
+                self.note(wanted, Drawn::Everywhere(token))?;
+                samples.push((index, Sample { seq: wanted.seq, token, score: None }));
+            }
         }
         let mut row = vec![0.0; self.vocab];
         for tile in whole.chunks(TILE_ROWS) {
@@ -56,14 +58,23 @@ impl<'a, B: Backend> Head<'a, B> {
                 if let Some(trace) = &mut self.trace {
                     trace.logits.push((wanted.seq, wanted.next - 1, row.clone()));
                 }
-                if self.leader {
-                    samples.extend(self.answer(wanted, &mut row, &mut scores)?.map(|s| (index, s)));
-                }
+                let sample = if self.leader { self.answer(wanted, &mut row, &mut scores)? } else { None };
+                self.note(wanted, Drawn::ByLeader(sample.as_ref().map(|sample| sample.token)))?;
+                samples.extend(sample.map(|sample| (index, sample)));
             }
         }
         samples.sort_by_key(|s| s.0);
         let samples = self.counting(samples.into_iter().map(|s| s.1).collect())?;
         Ok(LaneResult { samples, prompt_scores: scores.lists })
+    }
+
+    /// Remembers a draw that the next step may go on from.
+    fn note(&mut self, wanted: &Wanted, drawn: Drawn) -> Result<(), Fault> {
+        let state = self.sequences.get(wanted.seq)?;
+        if wanted.sample && state.drafts.is_empty() {
+            state.drawn = drawn;
+        }
+        Ok(())
     }
 
     /// Of a step's samples those that count: up to the first behind a draft that was not drawn as guessed.

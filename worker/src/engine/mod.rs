@@ -13,6 +13,7 @@
 pub mod batch;
 pub mod comm;
 mod exchange;
+mod feed;
 mod grouped;
 mod head;
 mod latent;
@@ -228,7 +229,8 @@ impl<B: Backend> Engine<B> {
     pub fn step_lane(&mut self, lane: &LaneBatch) -> Result<Option<LaneResult>, Fault> {
         // Sums over ranks are added on this thread; they must treat subnormals as the kernels do.
         let _flush = Flush::on();
-        let resolved = self.sequences.resolve(lane, self.trace.is_some())?;
+        let lane = feed::fed(lane, &mut self.sequences, self.communicators.tensor.as_mut())?;
+        let resolved = self.sequences.resolve(&lane, self.trace.is_some())?;
         let answer = self.forward(&resolved)?;
         Ok(answer.filter(|_| self.place.slice == 0))
     }

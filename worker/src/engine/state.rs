@@ -2,6 +2,7 @@
 //! sampling needs. A step's message says only what changed; here it is checked and made whole.
 
 use super::batch::{Ahead, Foretold, PromptRow, Resolved, Sequence, Wanted};
+use super::feed::Drawn;
 use super::sample::{History, Moment};
 use model::fault::{Fault, FaultKind};
 use model::plan::{BLOCK_TOKENS, Limits};
@@ -18,6 +19,8 @@ pub struct State {
     pub held: Option<Vec<f32>>,
     /// Guesses that the last chunk ended with. Those that the next chunk begins behind are tokens.
     pub drafts: Vec<u32>,
+    /// What was drawn behind the last chunk.
+    pub drawn: Drawn,
     blocks: Vec<BlockId>,
     /// Positions computed, drafts and all; `None` before the first chunk, which may begin behind a cached prefix.
     computed: Option<usize>,
@@ -103,6 +106,7 @@ impl Sequences {
             history,
             held: None,
             drafts: Vec::new(),
+            drawn: Drawn::Nothing,
             blocks: Vec::new(),
             computed: None,
             predicted_from: None,
@@ -154,6 +158,7 @@ impl Sequences {
         };
         let guessed = state.computed.map_or(0, |computed| start - (computed - state.drafts.len()));
         state.computed = Some(end);
+        state.drawn = Drawn::Nothing;
         let before = std::mem::replace(&mut state.drafts, chunk.drafted().to_vec());
         if state.sampling.needs_history() {
             before[..guessed].iter().for_each(|&token| state.history.note(token, true));

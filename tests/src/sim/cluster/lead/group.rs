@@ -23,6 +23,7 @@ impl Lead {
         let pending = Pending::new(plan.epoch, plan.mesh.data);
         let mut settings = Settings::new(plan.limits, plan.mesh.data);
         settings.steps_in_flight_max = plan.mesh.pipeline;
+        settings.steps_ahead = usize::from(plan.mesh.pipeline == 1);
         settings.jobs_waiting_max = out.setting.waiting_max;
         self.serving = Some(Serving { plan, streams, pending });
         let deliveries = self.scheduler.requeue_all(settings);
