@@ -94,8 +94,13 @@ impl Target {
             "stream": true, "stream_options": {"include_usage": true}, "return_token_ids": true,
             "ignore_eos": self.ignore_eos,
         });
-        let request = self.request(Method::POST, &self.completions, body.to_string().into());
-        let answer = self.client.request(request.map_err(|_| Failure::Protocol)?).await;
+        let body: Bytes = body.to_string().into();
+        let request = || self.request(Method::POST, &self.completions, body.clone()).map_err(|_| Failure::Protocol);
+        let answer = match self.client.request(request()?).await {
+            // Some servers close a connection that was kept for the next request just as that comes.
+            Err(error) if !error.is_connect() => self.client.request(request()?).await,
+            answer => answer,
+        };
         let answer = answer.map_err(|_| Failure::Connect)?;
         if answer.status() != StatusCode::OK {
             return Err(Failure::Status(answer.status().as_u16()));

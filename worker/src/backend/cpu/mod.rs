@@ -186,10 +186,10 @@ impl CpuBackend {
 }
 
 impl Cache {
-    fn new(kind: CacheKind, blocks: usize, dtype: Dtype) -> Result<Cache, Fault> {
+    fn new(kind: CacheKind, blocks: usize, (dtype, family): (Dtype, KernelFamily)) -> Result<Cache, Fault> {
         let (place, elements, width) = match kind {
             CacheKind::Paged { kv_heads, head_dim } => {
-                let layout = grouped::Layout { kv_heads, head_dim };
+                let layout = grouped::Layout::new(kv_heads, head_dim, dtype, family);
                 (Place::Grouped(layout), layout.block_elements(), head_dim)
             }
             CacheKind::Latent { kv_rank, rope_dim } => {

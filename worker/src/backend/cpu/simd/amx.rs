@@ -209,8 +209,36 @@ pub unsafe fn sums(
         if width == PANEL {
             return four_sums(x, w, extent, out);
         }
-        for lane in (0..width).step_by(LANES) {
+        let mut lane = 0;
+        while width - lane >= 2 * LANES {
+            two_sums(x, (w.add(lane), width * 4), extent, out.add(lane));
+            lane += 2 * LANES;
+        }
+        if lane < width {
             one_sum(x, (w.add(lane), width * 4), extent, out.add(lane));
+        }
+    }
+}
+
+/// Adds one block of at most [`AMX_PAIRS`] pairs, of which no more is read: `w` may be anything behind.
+///
+/// # Safety
+/// As [`sums`]; `acc` holds sums.
+#[inline(always)]
+pub unsafe fn add_block(
+    tiles: &Tiles,
+    x: &[*const bf16],
+    at: usize,
+    pairs: usize,
+    (w, width): (*const u32, usize),
+    acc: *mut f32,
+) {
+    debug_assert!(pairs <= AMX_PAIRS);
+    // SAFETY: the caller's promises.
+    unsafe {
+        tiles.shape(x.len(), pairs);
+        for lane in (0..width).step_by(LANES) {
+            one(x[0].add(at), stride(x), w.add(lane), width * 4, 1, acc.add(lane));
         }
     }
 }
@@ -252,6 +280,53 @@ unsafe fn four_sums(
             runs = inout(reg) runs => _,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _,
+            options(nostack),
+        );
+    }
+}
+
+/// Two columns of tiles, whose sums do not wait for each other.
+unsafe fn two_sums(
+    (x, x_stride): (*const bf16, usize),
+    (w, w_stride): (*const u32, usize),
+    (runs, blocks, pairs): (usize, usize, usize),
+    out: *mut f32,
+) {
+    // SAFETY: as in `four`.
+    unsafe {
+        asm!(
+            "3:",
+            "mov {block}, {blocks}",
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "2:",
+            "tileloadd tmm4, [{x} + {x_stride}*1]",
+            "tileloadd tmm5, [{w} + {w_stride}*1]",
+            "tdpbf16ps tmm0, tmm4, tmm5",
+            "tileloadd tmm6, [{w} + {w_stride}*1 + 64]",
+            "tdpbf16ps tmm1, tmm4, tmm6",
+            "add {x}, {x_step}",
+            "add {w}, {w_step}",
+            "dec {block}",
+            "jnz 2b",
+            "tilestored [{out} + {out_stride}*1], tmm0",
+            "tilestored [{out} + {out_stride}*1 + 64], tmm1",
+            "add {out}, {out_step}",
+            "dec {runs}",
+            "jnz 3b",
+            block = out(reg) _,
+            blocks = in(reg) blocks,
+            x = inout(reg) x => _,
+            x_stride = in(reg) x_stride,
+            x_step = in(reg) 4 * pairs,
+            w = inout(reg) w => _,
+            w_stride = in(reg) w_stride,
+            w_step = in(reg) w_stride * pairs,
+            out = inout(reg) out => _,
+            out_stride = in(reg) PANEL * 4,
+            out_step = const ROWS * PANEL * 4,
+            runs = inout(reg) runs => _,
+            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm5") _, out("tmm6") _,
             options(nostack),
         );
     }

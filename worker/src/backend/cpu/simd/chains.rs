@@ -2,11 +2,18 @@
 
 use super::lanes::{Element, LANES, Lanes};
 use super::pack::PANEL;
-use super::panel::{AMX_PAIRS, CHUNK, TASK_ROWS, Task};
+use super::panel::{AMX_PAIRS, CHUNK, TASK_ROWS};
 use super::products::{FullByHalf, HalfByHalf, Product};
 use half::bf16;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
+
+#[cfg(target_arch = "x86_64")]
+pub use super::amx::Tiles;
+/// No tiles.
+#[cfg(not(target_arch = "x86_64"))]
+#[derive(Default)]
+pub struct Tiles;
 
 /// Rows that registers hold at once.
 pub const PASS_ROWS: usize = 6;
@@ -190,15 +197,15 @@ impl<const STRIDE: usize> Wide<STRIDE> {
 /// # Safety
 /// As [`chains`].
 #[inline(always)]
-pub unsafe fn blocks<L: Lanes>(task: &Task<'_, bf16>, part: &Part<'_, bf16>) {
+pub unsafe fn blocks<L: Lanes>(tiles: &Tiles, part: &Part<'_, bf16>) {
     #[cfg(target_arch = "x86_64")]
     if L::TILES {
         let (extent, w) = ((part.pairs, part.lone), (part.w, part.width));
         // SAFETY: the level was made after `amx::available` said yes; the part holds what it names.
-        return unsafe { super::amx::accumulate(&task.tiles, part.x, part.at, extent, w, part.acc) };
+        return unsafe { super::amx::accumulate(tiles, part.x, part.at, extent, w, part.acc) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = task;
+    let _ = tiles;
     for row in 0..part.x.len() {
         let mut lane = 0;
         unsafe {
@@ -211,6 +218,41 @@ pub unsafe fn blocks<L: Lanes>(task: &Task<'_, bf16>, part: &Part<'_, bf16>) {
                 lane += LANES;
             }
         }
+    }
+}
+
+/// The products of rows of `pairs` pairs each with up to a panel of outputs, in AMX's order from zero: `[x.len()][PANEL]`, of which
+/// `width` are written.
+///
+/// # Safety
+/// As [`chains`]; rows are at one distance, at most as many as a tile has, and `out` is `[x.len()][PANEL]`.
+#[inline(always)]
+pub unsafe fn fresh<L: Lanes>(
+    tiles: &Tiles,
+    x: &[*const bf16],
+    pairs: usize,
+    (w, width): (*const u32, usize),
+    out: *mut f32,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if L::TILES {
+        use super::amx::{add_block, sums};
+        let whole = if pairs < AMX_PAIRS { pairs } else { pairs / AMX_PAIRS * AMX_PAIRS };
+        // SAFETY: the level was made after `amx::available` said yes; the rest is the caller's promise.
+        unsafe {
+            sums(tiles, x, 0, (1, whole), (w, width), out);
+            if whole < pairs {
+                add_block(tiles, x, 2 * whole, pairs - whole, (w.add(whole * width), width), out);
+            }
+        }
+        return;
+    }
+    // SAFETY: the caller's promises.
+    unsafe {
+        for row in 0..x.len() {
+            std::ptr::write_bytes(out.add(row * PANEL), 0, width);
+        }
+        blocks::<L>(tiles, &Part { w, width, x, at: 0, pairs, lone: false, acc: out });
     }
 }
 

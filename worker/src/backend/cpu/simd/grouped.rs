@@ -3,18 +3,23 @@
 //! ```text
 //! one kv head of a block:  K [head_dim][32 positions]   V [32 positions][head_dim in whole vectors]
 //! ```
+//! but for AMX's order, where both are in pairs ([`super::blocked`]).
 //! Scores have positions in their lanes, outputs have channels: no sum crosses lanes but that of a span's weights
 //! (lane i + lane i+16, then +8, +4, +2, +1).
 
 use super::attention::{Answers, LOWEST, QUERIES, Running, Values, WIDTH_MAX, Weights, apply};
+use super::blocked::Blocked;
 use super::lanes::{Element, Kernel, LANES, Lanes};
+use super::pack::PANEL;
 use super::pool::Pool;
 use super::rows::Positions;
 use super::{Level, math, shared::Shared};
 use crate::backend::cpu::meta::Meta;
 use crate::backend::{GroupedShape, PerHead};
 use crate::engine::batch::Sequence;
-use model::plan::BLOCK_TOKENS;
+use half::bf16;
+use model::plan::{BLOCK_TOKENS, KernelFamily};
+use model::quant::Dtype;
 use model::spec::Span;
 use model::step::BlockId;
 use std::mem::MaybeUninit;
@@ -25,15 +30,41 @@ use std::ops::Range;
 pub struct Layout {
     pub kv_heads: usize,
     pub head_dim: usize,
+    /// Pairs of channels and of positions lie in words.
+    pub paired: bool,
 }
 
+/// Most queries of one task: rows of a tile.
+pub const TASK: usize = LANES;
+
 impl Layout {
+    pub fn new(kv_heads: usize, head_dim: usize, dtype: Dtype, family: KernelFamily) -> Layout {
+        let paired = dtype == Dtype::Bf16 && family == KernelFamily::Amx && head_dim.is_multiple_of(2);
+        Layout { kv_heads, head_dim, paired }
+    }
+
+    /// Queries that are handled together.
+    fn queries(&self) -> usize {
+        if self.paired { TASK } else { QUERIES }
+    }
+
+    /// The place of a channel at a slot among a head's keys in pairs, and among its values.
+    pub(super) fn pair_of_key(channel: usize, slot: usize) -> usize {
+        channel / 2 * (2 * BLOCK_TOKENS) + 2 * slot + channel % 2
+    }
+
+    pub(super) fn pair_of_value(&self, channel: usize, slot: usize) -> usize {
+        let (first, lane) = (channel / PANEL * PANEL, channel % PANEL);
+        let width = PANEL.min(self.value_stride() - first);
+        first * BLOCK_TOKENS + slot / 2 * (2 * width) + 2 * lane + slot % 2
+    }
+
     /// Elements of a value row.
     pub(super) fn value_stride(&self) -> usize {
         self.head_dim.next_multiple_of(LANES)
     }
 
-    fn head_elements(&self) -> usize {
+    pub(super) fn head_elements(&self) -> usize {
         BLOCK_TOKENS * (self.head_dim + self.value_stride())
     }
 
@@ -73,9 +104,8 @@ impl<T: Element> Kernel for Attend<'_, T> {
     type Output = ();
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let (count, dim) = (self.queries.len(), self.layout.head_dim);
-        assert!(count <= QUERIES && count == self.sees.len() && count == self.outputs.len() && dim <= WIDTH_MAX);
-        assert!([self.slopes, self.sinks].iter().all(|each| each.is_empty() || each.len() == count));
+        let count = self.check();
+        assert!(count <= QUERIES && !self.layout.paired);
         let stride = self.layout.value_stride();
         let mut outputs = MaybeUninit::<[f32; QUERIES * WIDTH_MAX]>::uninit();
         let outputs = outputs.as_mut_ptr().cast::<f32>();
@@ -83,11 +113,45 @@ impl<T: Element> Kernel for Attend<'_, T> {
         // SAFETY: `count * stride` fits by the bounds above; blocks and cache are checked span by span.
         unsafe {
             std::ptr::write_bytes(outputs, 0, count * stride);
-            let first = self.sees.iter().map(|s| s.start).min().unwrap_or(0) / BLOCK_TOKENS;
-            let end = self.sees.iter().map(|s| s.end).max().unwrap_or(0).div_ceil(BLOCK_TOKENS);
-            for span in first..end {
+            for span in self.spans() {
                 self.span::<L>(span, &mut running, outputs);
             }
+            self.finish::<L>(&mut running, outputs);
+        }
+    }
+}
+
+impl<T: Element> Attend<'_, T> {
+    /// How many queries there are.
+    #[inline(always)]
+    pub(super) fn check(&self) -> usize {
+        let count = self.queries.len();
+        assert!(count <= TASK && count == self.sees.len() && count == self.outputs.len());
+        assert!(self.layout.head_dim <= WIDTH_MAX);
+        assert!([self.slopes, self.sinks].iter().all(|each| each.is_empty() || each.len() == count));
+        count
+    }
+
+    /// Those that any query sees a position of.
+    pub(super) fn spans(&self) -> Range<usize> {
+        let first = self.sees.iter().map(|s| s.start).min().unwrap_or(0) / BLOCK_TOKENS;
+        first..self.sees.iter().map(|s| s.end).max().unwrap_or(0).div_ceil(BLOCK_TOKENS)
+    }
+
+    /// A query's slope, and its own position from a span's start on: it stands at the last one that it sees.
+    pub(super) fn slope(&self, query: usize, start: usize) -> Option<(f32, usize)> {
+        self.slopes.get(query).map(|slope| (*slope, self.sees[query].end - 1 - start))
+    }
+
+    /// Writes the answers.
+    ///
+    /// # Safety
+    /// `outputs` has each query's running answer.
+    #[inline(always)]
+    pub(super) unsafe fn finish<L: Lanes>(&self, running: &mut Running, outputs: *const f32) {
+        let (count, dim, stride) = (self.queries.len(), self.layout.head_dim, self.layout.value_stride());
+        // SAFETY: the caller's promise; what `self` names was checked.
+        unsafe {
             let mut inverses = [0.0; LANES];
             if self.sinks.is_empty() {
                 (0..count).for_each(|q| inverses[q] = running.inverse(q));
@@ -103,9 +167,7 @@ impl<T: Element> Kernel for Attend<'_, T> {
             }
         }
     }
-}
 
-impl<T: Element> Attend<'_, T> {
     #[inline(always)]
     unsafe fn span<L: Lanes>(&self, span: usize, running: &mut Running, outputs: *mut f32) {
         let count = self.queries.len();
@@ -125,9 +187,8 @@ impl<T: Element> Attend<'_, T> {
                 let to = self.sees[q].end.min(start + BLOCK_TOKENS);
                 if from < to {
                     seen[q] = from - start..to - start;
-                    // The query stands at the last position it sees.
-                    let slope = self.slopes.get(q).map(|slope| (*slope, self.sees[q].end - 1 - start));
-                    (most[q], total[q]) = self.weigh::<L>(&mut weights[q], seen[q].clone(), slope);
+                    let slope = self.slope(q, start);
+                    (most[q], total[q]) = weigh::<L>(weights[q].as_mut_ptr(), seen[q].clone(), slope, self.scale);
                 }
             }
             running.merge::<L>(&most, &total);
@@ -194,38 +255,40 @@ impl<T: Element> Attend<'_, T> {
         }
         Q
     }
+}
 
-    /// Products to weights of the positions seen, zero elsewhere; returns the span's maximum and sum. A slope comes with
-    /// the query's own position from the span's start on.
-    #[inline(always)]
-    unsafe fn weigh<L: Lanes>(
-        &self,
-        p: &mut [f32; BLOCK_TOKENS],
-        seen: Range<usize>,
-        slope: Option<(f32, usize)>,
-    ) -> (f32, f32) {
-        unsafe {
-            let (from, to) = (L::splat(seen.start as f32), L::splat(seen.end as f32));
-            let lanes = [Positions::<L>::first(), L::add(Positions::<L>::first(), L::splat(LANES as f32))];
-            let only = |lane: L::F, v: L::F, other: L::F| {
-                L::select_less(lane, from, other, L::select_less(lane, to, v, other))
-            };
-            let (scale, none, zero) = (L::splat(self.scale), L::splat(f32::NEG_INFINITY), L::splat(0.0));
-            let mut low = L::mul(L::load(p.as_ptr()), scale);
-            let mut high = L::mul(L::load(p.as_ptr().add(LANES)), scale);
-            if let Some((slope, own)) = slope {
-                let (slope, own) = (L::splat(slope), L::splat(own as f32));
-                low = L::fma(slope, L::sub(lanes[0], own), low);
-                high = L::fma(slope, L::sub(lanes[1], own), high);
-            }
-            let (low, high) = (only(lanes[0], low, none), only(lanes[1], high, none));
-            let most = L::greatest(L::max(low, high));
-            let low = only(lanes[0], math::exp::<L>(L::sub(low, L::splat(most))), zero);
-            let high = only(lanes[1], math::exp::<L>(L::sub(high, L::splat(most))), zero);
-            L::store(p.as_mut_ptr(), low);
-            L::store(p.as_mut_ptr().add(LANES), high);
-            (most, L::sum(L::add(low, high)))
+/// Products to weights of the positions seen, zero elsewhere; returns the span's maximum and sum. A slope comes with the
+/// query's own position from the span's start on.
+///
+/// # Safety
+/// `p` has a number for each position.
+#[inline(always)]
+pub(super) unsafe fn weigh<L: Lanes>(
+    p: *mut f32,
+    seen: Range<usize>,
+    slope: Option<(f32, usize)>,
+    scale: f32,
+) -> (f32, f32) {
+    unsafe {
+        let (from, to) = (L::splat(seen.start as f32), L::splat(seen.end as f32));
+        let lanes = [Positions::<L>::first(), L::add(Positions::<L>::first(), L::splat(LANES as f32))];
+        let only =
+            |lane: L::F, v: L::F, other: L::F| L::select_less(lane, from, other, L::select_less(lane, to, v, other));
+        let (scale, none, zero) = (L::splat(scale), L::splat(f32::NEG_INFINITY), L::splat(0.0));
+        let mut low = L::mul(L::load(p), scale);
+        let mut high = L::mul(L::load(p.add(LANES)), scale);
+        if let Some((slope, own)) = slope {
+            let (slope, own) = (L::splat(slope), L::splat(own as f32));
+            low = L::fma(slope, L::sub(lanes[0], own), low);
+            high = L::fma(slope, L::sub(lanes[1], own), high);
         }
+        let (low, high) = (only(lanes[0], low, none), only(lanes[1], high, none));
+        let most = L::greatest(L::max(low, high));
+        let low = only(lanes[0], math::exp::<L>(L::sub(low, L::splat(most))), zero);
+        let high = only(lanes[1], math::exp::<L>(L::sub(high, L::splat(most))), zero);
+        L::store(p, low);
+        L::store(p.add(LANES), high);
+        (most, L::sum(L::add(low, high)))
     }
 }
 
@@ -234,13 +297,15 @@ impl<T: Element> Attend<'_, T> {
 pub struct Step<'a> {
     pub pool: &'a Pool,
     pub level: Level,
+    pub dtype: Dtype,
+    pub family: KernelFamily,
     pub shape: &'a GroupedShape,
     pub meta: &'a Meta,
 }
 
 impl Step<'_> {
     pub(super) fn layout(&self) -> Layout {
-        Layout { kv_heads: self.shape.kv_heads, head_dim: self.shape.head_dim }
+        Layout::new(self.shape.kv_heads, self.shape.head_dim, self.dtype, self.family)
     }
 
     /// Columns of `[q | k | v]`.
@@ -258,8 +323,8 @@ impl Step<'_> {
         out: &mut [T],
     ) {
         let (shape, meta) = (self.shape, self.meta);
-        let group = shape.heads / shape.kv_heads;
-        let (heads_each, rows_each) = (group.min(QUERIES), (QUERIES / group).max(1));
+        let (group, most) = (shape.heads / shape.kv_heads, self.layout().queries());
+        let (heads_each, rows_each) = (group.min(most), (most / group).max(1));
         let head_tiles = group.div_ceil(heads_each);
         tiles.clear();
         tiles.push(0);
@@ -296,10 +361,10 @@ impl Step<'_> {
         out: &Shared<'_, T>,
     ) {
         let (dim, width) = (self.shape.head_dim, self.width());
-        let mut queries = [std::ptr::null::<f32>(); QUERIES];
-        let mut outputs = [std::ptr::null_mut::<T>(); QUERIES];
-        let mut sees: [Range<usize>; QUERIES] = std::array::from_fn(|_| 0..0);
-        let (mut slopes, mut sinks) = ([0.0; QUERIES], [0.0; QUERIES]);
+        let mut queries = [std::ptr::null::<f32>(); TASK];
+        let mut outputs = [std::ptr::null_mut::<T>(); TASK];
+        let mut sees: [Range<usize>; TASK] = std::array::from_fn(|_| 0..0);
+        let (mut slopes, mut sinks) = ([0.0; TASK], [0.0; TASK]);
         let mut count = 0;
         for row in rows {
             let end = self.meta.rows[row].position + 1;
@@ -320,7 +385,7 @@ impl Step<'_> {
                 count += 1;
             }
         }
-        self.level.run(Attend {
+        let attend = Attend {
             layout: self.layout(),
             cache,
             blocks: &sequence.blocks,
@@ -331,6 +396,24 @@ impl Step<'_> {
             slopes: if per_head.slopes.is_some() { &slopes[..count] } else { &[] },
             sinks: if per_head.sinks.is_some() { &sinks[..count] } else { &[] },
             outputs: &outputs[..count],
-        });
+        };
+        if !attend.layout.paired {
+            return self.level.run(attend);
+        }
+        let halves = outputs.map(|output| output.cast::<bf16>());
+        let Attend { layout, blocks, queries, sees, scale, slopes, sinks, .. } = attend;
+        let (cache, outputs) = (bytemuck::cast_slice(cache), &halves[..count]);
+        self.level.run(Blocked(Attend {
+            layout,
+            cache,
+            blocks,
+            kv_head,
+            queries,
+            sees,
+            scale,
+            slopes,
+            sinks,
+            outputs,
+        }));
     }
 }

@@ -13,6 +13,7 @@ pub mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod blocked;
 mod chains;
 pub mod coded;
 pub mod flush;

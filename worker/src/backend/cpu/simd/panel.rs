@@ -8,7 +8,7 @@
 //! Storing and reloading an f32 accumulator changes no bit, so the blocking is free to serve the caches.
 
 use super::Level;
-use super::chains::{PASS_ROWS, Part, blocks, chains, widened};
+use super::chains::{PASS_ROWS, Part, Tiles, blocks, chains, widened};
 use super::coded::Coded;
 use super::lanes::{Element, Kernel, LANES, Lanes};
 use super::pack::{PANEL, Packed};
@@ -80,8 +80,7 @@ pub struct Task<'a, T> {
     /// The first row's first output of the whole matrix, and the distance of rows.
     pub out: *mut f32,
     pub out_stride: usize,
-    #[cfg(target_arch = "x86_64")]
-    pub tiles: super::amx::Tiles,
+    pub tiles: Tiles,
 }
 
 impl<T: Input> Kernel for Task<'_, T> {
@@ -174,7 +173,7 @@ impl Input for bf16 {
             match task.family {
                 KernelFamily::Vector if L::DOT => chains::<L, HalfByHalf>(part),
                 KernelFamily::Vector => widened::<L>(part),
-                KernelFamily::Amx => blocks::<L>(task, part),
+                KernelFamily::Amx => blocks::<L>(&task.tiles, part),
             }
         }
     }
@@ -259,17 +258,7 @@ pub unsafe fn panels<T: Input>(
     let run = |x: &[*const T], panel: usize, first: usize| {
         // SAFETY: inside the target by the assertion above.
         let start = unsafe { out.values.pointer().add(out.start + first * out.stride) };
-        level.run(Task {
-            w,
-            panel,
-            family,
-            x,
-            bias,
-            out: start,
-            out_stride: out.stride,
-            #[cfg(target_arch = "x86_64")]
-            tiles: super::amx::Tiles::default(),
-        });
+        level.run(Task { w, panel, family, x, bias, out: start, out_stride: out.stride, tiles: Tiles::default() });
     };
     let mut pointers = [std::ptr::null(); TASK_ROWS];
     if x.picks.is_some() && level.has_tiles() && family == KernelFamily::Amx {

@@ -10,6 +10,7 @@ use crate::backend::HeadNorm;
 use model::plan::BLOCK_TOKENS;
 use model::rope::{Layout, Table};
 use model::step::BlockId;
+use std::mem::MaybeUninit;
 
 /// How one row's query or key heads are normed.
 #[derive(Clone, Copy)]
@@ -149,21 +150,35 @@ impl<T: Element> Kernel for Write<'_, T> {
         let dim = self.layout.head_dim;
         assert!(self.key.len() == dim && self.value.len() == dim && self.slot < BLOCK_TOKENS && dim <= WIDTH_MAX);
         let keys = self.layout.head_start(self.block, self.head);
-        let values = self.layout.values_start(self.block, self.head) + self.slot * self.layout.value_stride();
-        assert!(self.head < self.layout.kv_heads && values + dim <= self.cache.len());
-        let mut rounded = [T::default(); WIDTH_MAX];
+        assert!(self.head < self.layout.kv_heads && keys + self.layout.head_elements() <= self.cache.len());
+        let values = self.layout.values_start(self.block, self.head);
+        let mut rounded = MaybeUninit::<[[T; WIDTH_MAX]; 2]>::uninit();
+        let key = rounded.as_mut_ptr().cast::<T>();
         for i in (0..dim).step_by(LANES) {
             // SAFETY: below `dim`, which both ends hold; a (slot, head) belongs to one row and so to one task.
             unsafe {
-                let n = dim - i;
-                T::store_up_to::<L>(rounded.as_mut_ptr().add(i), f32::load_up_to::<L>(self.key.as_ptr().add(i), n), n);
-                let v = f32::load_up_to::<L>(self.value.as_ptr().add(i), n);
-                T::store_up_to::<L>(self.cache.pointer().add(values + i), v, n);
+                let (n, value) = (dim - i, f32::load_up_to::<L>(self.value.as_ptr().add(i), dim - i));
+                T::store_up_to::<L>(key.add(i), f32::load_up_to::<L>(self.key.as_ptr().add(i), n), n);
+                if self.layout.paired {
+                    T::store_up_to::<L>(key.add(WIDTH_MAX + i), value, n);
+                } else {
+                    let at = values + self.slot * self.layout.value_stride() + i;
+                    T::store_up_to::<L>(self.cache.pointer().add(at), value, n);
+                }
             }
         }
-        for (channel, key) in rounded[..dim].iter().enumerate() {
-            // SAFETY: inside the head's keys.
-            unsafe { *self.cache.pointer().add(keys + channel * BLOCK_TOKENS + self.slot) = *key };
+        for channel in 0..dim {
+            // SAFETY: written above; inside the head's keys and values.
+            unsafe {
+                if self.layout.paired {
+                    let at = keys + grouped::Layout::pair_of_key(channel, self.slot);
+                    *self.cache.pointer().add(at) = *key.add(channel);
+                    let at = values + self.layout.pair_of_value(channel, self.slot);
+                    *self.cache.pointer().add(at) = *key.add(WIDTH_MAX + channel);
+                } else {
+                    *self.cache.pointer().add(keys + channel * BLOCK_TOKENS + self.slot) = *key.add(channel);
+                }
+            }
         }
     }
 }
