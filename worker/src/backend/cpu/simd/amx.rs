@@ -12,6 +12,8 @@ use std::arch::asm;
 use std::cell::Cell;
 use std::sync::OnceLock;
 
+/// Bytes of a full panel's block that one turn over half of its columns asks for.
+const AHEAD: usize = AMX_PAIRS * PANEL * size_of::<u32>() / 4;
 /// Inputs of a whole block.
 const BLOCK: usize = 2 * AMX_PAIRS;
 
@@ -150,7 +152,8 @@ pub unsafe fn accumulate(
             // SAFETY: the caller's promises, two tiles of rows at a time.
             unsafe {
                 tiles.shape(ROWS, AMX_PAIRS);
-                square(rows[0].add(at), stride, w, blocks, acc.add(first * PANEL));
+                let turn = first / (2 * ROWS);
+                square((rows[0].add(at), stride), w, blocks, acc.add(first * PANEL), turn);
             }
             first += 2 * ROWS;
             continue;
@@ -379,9 +382,12 @@ unsafe fn panel(x: *const bf16, x_stride: usize, w: *const u32, width: usize, bl
     }
 }
 
-/// Two tiles of rows times a full panel, two columns of tiles at a time, so that each tile that is loaded meets two.
-unsafe fn square(x: *const bf16, x_stride: usize, w: *const u32, blocks: usize, acc: *mut f32) {
+/// Two tiles of rows times a full panel, two columns of tiles at a time, so that each tile that is loaded meets two. Meanwhile
+/// the next weights come nearer, a quarter of as many for each half of each turn over the same ones: hardware does not foresee
+/// what tiles load.
+unsafe fn square((x, x_stride): (*const bf16, usize), w: *const u32, blocks: usize, acc: *mut f32, turn: usize) {
     for half in 0..2 {
+        let ahead = w.wrapping_add((4 * blocks + (2 * turn + half) % 4 * blocks) * (AHEAD / 4));
         // SAFETY: tiles are configured for what is loaded, and named as clobbers.
         unsafe {
             let acc = acc.add(half * 2 * LANES);
@@ -399,9 +405,26 @@ unsafe fn square(x: *const bf16, x_stride: usize, w: *const u32, blocks: usize, 
                 "tileloadd tmm7, [{w} + {width}*1 + 64]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 "tdpbf16ps tmm3, tmm5, tmm7",
+                "prefetcht1 [{ahead}]",
+                "prefetcht1 [{ahead} + 64]",
+                "prefetcht1 [{ahead} + 128]",
+                "prefetcht1 [{ahead} + 192]",
+                "prefetcht1 [{ahead} + 256]",
+                "prefetcht1 [{ahead} + 320]",
+                "prefetcht1 [{ahead} + 384]",
+                "prefetcht1 [{ahead} + 448]",
+                "prefetcht1 [{ahead} + 512]",
+                "prefetcht1 [{ahead} + 576]",
+                "prefetcht1 [{ahead} + 640]",
+                "prefetcht1 [{ahead} + 704]",
+                "prefetcht1 [{ahead} + 768]",
+                "prefetcht1 [{ahead} + 832]",
+                "prefetcht1 [{ahead} + 896]",
+                "prefetcht1 [{ahead} + 960]",
                 "add {x}, 64",
                 "add {y}, 64",
                 "add {w}, 4096",
+                "add {ahead}, 1024",
                 "dec {blocks}",
                 "jnz 2b",
                 "tilestored [{acc} + {width}*1], tmm0",
@@ -415,6 +438,7 @@ unsafe fn square(x: *const bf16, x_stride: usize, w: *const u32, blocks: usize, 
                 y = inout(reg) x.byte_add(ROWS * x_stride) => _,
                 x_stride = in(reg) x_stride,
                 w = inout(reg) w.add(half * 2 * LANES) => _,
+                ahead = inout(reg) ahead => _,
                 blocks = inout(reg) blocks => _,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
