@@ -4,9 +4,9 @@
 
 use std::time::{Duration, Instant};
 
-use coordinator::schedule::Settings;
 use coordinator::schedule::job::Job;
 use coordinator::schedule::scheduler::Scheduler;
+use coordinator::schedule::{Settings, Turn};
 use model::plan::Limits;
 use model::step::{LaneResult, Sample, Sampling, StepBatch, StepResult};
 
@@ -76,6 +76,7 @@ fn job(number: usize) -> Job {
         end_tokens: vec![0],
         salt: 0,
         resumed: None,
+        turn: Turn::default(),
         deaths: 0,
     }
 }

@@ -13,6 +13,7 @@ use crate::schedule::load::Load;
 
 const RUNNING: &str = "conclave_num_requests_running";
 const WAITING: &str = "conclave_num_requests_waiting";
+const TENANTS: &str = "conclave_tenants";
 const CACHE_USED: &str = "conclave_kv_cache_usage_perc";
 const PREEMPTIONS: &str = "conclave_num_preemptions_total";
 const PREFIX_QUERIES: &str = "conclave_prefix_cache_queries_total";
@@ -91,13 +92,14 @@ pub fn upkeep() {
 fn describe() {
     describe_gauge!(RUNNING, "Sequences in the scheduler's running set");
     describe_gauge!(WAITING, "Sequences waiting for admission or for cache");
+    describe_gauge!(TENANTS, "API keys for which requests wait or run; all without a key count as one");
     describe_gauge!(CACHE_USED, "Cache blocks in use, 1 is all");
     describe_counter!(PREEMPTIONS, "Sequences put back to waiting because cache ran out");
     describe_counter!(PREFIX_QUERIES, "Prompt tokens looked up in the prefix cache");
     describe_counter!(PREFIX_HITS, "Prompt tokens found in the prefix cache");
     describe_counter!(REQUEUES, "Sequences put back to waiting because a group failed");
     describe_counter!(STEPS, "Steps that were answered");
-    describe_counter!(STEP_MILLISECONDS, "Time from packing a step to its answer, summed over steps");
+    describe_counter!(STEP_MILLISECONDS, "Time in which steps were in flight");
     describe_counter!(QUEUE_MILLISECONDS, "Time from acceptance to admission, summed over requests");
     describe_counter!(PREFILLED, "Prompt tokens computed, recomputed ones again; cached ones not");
     describe_counter!(DRAFTED, "Tokens that were guessed and checked");
@@ -131,6 +133,7 @@ pub fn observe(group: usize, before: &Load, load: &Load) {
     let milliseconds = |time: Duration| time.as_millis() as u64;
     gauge!(RUNNING, "group" => group.clone()).set(load.running as f64);
     gauge!(WAITING, "group" => group.clone()).set(load.waiting as f64);
+    gauge!(TENANTS, "group" => group.clone()).set(load.tenants as f64);
     gauge!(CACHE_USED, "group" => group.clone()).set(load.blocks_used as f64 / load.blocks_total.max(1) as f64);
     count(PREEMPTIONS, before.preemptions, load.preemptions);
     count(PREFIX_QUERIES, before.prefix_queried_tokens, load.prefix_queried_tokens);

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 
 use super::harness::{Reply, Script, Server, serving};
 use super::view::{ClusterView, Phase};
+use crate::schedule::Turn;
 use crate::schedule::job::Refusal;
 
 const CHAT: &str = "/v1/chat/completions";
@@ -225,9 +226,14 @@ async fn only_a_key_opens_the_api_but_probes_need_none() {
         assert_eq!(server.get(path).await.status, 200, "{path}");
     }
     let key = "Authorization: Bearer secret\r\n";
-    assert_eq!(server.send("POST", TEXT, key, br#"{"prompt":"x"}"#).await.status, 200);
+    let body = br#"{"prompt":"x","priority":-3,"cache_salt":"mine"}"#;
+    assert_eq!(server.send("POST", TEXT, key, body).await.status, 200);
+    let beyond = server.send("POST", TEXT, key, br#"{"prompt":"x","priority":1000001}"#).await;
+    error(&beyond, 400, Some("priority"), "no client is more urgent than that");
     let jobs = server.jobs.lock().unwrap();
     assert!(jobs[0].salt != 0, "a key has its own cache");
+    let Turn { tenant, priority } = jobs[0].turn;
+    assert_eq!((tenant != 0 && tenant != jobs[0].salt, priority), (true, -3), "a salt makes nobody another tenant");
 }
 
 #[tokio::test]

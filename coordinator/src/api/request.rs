@@ -92,6 +92,8 @@ pub struct Ask {
     pub report: Report,
     /// A client's wish to share no cache with others, mixed into the server's salt.
     pub cache_salt: String,
+    /// `priority`: lower goes first among what the same key asked for.
+    pub priority: i32,
 }
 
 /// How tokens become text.
@@ -137,7 +139,8 @@ impl Ask {
         let wording = Wording { stop_tokens, ..wording(fields, tokens_min)? };
         let report = report(fields)?;
         let cache_salt = fields.text("cache_salt")?.unwrap_or_default();
-        Ok(Ask { sampling, choices, tokens_max, end_tokens, wording, report, cache_salt })
+        let priority = fields.integer("priority", limits::PRIORITIES)?.unwrap_or(0) as i32;
+        Ok(Ask { sampling, choices, tokens_max, end_tokens, wording, report, cache_salt, priority })
     }
 
     /// How many tokens a prompt of `prompt_tokens` may be answered with: what was asked, which must fit, else

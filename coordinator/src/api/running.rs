@@ -12,6 +12,7 @@ use super::error::ApiError;
 use super::limits;
 use super::request::Ask;
 use crate::metrics;
+use crate::schedule::Turn;
 use crate::schedule::job::{Job, Outputs, Refusal};
 
 /// All of a request's answers.
@@ -48,6 +49,7 @@ impl Running {
         let tokens = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
         tenant.prompt(tokens)?;
         let salt = tenant.salt(&ask.cache_salt);
+        let turn = Turn { tenant: tenant.salt(""), priority: ask.priority };
         let mut jobs = Vec::with_capacity(prompts.len());
         for (number, (prompt, tokens_max)) in prompts.iter().zip(rooms).enumerate() {
             let id = if prompts.len() == 1 { id.to_string() } else { format!("{id}-{number}") };
@@ -59,6 +61,7 @@ impl Running {
                 tokens_max,
                 end_tokens: ask.end_tokens.clone(),
                 salt,
+                turn,
                 resumed: None,
                 deaths: 0,
             };

@@ -119,6 +119,7 @@ impl Carried {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::schedule::Turn;
     use model::step::{Sampling, Score};
 
     fn job() -> Job {
@@ -131,6 +132,7 @@ mod tests {
             end_tokens: vec![9],
             salt: 0,
             resumed: None,
+            turn: Turn::default(),
             deaths: 0,
         }
     }

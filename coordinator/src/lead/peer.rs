@@ -2,6 +2,7 @@
 
 use crate::api::view::ClusterView;
 use crate::cluster::store::Revision;
+use crate::schedule::Turn;
 use crate::schedule::job::{Begun, DoneReason, Job, OUTPUTS_BUFFERED, Output, Outputs, Refusal};
 use model::step::Sampling;
 use proto::cluster::v1 as wire;
@@ -171,6 +172,8 @@ fn job_to_wire(job: Job, hello: wire::PeerHello) -> wire::Job {
         tokens_max: job.tokens_max,
         end_tokens: job.end_tokens,
         salt: job.salt,
+        tenant: job.turn.tenant,
+        priority: job.turn.priority,
         begun: job.resumed.into_iter().flatten().map(begun).collect(),
         deaths: job.deaths,
     }
@@ -187,6 +190,7 @@ pub(super) fn job_from_wire(job: wire::Job) -> Job {
         tokens_max: job.tokens_max,
         end_tokens: job.end_tokens,
         salt: job.salt,
+        turn: Turn { tenant: job.tenant, priority: job.priority },
         resumed,
         deaths: job.deaths,
     }
@@ -263,6 +267,7 @@ mod tests {
             tokens_max: 7,
             end_tokens: vec![4],
             salt: u64::MAX,
+            turn: Turn { tenant: u64::MAX - 1, priority: -7 },
             resumed: Some(vec![Begun { tokens: vec![5], done: false }, Begun { tokens: vec![], done: true }]),
             deaths: 1,
         };

@@ -164,7 +164,7 @@ impl Scheduler {
             deliver(Output::PromptScores(std::mem::take(&mut request.scores)));
         }
         for held in std::mem::take(&mut request.held) {
-            self.waiting.insert(self.roster.get(held).age, held);
+            self.queue.insert(self.roster.get(held).waits(), true, held);
         }
     }
 
@@ -176,6 +176,8 @@ impl Scheduler {
         if let Some(&Sample { token, ref score, .. }) = sample {
             let score = score.clone();
             sequence.tokens.push(token);
+            sequence.charge(0, sequence.tokens.len());
+            self.queue.charge(sequence.turn.tenant, 0, 1);
             self.load.tokens_generated += 1;
             let suspect = self.requests.get(&job).is_some_and(|request| request.deaths.count > 0);
             deliveries.push(Delivery { job, output: Output::Token { choice, token, score }, last: false });
@@ -202,7 +204,8 @@ impl Scheduler {
         let request = self.requests.get_mut(&job).expect("a wanted sequence has a request");
         request.slots.retain(|other| *other != slot);
         if request.slots.is_empty() {
-            self.requests.remove(&job);
+            let request = self.requests.remove(&job).expect("it was just read");
+            self.queue.leave(request.turn.tenant, request.admitted);
             self.suspects.remove(&job);
             self.load.jobs_finished += 1;
             deliveries.last_mut().expect("a choice was just done").last = true;

@@ -229,6 +229,7 @@ mod tests {
     use model::step::{LaneResult, Sample, Sampling, StepBatch, StepId, StepResult};
 
     use super::*;
+    use crate::schedule::Turn;
     use crate::schedule::job::{DoneReason, Door, Job, Outputs};
 
     const LIMITS: Limits = Limits { model_len_max: 4096, step_tokens_max: 64, step_sequences_max: 4, blocks: 128 };
@@ -282,6 +283,7 @@ mod tests {
             end_tokens: Vec::new(),
             salt: 0,
             resumed: None,
+            turn: Turn::default(),
             deaths: 0,
         }
     }

@@ -1,6 +1,7 @@
 //! What the API hands to the scheduler and what comes back. One request is one [`Job`]; each of its `n` answers is a
 //! sequence of its own, told apart by `choice`.
 
+use super::queue::Turn;
 use model::step::{Sampling, Score};
 use std::task::{Context, Poll};
 use tokio::sync::{mpsc, oneshot};
@@ -21,6 +22,8 @@ pub struct Job {
     pub end_tokens: Vec<u32>,
     /// Keeps prefix-cache blocks of different tenants apart; set by the server, never by the client.
     pub salt: u64,
+    /// Whose turn it takes.
+    pub turn: Turn,
     /// What the client has already, a choice, where another scheduler began the job: [`Output::Started`] and these tokens
     /// are not told again.
     pub resumed: Option<Vec<Begun>>,

@@ -10,6 +10,8 @@ pub struct Load {
     pub waiting: usize,
     /// Jobs of which nothing ran yet: what the queue's bound counts.
     pub jobs_waiting: usize,
+    /// Those who have jobs.
+    pub tenants: usize,
     pub steps_in_flight: usize,
     /// Cache blocks of all lanes; used ones are held by sequences.
     pub blocks_used: usize,

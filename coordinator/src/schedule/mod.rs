@@ -10,6 +10,7 @@ pub mod job;
 mod lane;
 pub mod load;
 mod pack;
+mod queue;
 pub mod scheduler;
 mod sequence;
 pub mod suspect;
@@ -17,3 +18,4 @@ pub mod suspect;
 mod tests;
 
 pub use admit::Settings;
+pub use queue::Turn;

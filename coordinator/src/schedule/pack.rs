@@ -153,8 +153,8 @@ impl Scheduler {
         };
         let begun: usize = self.lanes[lane].prefilling.values().map(left).sum();
         let (mut waiting, enough) = (0, most * free * self.lanes.len());
-        for slot in self.waiting.values() {
-            waiting += left(slot);
+        for slot in self.queue.slots() {
+            waiting += left(&slot);
             if waiting >= enough {
                 return most;
             }
@@ -172,9 +172,11 @@ impl Scheduler {
         }
     }
 
-    /// Admits waiting sequences, strictly the oldest first: where the head does not fit nobody passes it.
+    /// Admits waiting sequences strictly in turn: where the head does not fit nobody passes it.
     fn admit(&mut self, now: Instant, packs: &mut [Pack], only: Option<JobId>) {
-        while let Some(slot) = Scheduler::oldest(&self.waiting, only) {
+        let turn = |job| Some((job, self.requests.get(&job)?.turn));
+        let only = only.and_then(turn);
+        while let Some(slot) = self.queue.first(only) {
             let Some(offer) = self.best_lane(slot, packs) else { break };
             let lane = offer.lane;
             self.place(now, slot, offer, &mut packs[lane]);
@@ -220,7 +222,7 @@ impl Scheduler {
         let sequence = self.roster.get_mut(slot);
         let lane = &mut self.lanes[offer.lane];
         let request = self.requests.get_mut(&sequence.age.job).expect("a waiting sequence has a request");
-        self.waiting.remove(&sequence.age);
+        self.queue.remove(sequence.waits());
         let hits = offer.cached.len();
         let mut blocks = offer.cached;
         blocks.iter().for_each(|block| lane.pool.share(*block));
@@ -235,6 +237,7 @@ impl Scheduler {
         self.load.prefix_hits_tokens += start as u64;
         if !request.admitted {
             request.admitted = true;
+            self.queue.begin(sequence.turn.tenant);
             request.cached_tokens = start.min(sequence.prompt_len) as u32;
             self.load.jobs_waiting -= 1;
             self.load.queued += now.saturating_duration_since(request.added);
@@ -270,6 +273,9 @@ impl Scheduler {
         let left = sequence.tokens.len() - sequence.place().scheduled;
         let count = left.min(pack.tokens_max - pack.tokens);
         self.load.tokens_prefilled += count as u64;
+        let scheduled = sequence.place().scheduled;
+        let computed = sequence.charge(scheduled, scheduled + count);
+        self.queue.charge(sequence.turn.tenant, computed, 0);
         self.lanes[lane].fly(sequence, slot, count, Vec::new(), pack);
     }
 
@@ -280,7 +286,7 @@ impl Scheduler {
         if self.settings.prefix_cache {
             sequence.extend_hashes(self.settings.block_hash);
         }
-        self.waiting.insert(sequence.age, slot);
+        self.queue.insert(sequence.waits(), true, slot);
         self.load.preemptions += 1;
     }
 }

@@ -3,7 +3,7 @@
 //! ```text
 //!            add                 next                     complete
 //!   job ------------> waiting ----------> in a lane ----------------------> tokens, then done
-//!                        ^   oldest first    |  prefill in chunks, then a token a step
+//!                        ^   in turn         |  prefill in chunks, then a token a step
 //!                        +-------------------+
 //!                          preempted (youngest first) or requeued after a fault: its tokens
 //!                          so far are its new prompt, drawn tokens are never drawn again
@@ -21,6 +21,7 @@ use super::admit::Settings;
 use super::job::{Begun, Job, Output, Refusal};
 use super::lane::{Flown, Lane};
 use super::load::Load;
+use super::queue::{Queue, Turn};
 pub use super::sequence::JobId;
 use super::sequence::{Age, Fate, Roster, Sequence, Slot};
 use super::suspect::Deaths;
@@ -40,8 +41,8 @@ pub struct Scheduler {
     pub(super) settings: Settings,
     pub(super) roster: Roster,
     pub(super) requests: BTreeMap<JobId, Request>,
-    /// Sequences that may be admitted, the oldest first.
-    pub(super) waiting: BTreeMap<Age, Slot>,
+    /// Sequences that may be admitted.
+    pub(super) queue: Queue,
     pub(super) lanes: Vec<Lane>,
     /// Jobs that may have killed a group, see [`super::suspect`].
     pub(super) suspects: BTreeSet<JobId>,
@@ -60,6 +61,7 @@ pub struct Scheduler {
 #[derive(Debug)]
 pub(super) struct Request {
     pub sampling: Sampling,
+    pub turn: Turn,
     pub choices: u32,
     pub added: Instant,
     /// A choice of it was admitted once.
@@ -99,7 +101,7 @@ impl Scheduler {
             settings,
             roster: Roster::default(),
             requests: BTreeMap::new(),
-            waiting: BTreeMap::new(),
+            queue: Queue::default(),
             lanes: (0..settings.lanes).map(|_| Lane::new(settings.limits.blocks)).collect(),
             suspects: BTreeSet::new(),
             flights: VecDeque::new(),
@@ -118,12 +120,14 @@ impl Scheduler {
         self.jobs_next += 1;
         self.load.jobs_accepted += 1;
         self.load.jobs_waiting += 1;
+        self.queue.enter(job.turn.tenant);
 
         let prompt_len = job.prompt.len();
         let len_max = self.settings.len_max(prompt_len, job.tokens_max);
         let end_tokens: Arc<[u32]> = job.end_tokens.into();
         let mut first = Sequence {
             age: Age { job: id, choice: 0 },
+            turn: job.turn,
             salt: job.salt,
             tokens: job.prompt,
             prompt_len,
@@ -131,6 +135,7 @@ impl Scheduler {
             len_max,
             end_tokens: end_tokens.clone(),
             hashes: Vec::new(),
+            charged: 0,
             place: None,
         };
         if self.settings.prefix_cache {
@@ -145,6 +150,7 @@ impl Scheduler {
         let begun = job.resumed.unwrap_or_else(|| vec![Begun::default(); runs as usize]);
         let mut request = Request {
             sampling: job.sampling,
+            turn: job.turn,
             choices: job.choices,
             added: now,
             admitted: false,
@@ -173,7 +179,7 @@ impl Scheduler {
             if hold && choice > 0 {
                 request.held.push(slot);
             } else {
-                self.waiting.insert(age, slot);
+                self.queue.insert((age, job.turn), resumes, slot);
             }
         }
         self.requests.insert(id, request);
@@ -227,7 +233,7 @@ impl Scheduler {
                 Some(place) if place.fate == Fate::Dropped => self.roster.remove(slot),
                 Some(_) => {
                     self.load.requeues += 1;
-                    self.waiting.insert(sequence.age, slot);
+                    self.queue.insert(sequence.waits(), true, slot);
                 }
             }
         }
@@ -264,6 +270,7 @@ impl Scheduler {
             waiting: self.roster.len() - running,
             steps_in_flight: self.flights.len(),
             blocks_used: self.lanes.iter().map(|lane| lane.pool.used()).sum(),
+            tenants: self.queue.tenants(),
             blocks_total: self.lanes.iter().map(|lane| lane.pool.total()).sum(),
             ..self.load
         }
@@ -276,7 +283,7 @@ impl Scheduler {
         }
         let lost = self.roster.iter().find(|(slot, sequence)| {
             let held = self.requests.get(&sequence.age.job).is_some_and(|request| request.held.contains(slot));
-            sequence.place.is_none() && !held && !self.waiting.contains_key(&sequence.age)
+            sequence.place.is_none() && !held && !self.queue.contains(sequence.waits())
         });
         if let Some((_, sequence)) = lost {
             let text = format!("choice {} of job {} is nowhere", sequence.age.choice, sequence.age.job.0);
@@ -287,11 +294,9 @@ impl Scheduler {
 
     fn check(&self, job: &Job) -> Result<(), Refusal> {
         self.settings.check_job(job)?;
-        let (waiting, waiting_max) = (self.load.jobs_waiting, self.settings.jobs_waiting_max);
-        if waiting >= waiting_max {
-            return Err(Refusal::QueueFull { waiting, waiting_max });
-        }
-        Ok(())
+        let places = (self.load.jobs_waiting, self.settings.jobs_waiting_max);
+        let full = |(waiting, waiting_max)| Refusal::QueueFull { waiting, waiting_max };
+        self.queue.room(job.turn.tenant, places).map_err(full)
     }
 
     pub(super) fn fail(&mut self, job: JobId, refusal: Refusal) -> Delivery {
@@ -306,6 +311,7 @@ impl Scheduler {
         if !request.admitted {
             self.load.jobs_waiting -= 1;
         }
+        self.queue.leave(request.turn.tenant, request.admitted);
         for slot in request.slots {
             self.drop_slot(slot);
         }
@@ -315,7 +321,7 @@ impl Scheduler {
     /// Removes a sequence; one in flight leaves when answered.
     fn drop_slot(&mut self, slot: Slot) {
         let sequence = self.roster.get_mut(slot);
-        self.waiting.remove(&sequence.age);
+        self.queue.remove(sequence.waits());
         if let Some(place) = &sequence.place {
             let lane = &mut self.lanes[place.lane];
             let in_flight = place.chunks_in_flight > 0;

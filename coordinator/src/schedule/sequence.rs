@@ -6,6 +6,7 @@ use model::plan::BLOCK_TOKENS;
 use model::step::{BlockId, SeqId};
 
 use super::blocks::{BlockHash, Parent};
+use super::queue::Turn;
 
 /// A job as the scheduler numbers it, in the order of arrival.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -22,6 +23,7 @@ pub struct Age {
 #[derive(Debug)]
 pub struct Sequence {
     pub age: Age,
+    pub turn: Turn,
     pub salt: u64,
     /// Prompt and answer so far.
     pub tokens: Vec<u32>,
@@ -32,6 +34,8 @@ pub struct Sequence {
     pub end_tokens: Arc<[u32]>,
     /// Chained hashes of the leading full blocks; see [`Self::extend_hashes`].
     pub hashes: Vec<u64>,
+    /// Tokens that its tenant was charged for: what is computed again is the server's loss.
+    pub charged: usize,
     /// `None` while it waits.
     pub place: Option<Place>,
 }
@@ -73,6 +77,18 @@ impl Sequence {
             parent = hash(parent, tokens);
             self.hashes.push(parent);
         }
+    }
+
+    /// How the queue knows it.
+    pub fn waits(&self) -> (Age, Turn) {
+        (self.age, self.turn)
+    }
+
+    /// Tokens up to `end` that nobody was charged for yet; they are from now on.
+    pub fn charge(&mut self, from: usize, end: usize) -> usize {
+        let computed = end.saturating_sub(from.max(self.charged));
+        self.charged = self.charged.max(end);
+        computed
     }
 
     /// Leading full blocks that may come from the prefix cache: the last token is always computed, to draw from.
@@ -137,6 +153,12 @@ impl Roster {
     /// The same, unless it is about to leave its lane.
     pub fn running(&self, slot: Slot, seq: SeqId) -> Option<&Sequence> {
         self.wanted(slot, seq).filter(|sequence| sequence.place().fate == Fate::Runs)
+    }
+
+    /// Places for as many, for tests of what only names them.
+    #[cfg(test)]
+    pub fn numbered(count: usize) -> Vec<Slot> {
+        (0..count as u32).map(Slot).collect()
     }
 
     pub fn len(&self) -> usize {

@@ -9,11 +9,13 @@ use model::step::{LaneBatch, LaneResult, PromptScores, Sample, Sampling, Score, 
 
 use super::Settings;
 use super::job::{Begun, DoneReason, Job, Output, Refusal};
+use super::queue::Turn;
 use super::scheduler::{Delivery, JobId, Scheduler};
 use super::suspect::GivenUp;
 
 mod ahead;
 mod drafts;
+mod fairness;
 
 const LIMITS: Limits = Limits { model_len_max: 256, step_tokens_max: 64, step_sequences_max: 4, blocks: 16 };
 
@@ -67,6 +69,7 @@ fn job(first: u32, prompt_len: u32, tokens_max: u32) -> Job {
         end_tokens: vec![99],
         salt: 0,
         resumed: None,
+        turn: Turn::default(),
         deaths: 0,
     }
 }

@@ -1,7 +1,7 @@
 //! What a seed stands for: the size of the group and the kind of jobs.
 
-use coordinator::schedule::Settings;
 use coordinator::schedule::job::Job;
+use coordinator::schedule::{Settings, Turn};
 use model::plan::{BLOCK_TOKENS, Limits};
 use model::step::Sampling;
 
@@ -97,6 +97,7 @@ impl Profile {
             tokens_max: if random.once_in(12) { 0 } else { random.within(1..=90) as u32 },
             end_tokens: if random.once_in(2) { vec![7] } else { Vec::new() },
             salt,
+            turn: Turn { tenant: random.within(0..=3) as u64, priority: random.within(0..=4) as i32 - 2 },
             resumed: None,
             deaths: 0,
         }

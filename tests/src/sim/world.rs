@@ -5,9 +5,9 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::time::{Duration, Instant};
 
-use coordinator::schedule::Settings;
 use coordinator::schedule::job::{DoneReason, Job, Output, Refusal};
 use coordinator::schedule::scheduler::{Delivery, JobId, Scheduler};
+use coordinator::schedule::{Settings, Turn};
 use model::plan::BLOCK_TOKENS;
 use model::step::{BlockId, Score, SeqId, StepBatch, StepId, StepResult};
 
@@ -322,6 +322,7 @@ impl World {
             end_tokens: Vec::new(),
             salt: 0,
             resumed: None,
+            turn: Turn::default(),
             deaths: 0,
         };
         self.profile.jobs = 0;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use coordinator::cluster::state::{Planner, Rules};
 use coordinator::plan::{self, Device, Offer, Policy};
 use coordinator::run::{BEAT, GROW};
+use coordinator::schedule::Turn;
 use coordinator::schedule::job::Job;
 use coordinator::source::Source;
 use model::plan::{BLOCK_TOKENS, Epoch, KernelFamily, Plan, WorkerId};
@@ -161,6 +162,7 @@ impl Setting {
             end_tokens: if random.once_in(3) { vec![7] } else { Vec::new() },
             salt,
             resumed: None,
+            turn: Turn::default(),
             deaths: 0,
         }
     }

@@ -1,0 +1,58 @@
+//! Tenants that share a group.
+
+use super::*;
+
+const LIMITS: Limits = Limits { model_len_max: 256, step_tokens_max: 64, step_sequences_max: 4, blocks: 64 };
+
+fn crowded() -> Bench {
+    Bench::new(Settings { jobs_waiting_max: 4000, ..Settings::new(LIMITS, 1) })
+}
+
+fn of(tenant: u64, first: u32, (prompt, answer): (u32, u32)) -> Job {
+    Job { turn: Turn { tenant, priority: 0 }, ..job(first, prompt, answer) }
+}
+
+#[test]
+fn a_flood_of_one_tenant_does_not_hold_up_anothers_first_job() {
+    let mut bench = crowded();
+    for number in 0..1000 {
+        bench.add(of(1, number, (60, 20)));
+    }
+    (0..50).for_each(|_| {
+        bench.step(8);
+    });
+    let late = bench.add(of(2, 5000, (60, 20)));
+    let mut steps = 0;
+    loop {
+        let (step, batch) = bench.next().unwrap();
+        let told = bench.answer(step, &batch, 8);
+        if told.iter().any(|delivery| delivery.job == late) {
+            break;
+        }
+        steps += 1;
+        assert!(steps < 30, "those that run have at most twenty tokens left, those that wait are a thousand");
+    }
+    assert_eq!(bench.scheduler.load().tenants, 2);
+}
+
+#[test]
+fn tenants_that_ask_without_end_are_served_alike_whatever_they_ask() {
+    let mut bench = crowded();
+    // Long prompts with short answers, and the other way round.
+    let costs = [(1, (200, 4)), (2, (8, 40)), (3, (64, 64))];
+    for number in 0..300 {
+        costs.iter().for_each(|(tenant, cost)| {
+            bench.add(of(*tenant, 1 + number, *cost));
+        });
+    }
+    // What four sequences may still cost when they are admitted, twice.
+    let bound = 2 * 4 * (64 + 2 * 64);
+    for _ in 0..3000 {
+        bench.step(8);
+        let served = costs.map(|(tenant, _)| bench.scheduler.queue.served(tenant));
+        let (least, most) = (served.iter().min().unwrap(), served.iter().max().unwrap());
+        assert!(most - least <= bound, "{served:?}");
+    }
+    let served = costs.map(|(tenant, _)| bench.scheduler.queue.served(tenant));
+    assert!(served.iter().all(|served| *served > 4 * bound), "{served:?}: too little to tell");
+}
