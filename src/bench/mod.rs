@@ -1,7 +1,9 @@
-//! `conclave bench`: load on a running server, measured from the client's side.
+//! `conclave bench`: load on a running server, measured from the client's side, and what ranks of a host exchange.
 
 mod client;
+mod collective;
 mod load;
+mod offline;
 mod random;
 mod record;
 mod report;
@@ -10,24 +12,29 @@ mod sse;
 
 use anyhow::{Context, Result};
 
-/// Measures a running server.
-#[derive(Debug, clap::Args)]
+/// Measures a running server, or this host.
+#[derive(clap::Args)]
 pub struct Args {
     #[command(subcommand)]
     what: What,
 }
 
-#[derive(Debug, clap::Subcommand)]
+#[derive(clap::Subcommand)]
 enum What {
     /// Send completions and measure latency and throughput
     Serve(serve::Args),
+    /// Serve a model for the length of one load, all of it at once
+    Offline(Box<offline::Args>),
+    /// Measure sums and messages between ranks of this host
+    Collective(collective::Args),
 }
 
 /// Runs the chosen benchmark to its end. Fails when no request succeeded.
 pub fn run(args: Args) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let runtime = runtime.context("the runtime does not start")?;
+    let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     match args.what {
-        What::Serve(args) => runtime.block_on(serve::serve(args)),
+        What::Serve(args) => runtime().context("the runtime does not start")?.block_on(serve::serve(args)),
+        What::Offline(args) => runtime().context("the runtime does not start")?.block_on(offline::offline(*args)),
+        What::Collective(args) => collective::collective(&args),
     }
 }

@@ -18,27 +18,37 @@ use super::load::{Planned, Shape, plan};
 use super::record::{Failure, Record};
 use super::report::Report;
 
+/// Clients of a closed loop, where nothing else is said.
+const CONCURRENCY: u32 = 8;
+
 /// Sends completions to a running server and measures what its clients see.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
     /// The server
     #[arg(long, default_value = "http://127.0.0.1:8080")]
-    url: String,
+    pub url: String,
     /// The model's name; by default the first that the server lists
     #[arg(long)]
-    model: Option<String>,
+    pub model: Option<String>,
     /// The API key
     #[arg(long)]
-    api_key: Option<String>,
+    pub api_key: Option<String>,
+    #[command(flatten)]
+    pub load: Load,
+}
+
+/// What is sent, and when.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Load {
     /// Requests to send
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    requests: u32,
-    /// Requests under way at once: each client sends its next when its last is answered
-    #[arg(long, default_value_t = 8, conflicts_with = "rate", value_parser = clap::value_parser!(u32).range(1..=10_000))]
-    concurrency: u32,
+    pub requests: u32,
+    /// Requests under way at once: each client sends its next when its last is answered; 8, and all of an offline run
+    #[arg(long, conflicts_with = "rate", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub concurrency: Option<u32>,
     /// Requests a second at random (Poisson) times, however slow the answers; "inf" sends all at once
     #[arg(long, value_parser = positive)]
-    rate: Option<f64>,
+    pub rate: Option<f64>,
     /// Tokens of a prompt
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     input_len: u32,
@@ -86,8 +96,9 @@ fn positive(text: &str) -> Result<f64, String> {
 
 /// Runs the load to its end and prints the report. Fails when no request succeeded.
 pub async fn serve(args: Args) -> Result<()> {
+    let load = &args.load;
     let report = measure(&args).await?;
-    if let Some(path) = &args.json {
+    if let Some(path) = &load.json {
         let mut text = serde_json::to_string_pretty(&report).context("the report as JSON")?;
         text.push('\n');
         crate::whole::write(path, text.as_bytes())?;
@@ -100,39 +111,40 @@ pub async fn serve(args: Args) -> Result<()> {
 }
 
 async fn measure(args: &Args) -> Result<Report> {
-    if args.token_min >= args.token_max {
-        bail!("--token-min {} must be below --token-max {}", args.token_min, args.token_max);
+    let load = &args.load;
+    if load.token_min >= load.token_max {
+        bail!("--token-min {} must be below --token-max {}", load.token_min, load.token_max);
     }
     let mut target = Target::new(&args.url, args.model.clone(), args.api_key.clone()).await?;
-    target.output = args.output_len as usize;
-    target.temperature = args.temperature;
-    target.ignore_eos = !args.stop_at_end;
-    target.timeout = Duration::from_secs(args.timeout_s);
+    target.output = load.output_len as usize;
+    target.temperature = load.temperature;
+    target.ignore_eos = !load.stop_at_end;
+    target.timeout = Duration::from_secs(load.timeout_s);
     let target = Arc::new(target);
     let shape = Shape {
-        input: args.input_len as usize,
-        shared: args.shared_prefix as usize,
-        ids: [args.token_min, args.token_max],
-        text: args.text,
+        input: load.input_len as usize,
+        shared: load.shared_prefix as usize,
+        ids: [load.token_min, load.token_max],
+        text: load.text,
     };
 
     // Prompts of another seed, so that the measured ones are not in the prefix cache.
-    for planned in plan(&shape, args.warmup as usize, None, !args.seed) {
+    for planned in plan(&shape, load.warmup as usize, None, !load.seed) {
         let prompt = planned.prompt();
         let now = Instant::now();
         let outcome = target.complete(&prompt, now, now).await;
         outcome.map_err(|failure| anyhow::anyhow!("a warm-up request failed: {failure}"))?;
     }
 
-    let finite = args.rate.filter(|rate| rate.is_finite());
-    let planned = plan(&shape, args.requests as usize, finite, args.seed);
+    let finite = load.rate.filter(|rate| rate.is_finite());
+    let planned = plan(&shape, load.requests as usize, finite, load.seed);
     let bar = progress(planned.len() as u64);
-    let outcomes = match args.rate {
+    let outcomes = match load.rate {
         Some(_) => open_loop(target.clone(), planned, &bar).await?,
-        None => closed_loop(target.clone(), planned, args.concurrency as usize, &bar).await?,
+        None => closed_loop(target.clone(), planned, load.concurrency.unwrap_or(CONCURRENCY) as usize, &bar).await?,
     };
     bar.finish_and_clear();
-    Ok(Report::new(settings(args, &target.model), &outcomes))
+    Ok(Report::new(settings(load, &target.model), &outcomes))
 }
 
 /// Each request is sent when it is due, whether or not others were answered. Latency counts from when it was due.
@@ -200,21 +212,21 @@ fn progress(requests: u64) -> ProgressBar {
 }
 
 /// What has to be known to repeat the run.
-fn settings(args: &Args, model: &str) -> BTreeMap<String, Value> {
+fn settings(load: &Load, model: &str) -> BTreeMap<String, Value> {
     // JSON has no infinity.
-    let rate = args.rate.map(|rate| if rate.is_finite() { json!(rate) } else { json!("inf") });
+    let rate = load.rate.map(|rate| if rate.is_finite() { json!(rate) } else { json!("inf") });
     let pairs = [
         ("model", json!(model)),
-        ("concurrency", if rate.is_some() { Value::Null } else { json!(args.concurrency) }),
+        ("concurrency", if rate.is_some() { Value::Null } else { json!(load.concurrency.unwrap_or(CONCURRENCY)) }),
         ("rate_per_s", json!(rate)),
-        ("input_len", json!(args.input_len)),
-        ("output_len", json!(args.output_len)),
-        ("shared_prefix", json!(args.shared_prefix)),
-        ("text", json!(args.text)),
-        ("temperature", json!(args.temperature)),
-        ("ignore_eos", json!(!args.stop_at_end)),
-        ("warmup", json!(args.warmup)),
-        ("seed", json!(args.seed)),
+        ("input_len", json!(load.input_len)),
+        ("output_len", json!(load.output_len)),
+        ("shared_prefix", json!(load.shared_prefix)),
+        ("text", json!(load.text)),
+        ("temperature", json!(load.temperature)),
+        ("ignore_eos", json!(!load.stop_at_end)),
+        ("warmup", json!(load.warmup)),
+        ("seed", json!(load.seed)),
     ];
     pairs.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
 }
@@ -332,6 +344,6 @@ mod tests {
         assert!(args(&["--rate", "2", "--concurrency", "3"]).is_err());
         assert!(args(&["--rate", "0"]).is_err());
         assert!(args(&["--requests", "0"]).is_err());
-        assert_eq!(args(&["--rate", "inf"]).unwrap().rate, Some(f64::INFINITY));
+        assert_eq!(args(&["--rate", "inf"]).unwrap().load.rate, Some(f64::INFINITY));
     }
 }

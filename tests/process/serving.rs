@@ -277,3 +277,20 @@ fn what_cannot_be_served_is_refused_with_one_clear_error() -> Result<()> {
     std::fs::remove_dir_all(&scratch)?;
     Ok(())
 }
+
+#[test]
+fn a_load_without_a_server_brings_its_own_and_leaves_none() -> Result<()> {
+    let report = std::env::temp_dir().join(format!("conclave-offline-{}.json", std::process::id()));
+    let run = std::process::Command::new(PROGRAM)
+        .args(["bench", "offline"])
+        .arg(demo())
+        .args(["--tp", "2", "--requests", "12", "--input-len", "40", "--output-len", "9", "--json"])
+        .arg(&report)
+        .output()?;
+    ensure!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    let told: Value = serde_json::from_slice(&std::fs::read(&report)?)?;
+    std::fs::remove_file(&report)?;
+    ensure!(told["succeeded"] == 12 && told["output_tokens"] == 12 * 9, "{told}");
+    ensure!(told["settings"]["concurrency"] == 12, "all at once: {told}");
+    Ok(())
+}
