@@ -164,7 +164,7 @@ impl Scheduler {
             deliver(Output::PromptScores(std::mem::take(&mut request.scores)));
         }
         for held in std::mem::take(&mut request.held) {
-            self.queue.insert(self.roster.get(held).waits(), true, held);
+            self.queue.insert(self.roster.get(held).waits(), false, held);
         }
     }
 

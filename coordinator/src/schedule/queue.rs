@@ -3,7 +3,8 @@
 //!
 //! * Each tenant has a counter of tokens computed and drawn for it; whoever has least is next, and among its jobs the most urgent,
 //!   then the oldest. So a flood of one tenant holds up no other; urgency reaches over nobody else's jobs.
-//! * A tenant that comes, or comes back, starts at the least of those that have jobs: idleness saves nothing up.
+//! * A tenant that comes to wait starts at the least of those that wait already, or, where nobody does, at the counter of who waited
+//!   last: neither idleness nor a trickle of small jobs saves anything up.
 //!
 //! Of two tenants that always have jobs waiting, neither is served more than the other by over two times the cost of what one step
 //! admits and of what runs. A job waits while tenants with smaller counters are served, which they outgrow. With one tenant the order is
@@ -36,6 +37,8 @@ pub struct Queue {
     /// Of jobs that ran before.
     begun: BTreeMap<Age, Slot>,
     tenants: BTreeMap<u64, Line>,
+    /// The counter of the tenant whose line was the last to become empty, as it was then.
+    floor: u64,
 }
 
 /// One tenant's.
@@ -51,11 +54,7 @@ struct Line {
 impl Queue {
     /// A job is taken in.
     pub fn enter(&mut self, tenant: u64) {
-        let least = self.tenants.values().filter(|line| line.jobs > 0).map(|line| line.served).min();
         let line = self.tenants.entry(tenant).or_default();
-        if line.jobs == 0 {
-            line.served = line.served.max(least.unwrap_or(0));
-        }
         line.jobs += 1;
         line.jobs_waiting += 1;
     }
@@ -73,6 +72,9 @@ impl Queue {
         if line.jobs == 0 {
             let least = self.tenants.values().filter(|line| line.jobs > 0).map(|line| line.served).min();
             self.tenants.retain(|_, line| line.jobs > 0 || least.is_some_and(|least| line.served > least));
+            if self.tenants.is_empty() {
+                self.floor = 0;
+            }
         }
     }
 
@@ -95,9 +97,16 @@ impl Queue {
     pub fn insert(&mut self, (age, turn): (Age, Turn), began: bool, slot: Slot) {
         if began {
             self.begun.insert(age, slot);
-        } else {
-            self.line(turn.tenant).waiting.insert((turn.priority, age), slot);
+            return;
         }
+        let waits = |line: &&Line| !line.waiting.is_empty();
+        let least = self.tenants.values().filter(waits).map(|line| line.served).min();
+        let least = least.unwrap_or(self.floor);
+        let line = self.line(turn.tenant);
+        if line.waiting.is_empty() {
+            line.served = line.served.max(least);
+        }
+        line.waiting.insert((turn.priority, age), slot);
     }
 
     /// It waits no longer, if it did.
@@ -106,6 +115,9 @@ impl Queue {
             && let Some(line) = self.tenants.get_mut(&turn.tenant)
         {
             line.waiting.remove(&(turn.priority, age));
+            if line.waiting.is_empty() {
+                self.floor = self.floor.max(line.served);
+            }
         }
     }
 
@@ -171,13 +183,14 @@ mod tests {
 
     impl Line {
         fn new(turns: &[Turn]) -> Line {
-            let mut queue = Queue::default();
-            let slots = Roster::numbered(turns.len());
-            for (number, (turn, slot)) in turns.iter().zip(&slots).enumerate() {
-                queue.enter(turn.tenant);
-                queue.insert((age(number), *turn), false, *slot);
-            }
-            Line { queue, slots }
+            let mut line = Line { queue: Queue::default(), slots: Roster::numbered(200) };
+            turns.iter().enumerate().for_each(|(number, turn)| line.join(number, *turn));
+            line
+        }
+
+        fn join(&mut self, number: usize, turn: Turn) {
+            self.queue.enter(turn.tenant);
+            self.queue.insert((age(number), turn), false, self.slots[number]);
         }
 
         /// The number of the job that is next, which then runs.
@@ -215,18 +228,54 @@ mod tests {
             assert_eq!(line.run(&turns), number);
             line.queue.charge(turns[number].tenant, 100, 0);
         }
-        // One tenant leaves, the other is served on.
+        // One tenant leaves, the other is served on and has more that waits.
         (0..2).for_each(|_| line.queue.leave(A.tenant, true));
         line.queue.charge(B.tenant, 1000, 0);
-        line.queue.enter(A.tenant);
+        line.join(5, B);
+        line.join(4, A);
         assert_eq!(line.queue.tenants[&A.tenant].served, 1200, "as the other");
+        line.queue.remove((age(4), A));
         line.queue.charge(A.tenant, 500, 0);
         line.queue.leave(A.tenant, false);
-        line.queue.enter(A.tenant);
+        line.join(4, A);
         assert_eq!(line.queue.tenants[&A.tenant].served, 1700, "it was ahead");
+        line.queue.remove((age(4), A));
         line.queue.leave(A.tenant, false);
-        (0..2).for_each(|_| line.queue.leave(B.tenant, true));
+        line.queue.remove((age(5), B));
+        [false, true, true].into_iter().for_each(|began| line.queue.leave(B.tenant, began));
         assert!(line.queue.tenants.is_empty(), "nobody could gain");
+    }
+
+    #[test]
+    fn who_keeps_a_trickle_alive_saves_nothing_up_either() {
+        let turns = [vec![B], vec![A; 10], vec![B; 10]].concat();
+        let mut line = Line::new(&turns[..11]);
+        assert_eq!(line.run(&turns), 0, "one long answer of B's runs all the while");
+        for _ in 0..5 {
+            line.run(&turns);
+            line.queue.charge(A.tenant, 1000, 0);
+        }
+        (11..21).for_each(|number| line.join(number, B));
+        let mut of_b = 0;
+        for _ in 0..6 {
+            let number = line.run(&turns);
+            line.queue.charge(turns[number].tenant, 1000, 0);
+            of_b += usize::from(turns[number] == B);
+        }
+        assert_eq!(of_b, 3, "from now on they take turns");
+    }
+
+    #[test]
+    fn who_comes_while_nobody_waits_starts_where_the_last_one_stood() {
+        let turns = [A, A, B, A];
+        let mut line = Line::new(&turns[..2]);
+        line.run(&turns);
+        line.queue.charge(A.tenant, 1000, 0);
+        line.run(&turns);
+        line.join(2, B);
+        line.join(3, A);
+        assert_eq!(line.queue.tenants[&B.tenant].served, 1000);
+        assert_eq!([line.run(&turns), line.run(&turns)], [2, 3]);
     }
 
     #[test]

@@ -56,3 +56,18 @@ fn tenants_that_ask_without_end_are_served_alike_whatever_they_ask() {
     let served = costs.map(|(tenant, _)| bench.scheduler.queue.served(tenant));
     assert!(served.iter().all(|served| *served > 4 * bound), "{served:?}: too little to tell");
 }
+
+#[test]
+fn many_choices_of_one_tenant_pass_nobody_elses_job() {
+    let mut bench = crowded();
+    for number in 0..20 {
+        bench.add(Job { choices: 64, ..of(1, number, (60, 20)) });
+    }
+    bench.step(8);
+    let late = bench.add(of(2, 5000, (60, 20)));
+    let waited = (0..).find(|_| {
+        let (step, batch) = bench.next().unwrap();
+        bench.answer(step, &batch, 8).iter().any(|delivery| delivery.job == late)
+    });
+    assert!(waited.unwrap() < 30, "{waited:?} steps: those that run have at most twenty tokens left");
+}
