@@ -64,37 +64,49 @@ impl Configuration {
     }
 }
 
-/// Blocks of a full panel: each tile of activations meets four of weights.
-macro_rules! four_products {
-    () => {
-        "2:
-        tileloadd tmm4, [{x} + {x_stride}*1]
-        tileloadd tmm5, [{w} + {width}*1]
-        tdpbf16ps tmm0, tmm4, tmm5
-        tileloadd tmm6, [{w} + {width}*1 + 64]
-        tdpbf16ps tmm1, tmm4, tmm6
-        tileloadd tmm5, [{w} + {width}*1 + 128]
-        tdpbf16ps tmm2, tmm4, tmm5
-        tileloadd tmm6, [{w} + {width}*1 + 192]
-        tdpbf16ps tmm3, tmm4, tmm6
-        add {x}, {x_step}
-        add {w}, {w_step}
-        dec {block}
-        jnz 2b"
+/// Runs over blocks: a tile of activations meets one of weights for each accumulator (with the tile that holds the weights). Four
+/// are a full panel.
+macro_rules! products {
+    ($(($sum:literal, $weights:literal)),+) => {
+        concat!(
+            "2:\n tileloadd tmm4, [{x} + {x_stride}*1]\n",
+            $(
+                "tileloadd tmm", $weights, ", [{w} + {w_stride}*1 + 64*", $sum, "]\n",
+                "tdpbf16ps tmm", $sum, ", tmm4, tmm", $weights, "\n",
+            )+
+            "add {x}, {x_step}\n add {w}, {w_step}\n dec {block}\n jnz 2b",
+        )
     };
 }
 
-/// Blocks of sixteen outputs.
-macro_rules! one_product {
-    () => {
-        "2:
-        tileloadd tmm4, [{x} + {x_stride}*1]
-        tileloadd tmm5, [{w} + {w_stride}*1]
-        tdpbf16ps tmm0, tmm4, tmm5
-        add {x}, {x_step}
-        add {w}, {w_step}
-        dec {block}
-        jnz 2b"
+/// The sums of runs of blocks from zero, in as many accumulators as are named (see [`products`]).
+macro_rules! sums {
+    ($x:ident, $w:ident, $extent:ident, $out:ident, $(($sum:literal, $weights:literal)),+) => {
+        asm!(
+            "3:",
+            "mov {block}, {blocks}",
+            $(concat!("tilezero tmm", $sum),)+
+            products!($(($sum, $weights)),+),
+            $(concat!("tilestored [{out} + {out_stride}*1 + 64*", $sum, "], tmm", $sum),)+
+            "add {out}, {out_step}",
+            "dec {runs}",
+            "jnz 3b",
+            block = out(reg) _,
+            blocks = in(reg) $extent.1,
+            x = inout(reg) $x.0 => _,
+            x_stride = in(reg) $x.1,
+            x_step = in(reg) 4 * $extent.2,
+            w = inout(reg) $w.0 => _,
+            w_stride = in(reg) $w.1,
+            w_step = in(reg) $w.1 * $extent.2,
+            out = inout(reg) $out => _,
+            out_stride = in(reg) PANEL * 4,
+            out_step = const ROWS * PANEL * 4,
+            runs = inout(reg) $extent.0 => _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _,
+            options(nostack),
+        )
     };
 }
 
@@ -246,128 +258,29 @@ pub unsafe fn add_block(
     }
 }
 
+/// Rows of activations, and their distance in bytes.
+type Rows = (*const bf16, usize);
+/// Columns of weights, and the distance of their pair-rows in bytes.
+type Columns = (*const u32, usize);
+/// Runs, blocks of each, and pairs of a block.
+type Extent = (usize, usize, usize);
+
 #[inline(always)]
-unsafe fn four_sums(
-    (x, x_stride): (*const bf16, usize),
-    w: *const u32,
-    (runs, blocks, pairs): (usize, usize, usize),
-    out: *mut f32,
-) {
+unsafe fn four_sums(x: Rows, w: *const u32, extent: Extent, out: *mut f32) {
+    let w = (w, PANEL * 4);
     // SAFETY: as in `four`.
-    unsafe {
-        asm!(
-            "3:",
-            "mov {block}, {blocks}",
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            four_products!(),
-            "tilestored [{out} + {width}*1], tmm0",
-            "tilestored [{out} + {width}*1 + 64], tmm1",
-            "tilestored [{out} + {width}*1 + 128], tmm2",
-            "tilestored [{out} + {width}*1 + 192], tmm3",
-            "add {out}, {out_step}",
-            "dec {runs}",
-            "jnz 3b",
-            block = out(reg) _,
-            blocks = in(reg) blocks,
-            width = in(reg) PANEL * 4,
-            x = inout(reg) x => _,
-            x_stride = in(reg) x_stride,
-            x_step = in(reg) 4 * pairs,
-            w = inout(reg) w => _,
-            w_step = in(reg) pairs * PANEL * 4,
-            out = inout(reg) out => _,
-            out_step = const ROWS * PANEL * 4,
-            runs = inout(reg) runs => _,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _,
-            options(nostack),
-        );
-    }
+    unsafe { sums!(x, w, extent, out, (0, 5), (1, 6), (2, 5), (3, 6)) };
 }
 
 /// Two columns of tiles, whose sums do not wait for each other.
-unsafe fn two_sums(
-    (x, x_stride): (*const bf16, usize),
-    (w, w_stride): (*const u32, usize),
-    (runs, blocks, pairs): (usize, usize, usize),
-    out: *mut f32,
-) {
+unsafe fn two_sums(x: Rows, w: Columns, extent: Extent, out: *mut f32) {
     // SAFETY: as in `four`.
-    unsafe {
-        asm!(
-            "3:",
-            "mov {block}, {blocks}",
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "2:",
-            "tileloadd tmm4, [{x} + {x_stride}*1]",
-            "tileloadd tmm5, [{w} + {w_stride}*1]",
-            "tdpbf16ps tmm0, tmm4, tmm5",
-            "tileloadd tmm6, [{w} + {w_stride}*1 + 64]",
-            "tdpbf16ps tmm1, tmm4, tmm6",
-            "add {x}, {x_step}",
-            "add {w}, {w_step}",
-            "dec {block}",
-            "jnz 2b",
-            "tilestored [{out} + {out_stride}*1], tmm0",
-            "tilestored [{out} + {out_stride}*1 + 64], tmm1",
-            "add {out}, {out_step}",
-            "dec {runs}",
-            "jnz 3b",
-            block = out(reg) _,
-            blocks = in(reg) blocks,
-            x = inout(reg) x => _,
-            x_stride = in(reg) x_stride,
-            x_step = in(reg) 4 * pairs,
-            w = inout(reg) w => _,
-            w_stride = in(reg) w_stride,
-            w_step = in(reg) w_stride * pairs,
-            out = inout(reg) out => _,
-            out_stride = in(reg) PANEL * 4,
-            out_step = const ROWS * PANEL * 4,
-            runs = inout(reg) runs => _,
-            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm5") _, out("tmm6") _,
-            options(nostack),
-        );
-    }
+    unsafe { sums!(x, w, extent, out, (0, 5), (1, 6)) };
 }
 
-unsafe fn one_sum(
-    (x, x_stride): (*const bf16, usize),
-    (w, w_stride): (*const u32, usize),
-    (runs, blocks, pairs): (usize, usize, usize),
-    out: *mut f32,
-) {
+unsafe fn one_sum(x: Rows, w: Columns, extent: Extent, out: *mut f32) {
     // SAFETY: as in `four`.
-    unsafe {
-        asm!(
-            "3:",
-            "mov {block}, {blocks}",
-            "tilezero tmm0",
-            one_product!(),
-            "tilestored [{out} + {out_stride}*1], tmm0",
-            "add {out}, {out_step}",
-            "dec {runs}",
-            "jnz 3b",
-            block = out(reg) _,
-            blocks = in(reg) blocks,
-            x = inout(reg) x => _,
-            x_stride = in(reg) x_stride,
-            x_step = in(reg) 4 * pairs,
-            w = inout(reg) w => _,
-            w_stride = in(reg) w_stride,
-            w_step = in(reg) w_stride * pairs,
-            out = inout(reg) out => _,
-            out_stride = in(reg) PANEL * 4,
-            out_step = const ROWS * PANEL * 4,
-            runs = inout(reg) runs => _,
-            out("tmm0") _, out("tmm4") _, out("tmm5") _,
-            options(nostack),
-        );
-    }
+    unsafe { sums!(x, w, extent, out, (0, 5)) };
 }
 
 /// All outputs of a panel: four tiles of accumulators at once where it is full, else one by one.
@@ -452,18 +365,18 @@ unsafe fn four(x: *const bf16, x_stride: usize, w: *const u32, blocks: usize, ac
     // SAFETY: tiles are configured for what is loaded, and named as clobbers.
     unsafe {
         asm!(
-            "tileloadd tmm0, [{acc} + {width}*1]",
-            "tileloadd tmm1, [{acc} + {width}*1 + 64]",
-            "tileloadd tmm2, [{acc} + {width}*1 + 128]",
-            "tileloadd tmm3, [{acc} + {width}*1 + 192]",
-            four_products!(),
-            "tilestored [{acc} + {width}*1], tmm0",
-            "tilestored [{acc} + {width}*1 + 64], tmm1",
-            "tilestored [{acc} + {width}*1 + 128], tmm2",
-            "tilestored [{acc} + {width}*1 + 192], tmm3",
+            "tileloadd tmm0, [{acc} + {w_stride}*1]",
+            "tileloadd tmm1, [{acc} + {w_stride}*1 + 64]",
+            "tileloadd tmm2, [{acc} + {w_stride}*1 + 128]",
+            "tileloadd tmm3, [{acc} + {w_stride}*1 + 192]",
+            products!((0, 5), (1, 6), (2, 5), (3, 6)),
+            "tilestored [{acc} + {w_stride}*1], tmm0",
+            "tilestored [{acc} + {w_stride}*1 + 64], tmm1",
+            "tilestored [{acc} + {w_stride}*1 + 128], tmm2",
+            "tilestored [{acc} + {w_stride}*1 + 192], tmm3",
             acc = in(reg) acc,
             // A full panel's pair-rows are as wide as a row of accumulators.
-            width = in(reg) PANEL * 4,
+            w_stride = in(reg) PANEL * 4,
             x = inout(reg) x => _,
             x_stride = in(reg) x_stride,
             x_step = const 2 * BLOCK,
@@ -482,7 +395,7 @@ unsafe fn one(x: *const bf16, x_stride: usize, w: *const u32, w_stride: usize, b
     unsafe {
         asm!(
             "tileloadd tmm0, [{acc} + {acc_stride}*1]",
-            one_product!(),
+            products!((0, 5)),
             "tilestored [{acc} + {acc_stride}*1], tmm0",
             acc = in(reg) acc,
             acc_stride = in(reg) PANEL * 4,
