@@ -129,16 +129,20 @@ impl Options {
         Ok(Layout { workers, share })
     }
 
+    /// The key that opens the API, if it asks for one that is not in a file.
+    pub fn key(&self) -> Option<String> {
+        self.api_key.clone().or_else(|| std::env::var("CONCLAVE_API_KEY").ok())
+    }
+
     pub fn config(&self, model: PathBuf, workers: usize, token: String) -> Config {
         let defaults: Config = toml::from_str("model = \"\"").expect("every other key has a default");
-        let api_keys = self.api_key.clone().or_else(|| std::env::var("CONCLAVE_API_KEY").ok());
         Config {
             model,
             served_model_name: self.served_model_name.clone(),
             chat_template: self.chat_template.clone(),
             listen: self.listen.to_string(),
             token,
-            api_keys: api_keys.into_iter().collect(),
+            api_keys: self.key().into_iter().collect(),
             api_keys_file: self.api_keys_file.clone(),
             workers,
             // A worker that dies is started again at once; should that fail, serve on with those that are left.

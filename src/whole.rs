@@ -18,6 +18,12 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     written.with_context(|| format!("{} can't be written", path.display()))
 }
 
+/// The same for anything as JSON to be read.
+pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).context("no JSON can say it")? + "\n";
+    write(path, text.as_bytes())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

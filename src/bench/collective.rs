@@ -87,8 +87,7 @@ pub fn collective(args: &Args) -> Result<()> {
         }
     }
     if let Some(path) = &args.json {
-        let text = serde_json::to_string_pretty(&rows).context("the rows as JSON")? + "\n";
-        crate::whole::write(path, text.as_bytes())?;
+        crate::whole::write_json(path, &rows)?;
     }
     Ok(())
 }
@@ -147,4 +146,30 @@ fn measure<C: Collective + 'static>(
     times.sort_by(f64::total_cmp);
     let (p50_us, p99_us) = (times[times.len() / 2], times[times.len() * 99 / 100]);
     Ok(Row { by, operation, bytes, p50_us, p99_us })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_operation_is_timed_by_memory_and_by_sockets() {
+        for operation in [("sum", sum as Operation), ("gather", gather), ("ping-pong", ping_pong)] {
+            // Large enough for few turns.
+            let bytes = 8 << 20;
+            for row in [
+                measure("memory", operation, bytes, local::members(2).unwrap()).unwrap(),
+                measure("tcp", operation, bytes, tcp::loopback(2, None).unwrap()).unwrap(),
+            ] {
+                assert!(row.p50_us > 0.0 && row.p50_us <= row.p99_us, "{row:?}");
+                assert!(row.line().contains(operation.0), "{}", row.line());
+            }
+        }
+    }
+
+    #[test]
+    fn sums_are_of_a_power_of_two() {
+        let error = collective(&Args { ranks: 6, tls: None, json: None }).unwrap_err();
+        assert_eq!(error.to_string(), "--ranks 6 is no power of two");
+    }
 }

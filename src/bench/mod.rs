@@ -31,10 +31,11 @@ enum What {
 
 /// Runs the chosen benchmark to its end. Fails when no request succeeded.
 pub fn run(args: Args) -> Result<()> {
-    let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = runtime.context("the runtime does not start")?;
     match args.what {
-        What::Serve(args) => runtime().context("the runtime does not start")?.block_on(serve::serve(args)),
-        What::Offline(args) => runtime().context("the runtime does not start")?.block_on(offline::offline(*args)),
+        What::Serve(args) => runtime.block_on(serve::serve(args)),
+        What::Offline(args) => runtime.block_on(offline::offline(*args)),
         What::Collective(args) => collective::collective(&args),
     }
 }

@@ -31,7 +31,7 @@ pub async fn offline(args: Args) -> Result<()> {
     if load.rate.is_none() {
         load.concurrency.get_or_insert(load.requests.min(CONCURRENCY_MAX));
     }
-    let api_key = options.api_key.clone();
+    let api_key = options.key();
     crate::serve::serve(model.path, options, |serving| async move {
         serving.announce();
         let url = format!("http://{}", serving.address);

@@ -96,12 +96,9 @@ fn positive(text: &str) -> Result<f64, String> {
 
 /// Runs the load to its end and prints the report. Fails when no request succeeded.
 pub async fn serve(args: Args) -> Result<()> {
-    let load = &args.load;
     let report = measure(&args).await?;
-    if let Some(path) = &load.json {
-        let mut text = serde_json::to_string_pretty(&report).context("the report as JSON")?;
-        text.push('\n');
-        crate::whole::write(path, text.as_bytes())?;
+    if let Some(path) = &args.load.json {
+        crate::whole::write_json(path, &report)?;
     }
     print!("{}", report.table());
     if report.succeeded == 0 {

@@ -286,6 +286,7 @@ fn a_load_without_a_server_brings_its_own_and_leaves_none() -> Result<()> {
         .arg(demo())
         .args(["--tp", "2", "--requests", "12", "--input-len", "40", "--output-len", "9", "--json"])
         .arg(&report)
+        .env("CONCLAVE_API_KEY", "secret")
         .output()?;
     ensure!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
     let told: Value = serde_json::from_slice(&std::fs::read(&report)?)?;
