@@ -244,14 +244,19 @@ fn drafted(
     (drawn, steps)
 }
 
-#[test]
-fn drafts_change_no_token_and_no_score() {
-    const LONG: usize = 24;
+/// Ways of drawing that need whole rows, those before them, or neither.
+fn samplings() -> [Sampling; 5] {
     let penalised = Sampling { presence_penalty: 0.7, frequency_penalty: 0.3, repetition_penalty: 1.2, ..warm(6) };
     let scored = Sampling { logprobs: Some(3), ..penalised.clone() };
     // Its first tokens need whole rows, the others none.
     let suppressed = Sampling { suppress: vec![3, 5], suppress_until: 9, ..Sampling::GREEDY };
-    for sampling in [Sampling::GREEDY, warm(6), penalised, scored, suppressed] {
+    [Sampling::GREEDY, warm(6), penalised, scored, suppressed]
+}
+
+#[test]
+fn drafts_change_no_token_and_no_score() {
+    const LONG: usize = 24;
+    for sampling in samplings() {
         let (expected, steps) = drafted(Mesh::ONE, sampling.clone(), LONG, |_| vec![]);
         assert_eq!(steps, LONG);
         // Guesses are right but for every fifth token of the answer.
@@ -289,10 +294,7 @@ fn fed(mesh: Mesh, sampling: Sampling, answer: usize) -> Vec<(u32, Option<Score>
 
 #[test]
 fn a_step_that_feeds_itself_changes_no_token_and_no_score() {
-    let penalised = Sampling { presence_penalty: 0.7, frequency_penalty: 0.3, repetition_penalty: 1.2, ..warm(6) };
-    let scored = Sampling { logprobs: Some(3), ..penalised.clone() };
-    let suppressed = Sampling { suppress: vec![3, 5], suppress_until: 9, ..Sampling::GREEDY };
-    for sampling in [Sampling::GREEDY, warm(6), penalised, scored, suppressed] {
+    for sampling in samplings() {
         let (expected, _) = drafted(Mesh::ONE, sampling.clone(), 24, |_| vec![]);
         for tensor in [1, 2, 4] {
             assert_eq!(fed(Mesh::new(1, 1, tensor, 1).unwrap(), sampling.clone(), 24), expected, "tp{tensor}");

@@ -32,9 +32,9 @@ pub const TOKEN_BYTES: usize = 16;
 pub const TOKENIZE_BYTES_MAX: usize = 1 << 20;
 /// Prompts in one completions request.
 pub const PROMPTS_MAX: usize = 256;
-/// Answers in one request, over all prompts.
 /// Lower goes first.
 pub const PRIORITIES: RangeInclusive<i64> = -1_000_000..=1_000_000;
+/// Answers in one request, over all prompts.
 pub const CHOICES_MAX: usize = 256;
 /// Messages of one chat.
 pub const MESSAGES_MAX: usize = 4096;

@@ -270,10 +270,9 @@ impl Scheduler {
     /// As much of a prompt as the step has room for.
     fn prefill(&mut self, lane: usize, slot: Slot, pack: &mut Pack) {
         let sequence = self.roster.get_mut(slot);
-        let left = sequence.tokens.len() - sequence.place().scheduled;
-        let count = left.min(pack.tokens_max - pack.tokens);
-        self.load.tokens_prefilled += count as u64;
         let scheduled = sequence.place().scheduled;
+        let count = (sequence.tokens.len() - scheduled).min(pack.tokens_max - pack.tokens);
+        self.load.tokens_prefilled += count as u64;
         let computed = sequence.charge(scheduled, scheduled + count);
         self.queue.charge(sequence.turn.tenant, computed, 0);
         self.lanes[lane].fly(sequence, slot, count, Vec::new(), pack);

@@ -70,7 +70,7 @@ impl Queue {
         line.jobs -= 1;
         line.jobs_waiting -= usize::from(!began);
         if line.jobs == 0 {
-            let least = self.tenants.values().filter(|line| line.jobs > 0).map(|line| line.served).min();
+            let least = self.least(|line| line.jobs > 0);
             self.tenants.retain(|_, line| line.jobs > 0 || least.is_some_and(|least| line.served > least));
             if self.tenants.is_empty() {
                 self.floor = 0;
@@ -99,9 +99,7 @@ impl Queue {
             self.begun.insert(age, slot);
             return;
         }
-        let waits = |line: &&Line| !line.waiting.is_empty();
-        let least = self.tenants.values().filter(waits).map(|line| line.served).min();
-        let least = least.unwrap_or(self.floor);
+        let least = self.least(|line| !line.waiting.is_empty()).unwrap_or(self.floor);
         let line = self.line(turn.tenant);
         if line.waiting.is_empty() {
             line.served = line.served.max(least);
@@ -160,6 +158,11 @@ impl Queue {
     /// Tenants that have jobs.
     pub fn tenants(&self) -> usize {
         self.tenants.values().filter(|line| line.jobs > 0).count()
+    }
+
+    /// The least counter of some tenants.
+    fn least(&self, among: impl Fn(&Line) -> bool) -> Option<u64> {
+        self.tenants.values().filter(|line| among(line)).map(|line| line.served).min()
     }
 
     fn line(&mut self, tenant: u64) -> &mut Line {

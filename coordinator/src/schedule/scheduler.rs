@@ -269,8 +269,8 @@ impl Scheduler {
             running,
             waiting: self.roster.len() - running,
             steps_in_flight: self.flights.len(),
-            blocks_used: self.lanes.iter().map(|lane| lane.pool.used()).sum(),
             tenants: self.queue.tenants(),
+            blocks_used: self.lanes.iter().map(|lane| lane.pool.used()).sum(),
             blocks_total: self.lanes.iter().map(|lane| lane.pool.total()).sum(),
             ..self.load
         }

@@ -111,8 +111,12 @@ impl CpuBackend {
         });
     }
 
+    fn layout_of(&self, shape: &GroupedShape) -> grouped::Layout {
+        grouped::Layout::new(shape.kv_heads, shape.head_dim, self.dtype, self.family)
+    }
+
     fn grouped_layout(&self, shape: &GroupedShape, meta: &Meta, cache: &Cache) -> Result<(), Fault> {
-        let layout = grouped::Layout::new(shape.kv_heads, shape.head_dim, self.dtype, self.family);
+        let layout = self.layout_of(shape);
         ensure(cache.place == Place::Grouped(layout), || format!("{:?} can't serve {layout:?}", cache.place))?;
         ensure(shape.kv_heads > 0 && shape.heads.is_multiple_of(shape.kv_heads), || {
             format!("{} heads share {} key/value heads", shape.heads, shape.kv_heads)
@@ -323,8 +327,8 @@ impl Backend for CpuBackend {
     ) -> Result<(), Fault> {
         let cols = out.cols;
         let meta = &Meta::NONE;
-        let (dtype, family) = (self.dtype, self.family);
-        let step = grouped::Step { pool: &self.pool, level: self.level, dtype, family, shape, meta };
+        let layout = self.layout_of(shape);
+        let step = grouped::Step { pool: &self.pool, level: self.level, layout, shape, meta };
         ensure(qkv.cols == step.width(), || format!("rows of {} for {}", qkv.cols, step.width()))?;
         let (first, keys) = columns;
         ensure(first + shape.heads <= cols && keys.is_none_or(|keys| keys + shape.kv_heads <= cols), || {
@@ -345,8 +349,8 @@ impl Backend for CpuBackend {
         cache: &mut Cache,
     ) -> Result<(), Fault> {
         self.grouped_layout(shape, meta, cache)?;
-        let (dtype, family) = (self.dtype, self.family);
-        let step = grouped::Step { pool: &self.pool, level: self.level, dtype, family, shape, meta };
+        let layout = self.layout_of(shape);
+        let step = grouped::Step { pool: &self.pool, level: self.level, layout, shape, meta };
         ensure(qkv.cols == step.width(), || format!("rows of {} for {}", qkv.cols, step.width()))?;
         ensure(rope.is_some() == shape.rope.is_some(), || "a rotation and its table come together".into())?;
         if let Some(table) = rope {
@@ -369,8 +373,8 @@ impl Backend for CpuBackend {
         out: &mut Buffer,
     ) -> Result<(), Fault> {
         self.grouped_layout(shape, meta, cache)?;
-        let (dtype, family) = (self.dtype, self.family);
-        let step = grouped::Step { pool: &self.pool, level: self.level, dtype, family, shape, meta };
+        let layout = self.layout_of(shape);
+        let step = grouped::Step { pool: &self.pool, level: self.level, layout, shape, meta };
         ensure(qkv.cols == step.width() && out.cols == shape.heads * shape.head_dim, || {
             format!("rows of {} to {} for {} heads of {}", qkv.cols, out.cols, shape.heads, shape.head_dim)
         })?;

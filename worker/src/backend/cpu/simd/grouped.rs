@@ -297,17 +297,12 @@ pub(super) unsafe fn weigh<L: Lanes>(
 pub struct Step<'a> {
     pub pool: &'a Pool,
     pub level: Level,
-    pub dtype: Dtype,
-    pub family: KernelFamily,
+    pub layout: Layout,
     pub shape: &'a GroupedShape,
     pub meta: &'a Meta,
 }
 
 impl Step<'_> {
-    pub(super) fn layout(&self) -> Layout {
-        Layout::new(self.shape.kv_heads, self.shape.head_dim, self.dtype, self.family)
-    }
-
     /// Columns of `[q | k | v]`.
     pub fn width(&self) -> usize {
         (self.shape.heads + 2 * self.shape.kv_heads) * self.shape.head_dim
@@ -323,7 +318,7 @@ impl Step<'_> {
         out: &mut [T],
     ) {
         let (shape, meta) = (self.shape, self.meta);
-        let (group, most) = (shape.heads / shape.kv_heads, self.layout().queries());
+        let (group, most) = (shape.heads / shape.kv_heads, self.layout.queries());
         let (heads_each, rows_each) = (group.min(most), (most / group).max(1));
         let head_tiles = group.div_ceil(heads_each);
         tiles.clear();
@@ -386,7 +381,7 @@ impl Step<'_> {
             }
         }
         let attend = Attend {
-            layout: self.layout(),
+            layout: self.layout,
             cache,
             blocks: &sequence.blocks,
             kv_head,

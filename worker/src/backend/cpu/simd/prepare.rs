@@ -85,7 +85,7 @@ impl Step<'_> {
             self.ready(keys, of_keys, turn);
             for (head, (key, value)) in keys.chunks_exact(dim).zip(values.chunks_exact(dim)).enumerate() {
                 let (block, slot) = (at.block, at.slot);
-                self.level.run(Write { layout: self.layout(), cache: &cache, block, slot, head, key, value });
+                self.level.run(Write { layout: self.layout, cache: &cache, block, slot, head, key, value });
             }
         });
     }
