@@ -51,7 +51,8 @@ pub struct Options {
     /// Longest sequence in tokens, prompt and answer together
     #[arg(long)]
     pub max_model_len: Option<usize>,
-    /// Tokens that a step may guess and check, by what followed a sequence's last tokens before (prompt lookup)
+    /// Tokens of a sequence that a step may guess and check: by the model's prediction heads where it has any, else by what
+    /// followed its last tokens before (prompt lookup)
     #[arg(long, default_value_t = 0)]
     pub num_speculative_tokens: usize,
     /// Wait for each step's answer before the next is issued

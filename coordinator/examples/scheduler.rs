@@ -85,7 +85,7 @@ fn answer(batch: &StepBatch) -> StepResult {
     let lanes = batch.lanes.iter().map(|lane| {
         let sampled = lane.chunks.iter().filter(|chunk| chunk.sample);
         let samples = sampled.map(|chunk| Sample { seq: chunk.seq, token: chunk.start + 1, score: None });
-        LaneResult { samples: samples.collect(), prompt_scores: Vec::new() }
+        LaneResult { samples: samples.collect(), ..LaneResult::default() }
     });
     StepResult { lanes: lanes.collect() }
 }

@@ -85,8 +85,8 @@ pub struct Config {
     /// Sequences in a lane's part of a step.
     #[serde(default = "step_sequences")]
     pub max_num_seqs: usize,
-    /// Tokens of a sequence that a step may guess, from what followed its last tokens before, and check at once. Answers stay
-    /// the same; those that repeat come faster.
+    /// Tokens of a sequence that a step may guess and check at once: the model's predictors guess where it has any (they are
+    /// loaded for it), else what followed its last tokens before is the guess. Answers stay the same and come faster.
     #[serde(default)]
     pub num_speculative_tokens: usize,
     /// Issue a step before the one before it was answered; not with guesses, nor with pipeline stages, which keep several in

@@ -27,6 +27,7 @@ use crate::source::{Source, SourceError};
 use crate::text::{Text, TextError};
 use model::plan::{Epoch, Plan};
 use model::proof::{Digest, SegmentId};
+use model::spec::ModelSpec;
 use proto::address::bracketed;
 use proto::cluster::v1::cluster_server::ClusterServer;
 use proto::cluster::v1::peer_server::PeerServer;
@@ -139,7 +140,7 @@ pub fn random_bytes<const N: usize>() -> [u8; N] {
 /// model that was read for it.
 pub fn rehearse(config: &Config, members: &[Offer]) -> Result<Source, StartError> {
     let source = Source::open(&config.model)?;
-    plan::plan(&source.spec, &source.storage, members, &policy(config), None)?;
+    plan::plan(&source.spec, &source.storage, members, &policy(config, &source.spec), None)?;
     Ok(source)
 }
 
@@ -153,7 +154,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
         None => Keys::new(configured),
     };
     let list = source.list_of_digests()?;
-    let maker = PlanMaker { source: source.clone(), policy: policy(&config) };
+    let maker = PlanMaker { source: source.clone(), policy: policy(&config, &source.spec) };
     let store = Arc::new(AnyStore::open(&config.store).map_err(StartError::Store)?);
     let no_node_plane = |source| StartError::Io { what: "the node plane", source };
     let address = match &config.node_advertise {
@@ -266,8 +267,10 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
     Ok(Coordinator { view, stop, close, wish, campaign: elects, engine_ended, api })
 }
 
-fn policy(config: &Config) -> Policy {
+fn policy(config: &Config, spec: &ModelSpec) -> Policy {
     Policy {
+        // Without guesses to make they would only take memory.
+        predictors: if config.num_speculative_tokens > 0 { spec.predictors.len() } else { 0 },
         tensor: config.tensor_parallel_size,
         data: config.data_parallel_size,
         pipeline: config.pipeline_parallel_size,
@@ -278,7 +281,6 @@ fn policy(config: &Config) -> Policy {
         cache_bytes_modest: config.kv_cache_modest_bytes,
         step_tokens_max: config.max_num_batched_tokens,
         step_sequences_max: config.max_num_seqs,
-        ..Policy::default()
     }
 }
 

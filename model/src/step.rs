@@ -29,6 +29,8 @@ pub struct LaneBatch {
     pub chunks: Vec<Chunk>,
     /// Sequences whose state may be dropped after earlier steps.
     pub ended: Vec<SeqId>,
+    /// So many tokens to guess behind each that is drawn, by the plan's predictors: the same number in all lanes of a step.
+    pub guesses: u32,
 }
 
 /// A sequence's fixed facts.
@@ -141,6 +143,15 @@ pub struct StepResult {
 pub struct LaneResult {
     pub samples: Vec<Sample>,
     pub prompt_scores: Vec<PromptScores>,
+    /// Where guesses were asked for: at most one entry a chunk that was sampled.
+    pub guesses: Vec<Guesses>,
+}
+
+/// What is likely to be drawn behind a sequence's last token: drafts for its next chunk.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Guesses {
+    pub seq: SeqId,
+    pub tokens: Vec<u32>,
 }
 
 /// How many of a chunk's drafts its samples have as guessed. One more of the samples counts: the draw behind the last of those.

@@ -1,7 +1,9 @@
 //! Steps and their answers on the wire.
 
 use crate::cluster::v1 as wire;
-use model::step::{Begin, BlockId, Chunk, LaneBatch, LaneResult, PromptScores, Sample, Sampling, Score, SeqId};
+use model::step::{
+    Begin, BlockId, Chunk, Guesses, LaneBatch, LaneResult, PromptScores, Sample, Sampling, Score, SeqId,
+};
 
 pub fn lane_to_wire(lane: usize, batch: &LaneBatch) -> wire::Lane {
     wire::Lane {
@@ -9,6 +11,7 @@ pub fn lane_to_wire(lane: usize, batch: &LaneBatch) -> wire::Lane {
         begun: batch.begun.iter().map(begin_to_wire).collect(),
         chunks: batch.chunks.iter().map(chunk_to_wire).collect(),
         ended: batch.ended.iter().map(|s| s.0).collect(),
+        guesses: batch.guesses,
     }
 }
 
@@ -17,6 +20,7 @@ pub fn lane_from_wire(lane: wire::Lane) -> (usize, LaneBatch) {
         begun: lane.begun.into_iter().map(begin_from_wire).collect(),
         chunks: lane.chunks.into_iter().map(chunk_from_wire).collect(),
         ended: lane.ended.into_iter().map(SeqId).collect(),
+        guesses: lane.guesses,
     };
     (lane.lane as usize, batch)
 }
@@ -34,6 +38,7 @@ pub fn result_to_wire(lane: usize, result: LaneResult) -> wire::LaneAnswer {
                 scores: p.scores.into_iter().map(score_to_wire).collect(),
             })
             .collect(),
+        guesses: result.guesses.into_iter().map(|g| wire::Guesses { seq: g.seq.0, tokens: g.tokens }).collect(),
     }
 }
 
@@ -49,6 +54,7 @@ pub fn result_from_wire(answer: wire::LaneAnswer) -> (usize, LaneResult) {
                 scores: p.scores.into_iter().map(score_from_wire).collect(),
             })
             .collect(),
+        guesses: answer.guesses.into_iter().map(|g| Guesses { seq: SeqId(g.seq), tokens: g.tokens }).collect(),
     };
     (answer.lane as usize, result)
 }
@@ -187,7 +193,7 @@ mod tests {
             sampling in sampling(),
             tokens in prop::collection::vec(any::<u32>(), 0..9),
             blocks in prop::collection::vec(any::<u32>(), 0..9),
-            (sample, drafts) in any::<(bool, u32)>(),
+            (sample, drafts, guesses) in any::<(bool, u32, u32)>(),
         ) {
             let batch = LaneBatch {
                 begun: vec![Begin { seq: SeqId(seq), sampling, prompt_len: 3, history: tokens.clone() }],
@@ -195,6 +201,7 @@ mod tests {
                     seq: SeqId(seq), start: 5, tokens, blocks: blocks.into_iter().map(BlockId).collect(), sample, drafts,
                 }],
                 ended: vec![SeqId(seq ^ 1)],
+                guesses,
             };
             prop_assert_eq!(lane_from_wire(lane_to_wire(lane, &batch)), (lane, batch));
         }
@@ -206,6 +213,7 @@ mod tests {
         ) {
             let result = LaneResult {
                 samples: vec![Sample { seq: SeqId(seq), token, score: one }],
+                guesses: vec![Guesses { seq: SeqId(seq), tokens: vec![token; many.len()] }],
                 prompt_scores: vec![PromptScores { seq: SeqId(seq), start: 1, scores: many }],
             };
             prop_assert_eq!(result_from_wire(result_to_wire(lane, result.clone())), (lane, result));

@@ -65,6 +65,22 @@ fn every_family_answers_as_its_reference_through_http() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_model_that_guesses_ahead_answers_as_without() -> Result<()> {
+    let meshes: [&[&str]; 3] =
+        [&[], &["--tp", "2", "--pp", "2", "--ep", "2"], &["--tp", "2", "--dp", "2", "--ep", "4"]];
+    for mesh in meshes {
+        let flags = [&["--num-speculative-tokens", "3"], mesh].concat();
+        answers_equal_the_golden("deepseek_v3", &flags).with_context(|| format!("{flags:?}"))?;
+    }
+    let served = Served::start(PROGRAM, &golden("deepseek_v3"), &["--num-speculative-tokens", "3"])?;
+    // Nothing in it was there before: only predictors can guess.
+    let body = json!({"model": "deepseek_v3", "prompt": [9, 8, 7, 6, 5], "max_tokens": 20, "ignore_eos": true});
+    served.ask("/v1/completions", &body)?;
+    // Metrics are counted now and then.
+    until("drafts are counted", || served.metric("conclave_draft_tokens_total", "").is_ok_and(|drafts| drafts > 10.0))
+}
+
 fn story(stream: bool) -> Value {
     json!({
         "model": "model", "messages": [{"role": "user", "content": "Tell me a story about a fox."}],

@@ -18,6 +18,10 @@ pub struct Outcome {
     pub tokens: Vec<u32>,
     /// Bits of each predictor's logits, by predictor and position.
     pub predicted: BTreeMap<(usize, usize), Vec<u32>>,
+    /// What was guessed behind so many tokens of the answer.
+    pub guesses: Vec<(usize, Vec<u32>)>,
+    /// Drafts that were drawn again.
+    pub checked: usize,
 }
 
 /// A request on its way.
@@ -35,6 +39,9 @@ pub struct Request {
     pub block: u32,
     /// Where it begins: behind a prefix that is cached already, where not 0.
     pub start: usize,
+    /// Guesses that each step asks for; the next one has them for drafts, every second replaced by what `known` has there.
+    pub guesses: usize,
+    pub known: Vec<u32>,
 }
 
 impl Request {
@@ -49,6 +56,8 @@ impl Request {
             answer: ANSWER,
             block: 8 * seq as u32,
             start: 0,
+            guesses: 0,
+            known: vec![],
         }
     }
 }
@@ -68,52 +77,73 @@ pub fn run(ring: &mut Ring, lanes: usize, requests: &[Request], chunk: usize) ->
     let mut outcomes: Vec<Outcome> =
         requests.iter().map(|r| Outcome { tokens: r.drawn.clone(), ..Outcome::default() }).collect();
     let mut positions: Vec<usize> = requests.iter().map(|r| r.start).collect();
-    let mut begun = vec![false; requests.len()];
+    let mut guesses: Vec<Vec<u32>> = vec![vec![]; requests.len()];
+    let (mut begun, mut blocks) = (vec![false; requests.len()], vec![0; requests.len()]);
     let of = |seq: SeqId| requests.iter().position(|r| r.seq == seq.0).context("an answer for nobody");
     loop {
-        let mut batch = StepBatch { lanes: vec![LaneBatch::default(); lanes] };
+        let most = requests.iter().map(|r| r.guesses).max().unwrap_or(0);
+        let mut batch = StepBatch { lanes: vec![LaneBatch { guesses: most as u32, ..LaneBatch::default() }; lanes] };
         for (i, r) in requests.iter().enumerate() {
             let all: Vec<u32> = r.prompt.iter().chain(&outcomes[i].tokens).copied().collect();
             if outcomes[i].tokens.len() == r.answer {
                 continue;
             }
-            let (start, end) = (positions[i], all.len().min(positions[i].saturating_add(chunk)));
+            let (start, tokens_end) = (positions[i], all.len().min(positions[i].saturating_add(chunk)));
+            let drafts = if tokens_end == all.len() { std::mem::take(&mut guesses[i]) } else { vec![] };
+            let end = tokens_end + drafts.len();
             let lane = &mut batch.lanes[r.lane];
             if !begun[i] {
                 let (prompt_len, history) = (r.prompt.len() as u32, all[..start].to_vec());
                 lane.begun.push(Begin { seq: SeqId(r.seq), sampling: r.sampling.clone(), prompt_len, history });
             }
-            let had = if begun[i] { start.div_ceil(BLOCK_TOKENS) } else { 0 };
+            let had = if begun[i] { blocks[i] } else { 0 };
+            blocks[i] = end.div_ceil(BLOCK_TOKENS).max(had);
             lane.chunks.push(Chunk {
                 seq: SeqId(r.seq),
                 start: start as u32,
-                tokens: all[start..end].to_vec(),
-                blocks: (had..end.div_ceil(BLOCK_TOKENS)).map(|b| BlockId(r.block + b as u32)).collect(),
-                sample: end == all.len(),
-                drafts: 0,
+                tokens: [&all[start..tokens_end], &drafts].concat(),
+                blocks: (had..blocks[i]).map(|b| BlockId(r.block + b as u32)).collect(),
+                sample: tokens_end == all.len(),
+                drafts: drafts.len() as u32,
             });
             begun[i] = true;
-            positions[i] = end;
+            positions[i] = tokens_end;
         }
         if batch.lanes.iter().all(|l| l.chunks.is_empty()) {
             break;
         }
         let answers = ring.step(&batch)?;
-        for sample in answers.iter().flat_map(|a| &a.samples) {
-            outcomes[of(sample.seq)?].tokens.push(sample.token);
+        for own in answers.iter().flat_map(|a| a.samples.chunk_by(|a, b| a.seq == b.seq)) {
+            let i = of(own[0].seq)?;
+            outcomes[i].tokens.extend(own.iter().map(|sample| sample.token));
+            outcomes[i].checked += own.len() - 1;
+            // Behind the drafts that were drawn again.
+            positions[i] += own.len() - 1;
+        }
+        for own in answers.into_iter().flat_map(|a| a.guesses) {
+            let (i, r) = (of(own.seq)?, &requests[of(own.seq)?]);
+            ensure!(own.tokens.len() <= most, "{} guesses of {most}", own.tokens.len());
+            let drawn = outcomes[i].tokens.len();
+            outcomes[i].guesses.push((drawn, own.tokens.clone()));
+            let known = |at: usize| r.known.get(at).filter(|_| at.is_multiple_of(2));
+            let drafts = (drawn..).zip(own.tokens).map(|(at, guess)| *known(at).unwrap_or(&guess));
+            guesses[i] = drafts.take((r.answer - drawn).saturating_sub(1)).collect();
         }
     }
     for trace in ring.trace(false)? {
         // Every tensor rank gathered the same rows.
-        let bits = |row: &[f32]| -> Vec<u32> { row.iter().map(|v| v.to_bits()).collect() };
-        for (seq, position, row) in trace.logits {
-            let first = outcomes[of(seq)?].logits.entry(position).or_insert_with(|| bits(&row));
-            ensure!(*first == bits(&row), "ranks disagree about position {position}");
+        for ((seq, position), row) in latest(trace.logits) {
+            let i = of(seq)?;
+            // Behind the answer are drafts that were not drawn again.
+            if position + 1 < requests[i].prompt.len() + outcomes[i].tokens.len() {
+                let first = outcomes[i].logits.entry(position).or_insert_with(|| row.clone());
+                ensure!(*first == row, "ranks disagree about position {position}");
+            }
         }
         for (predictor, rows) in trace.predicted.into_iter().enumerate() {
-            for (seq, position, row) in rows {
-                let first = outcomes[of(seq)?].predicted.entry((predictor, position)).or_insert_with(|| bits(&row));
-                ensure!(*first == bits(&row), "ranks disagree about predictor {predictor} at position {position}");
+            for ((seq, position), row) in latest(rows) {
+                let first = outcomes[of(seq)?].predicted.entry((predictor, position)).or_insert_with(|| row.clone());
+                ensure!(*first == row, "ranks disagree about predictor {predictor} at position {position}");
             }
         }
     }
@@ -121,6 +151,11 @@ pub fn run(ring: &mut Ring, lanes: usize, requests: &[Request], chunk: usize) ->
     requests.iter().for_each(|r| batch.lanes[r.lane].ended.push(SeqId(r.seq)));
     ring.step(&batch)?;
     Ok(outcomes)
+}
+
+/// The bits of each row, as it was computed last: a draft that was not drawn again is computed over.
+fn latest(rows: Vec<(SeqId, usize, Vec<f32>)>) -> BTreeMap<(SeqId, usize), Vec<u32>> {
+    rows.into_iter().map(|(seq, at, row)| ((seq, at), row.iter().map(|v| v.to_bits()).collect())).collect()
 }
 
 /// What a request sees alone, its prompt at once.

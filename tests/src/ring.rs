@@ -51,7 +51,7 @@ pub struct Setting {
     /// Threads of each rank.
     pub threads: usize,
     pub limits: Limits,
-    /// Loaded, and run while the ring is traced.
+    /// Loaded, and run in every step.
     pub predictors: usize,
 }
 

@@ -331,7 +331,7 @@ fn logits_of(mut ring: Ring) -> Vec<Vec<f32>> {
     let begun = vec![Begin { seq: SeqId(1), sampling: Sampling::GREEDY, prompt_len: 20, history: vec![] }];
     let tokens = (0..20).map(|i| i * 17 % 400).collect();
     let chunks = vec![Chunk { seq: SeqId(1), start: 0, tokens, blocks: vec![BlockId(0)], sample: true, drafts: 0 }];
-    ring.step(&StepBatch { lanes: vec![LaneBatch { begun, chunks, ended: vec![] }] }).unwrap();
+    ring.step(&StepBatch { lanes: vec![LaneBatch { begun, chunks, ..LaneBatch::default() }] }).unwrap();
     ring.trace(false).unwrap().remove(0).logits.into_iter().map(|(_, _, row)| row).collect()
 }
 

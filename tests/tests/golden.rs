@@ -30,7 +30,9 @@ fn chunk(index: usize, start: usize, tokens: &[u32], first: Option<Begin>) -> St
         sample: true,
         drafts: 0,
     };
-    StepBatch { lanes: vec![LaneBatch { begun: first.into_iter().collect(), chunks: vec![chunk], ended: vec![] }] }
+    StepBatch {
+        lanes: vec![LaneBatch { begun: first.into_iter().collect(), chunks: vec![chunk], ..LaneBatch::default() }],
+    }
 }
 
 fn begin(index: usize, prompt: &Prompt, sampling: Sampling) -> Option<Begin> {

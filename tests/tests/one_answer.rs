@@ -198,7 +198,7 @@ fn greedy_tokens_are_the_same_with_and_without_whole_rows() {
                 sample: true,
                 drafts: 0,
             }];
-            let lane = LaneBatch { begun, chunks, ended: vec![] };
+            let lane = LaneBatch { begun, chunks, ..LaneBatch::default() };
             ring.step(&StepBatch { lanes: vec![lane] }).unwrap()[0].samples[0].token
         };
         let plain = step(&mut ring, 1, Sampling::GREEDY);

@@ -27,7 +27,7 @@ fn step(lanes: usize) -> StepBatch {
             sample: true,
             drafts: 0,
         }],
-        ended: Vec::new(),
+        ..LaneBatch::default()
     };
     StepBatch { lanes: vec![lane; lanes] }
 }

@@ -12,6 +12,7 @@ use model::mesh::{Mesh, RankId};
 use model::plan::{BLOCK_TOKENS, KernelFamily, Limits};
 use model::quant::Dtype;
 use model::size::{self, Keeping};
+use model::step::Sampling;
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 
@@ -96,8 +97,8 @@ fn predictions_equal_the_reference() {
             let mut ring = Ring::load(&fixture("deepseek_v3"), setting(ONE, Dtype::F32, 1)).unwrap();
             let request = Request { prompt: prompt.input_ids.clone(), answer: 1, ..Request::new(1, 0) };
             let found = requests::run(&mut ring, 1, &[request], chunk).unwrap().remove(0).predicted;
-            // The last position's next token is not known.
-            assert_eq!(found.keys().copied().collect::<Vec<_>>(), (0..length - 1).map(|p| (0, p)).collect::<Vec<_>>());
+            // Behind the last position the token that was drawn is known.
+            assert_eq!(found.keys().copied().collect::<Vec<_>>(), (0..length).map(|p| (0, p)).collect::<Vec<_>>());
             let mut worst = 0.0f64;
             for (position, wanted) in (length - 1 - 16..length - 1).zip(expected.chunks_exact(vocab)) {
                 for (found, wanted) in found[&(0, position)].iter().zip(wanted) {
@@ -115,8 +116,8 @@ fn cuts_and_chunks_do_not_change_predictions() {
     let meshes = [(1, 1, 2, 1), (1, 1, 2, 2), (1, 2, 1, 1), (1, 2, 1, 2), (2, 1, 1, 1), (1, 2, 2, 4), (2, 2, 2, 4)];
     for dtype in [Dtype::F32, Dtype::Bf16] {
         let expected = reference(&fixture("deepseek_v3"), dtype, 1);
-        // What was drawn is predicted from too, but for the last token, which nothing follows.
-        assert_eq!(expected.predicted.len(), 45 + ANSWER - 2);
+        // What was drawn is predicted from too.
+        assert_eq!(expected.predicted.len(), 45 + ANSWER - 1);
         let without = reference(&fixture("deepseek_v3"), dtype, 0);
         assert!(without.predicted.is_empty() && without.logits == expected.logits, "predictors only look on");
         for mesh in meshes {
@@ -130,13 +131,70 @@ fn cuts_and_chunks_do_not_change_predictions() {
 fn a_second_predictor_goes_on_from_the_first() {
     let made = made("chain", "deepseek_v3", 2, |tensors| tensors.extend(again(tensors, 4, 5)));
     let expected = reference(&made.0, Dtype::Bf16, 2);
-    assert_eq!(expected.predicted.len(), 45 + ANSWER - 2 + 45 + ANSWER - 3);
+    assert_eq!(expected.predicted.len(), 45 + ANSWER - 1 + 45 + ANSWER - 2);
     let first = reference(&made.0, Dtype::Bf16, 1);
     same("the first alone", &first, &expected).unwrap();
     assert!(expected.predicted[&(0, 9)] != expected.predicted[&(1, 9)]);
     for mesh in [ONE, (1, 1, 2, 2), (2, 2, 1, 2)] {
         requests::check_mesh(&made.0, setting(mesh, Dtype::Bf16, 2), &[usize::MAX, 3, 2, 1], &expected).unwrap();
     }
+}
+
+/// Answers of `sampling` on a mesh with so many guesses a step are those without, rows and predictions to the last bit.
+fn check_guesses(path: &Path, mesh: (usize, usize, usize, usize), predictors: usize, sampling: Sampling) {
+    const LONG: usize = 14;
+    let request = |seq| Request { sampling: sampling.clone(), answer: LONG, ..Request::new(seq, 45) };
+    let one = setting(ONE, Dtype::Bf16, predictors);
+    let expected = requests::reference(path, one, &request(1)).unwrap();
+    let mut ring = Ring::load(path, setting(mesh, Dtype::Bf16, predictors)).unwrap();
+    let mut first: Vec<(usize, Vec<u32>)> = vec![];
+    for guesses in [1, 2, 3, 5] {
+        let what = format!("{mesh:?}, {predictors} predictors, {guesses} guesses");
+        let known = expected.tokens.clone();
+        let asked = Request { guesses, known, lane: mesh.1 - 1, ..request(1) };
+        let found = requests::run(&mut ring, mesh.1, &[Request { answer: 3, ..request(2) }, asked], 20).unwrap();
+        same(&what, &found[1], &expected).unwrap();
+        assert!(found[1].checked >= 3 && found[1].guesses.iter().all(|(_, own)| own.len() == guesses), "{what}");
+        // The first guess is the predictor's, drawn where the token will be: greedily its likeliest.
+        if sampling == Sampling::GREEDY {
+            for (drawn, own) in &found[1].guesses {
+                let row = &expected.predicted[&(0, 45 + drawn - 2)];
+                let likeliest =
+                    (0..row.len()).rev().max_by(|a, b| f32::from_bits(row[*a]).total_cmp(&f32::from_bits(row[*b])));
+                assert_eq!(Some(own[0] as usize), likeliest, "{what}: behind {drawn} tokens");
+            }
+        }
+        // Whoever asks for more gets the same first.
+        let own: Vec<_> = found[1].guesses.iter().filter(|(drawn, _)| *drawn == 1).cloned().collect();
+        if let (Some((_, before)), Some((_, own))) = (first.first(), own.first()) {
+            assert_eq!(before[..], own[..before.len()], "{what}");
+        }
+        first = own;
+    }
+}
+
+#[test]
+fn guesses_change_no_token_no_row_and_no_prediction() {
+    let path = fixture("deepseek_v3");
+    let penalised = Sampling { presence_penalty: 0.7, ..requests::warm(6) };
+    for sampling in [Sampling::GREEDY, requests::warm(6), penalised] {
+        for mesh in [ONE, (1, 1, 2, 2), (2, 1, 2, 1), (1, 2, 1, 2)] {
+            check_guesses(&path, mesh, 1, sampling.clone());
+        }
+    }
+    let made = made("guesses", "deepseek_v3", 2, |tensors| tensors.extend(again(tensors, 4, 5)));
+    for mesh in [ONE, (2, 2, 2, 4)] {
+        check_guesses(&made.0, mesh, 2, requests::warm(6));
+        check_guesses(&made.0, mesh, 2, Sampling::GREEDY);
+    }
+}
+
+#[test]
+fn guesses_without_predictors_are_refused() {
+    let mut ring = Ring::load(&fixture("deepseek_v3"), setting(ONE, Dtype::Bf16, 0)).unwrap();
+    let asked = Request { guesses: 2, ..Request::new(1, 5) };
+    let refused = requests::run(&mut ring, 1, &[asked], 20).unwrap_err();
+    assert!(format!("{refused:#}").contains("asks for 2 guesses"), "{refused:#}");
 }
 
 #[test]

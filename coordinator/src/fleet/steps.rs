@@ -41,8 +41,8 @@ pub async fn run(
         let steps_in_flight_max = plan.mesh.pipeline;
         // Between the last stage, which draws, and the first, which reads, tokens go through the scheduler.
         let steps_ahead = if steps_in_flight_max == 1 { steps_ahead } else { 0 };
-        let (limits, lanes) = (plan.limits, plan.mesh.data);
-        settings = Settings { limits, lanes, steps_in_flight_max, steps_ahead, ..settings };
+        let (limits, lanes, predicts) = (plan.limits, plan.mesh.data, plan.predictors > 0);
+        settings = Settings { limits, lanes, steps_in_flight_max, steps_ahead, predicts, ..settings };
         driver.requeue(settings);
         let outcome = tokio::select! {
             outcome = driver.run(&mut group) => outcome,

@@ -21,6 +21,8 @@ pub struct Settings {
     pub prefix_cache: bool,
     /// Tokens of a sequence that a step may guess and check at once; see [`super::draft`].
     pub drafts_max: usize,
+    /// The plan has predictors: the group guesses too.
+    pub predicts: bool,
     pub block_hash: BlockHash,
 }
 
@@ -35,6 +37,7 @@ impl Settings {
             jobs_waiting_max: 1024,
             prefix_cache: true,
             drafts_max: 0,
+            predicts: false,
             block_hash: chained_hash,
         }
     }

@@ -26,11 +26,13 @@ impl Scheduler {
                 self.collect_scores(&flown, scores);
             }
             let mut samples = answer.samples.as_slice();
+            let mut guesses = answer.guesses.into_iter().peekable();
             for chunk in flown {
+                let guessed = guesses.next_if(|guesses| guesses.seq == chunk.seq).map(|guesses| guesses.tokens);
                 let (own, others) =
                     samples.split_at(chunk.draws(samples).expect("a checked answer has what was asked"));
                 samples = others;
-                self.land(lane, &chunk, own, &mut deliveries);
+                self.land(lane, &chunk, (own, guessed.unwrap_or_default()), &mut deliveries);
             }
         }
         Ok(deliveries)
@@ -52,6 +54,16 @@ impl Scheduler {
             });
             if !rest.is_some_and(<[Sample]>::is_empty) {
                 return diverged(format!("step {}, lane {lane}: the samples are not those that were asked", step.0));
+            }
+            let mut drawn = flown.iter().filter(|chunk| chunk.sample);
+            for guesses in &answer.guesses {
+                let (seq, count, most) = (guesses.seq, guesses.tokens.len(), flight.guesses);
+                if count > most || !drawn.any(|chunk| chunk.seq == seq) {
+                    return diverged(format!(
+                        "sequence {} has {count} guesses that nobody asked for, {most} were",
+                        seq.0
+                    ));
+                }
             }
             self.check_scores(flown, answer)?;
         }
@@ -99,7 +111,13 @@ impl Scheduler {
     }
 
     /// A chunk was computed: its blocks may be shared, its token goes out, and the sequence goes on, ends or leaves.
-    fn land(&mut self, lane: usize, chunk: &Flown, samples: &[Sample], deliveries: &mut Vec<Delivery>) {
+    fn land(
+        &mut self,
+        lane: usize,
+        chunk: &Flown,
+        (samples, guesses): (&[Sample], Vec<u32>),
+        deliveries: &mut Vec<Delivery>,
+    ) {
         let slot = chunk.slot;
         let sequence = self.roster.get_mut(slot);
         let place = sequence.place.as_mut().expect("a chunk in flight keeps its sequence in its lane");
@@ -138,6 +156,7 @@ impl Scheduler {
             }
             let place = sequence.place_mut();
             (place.computed, place.scheduled) = (place.computed + guessed, place.scheduled + guessed);
+            place.drafting.learn((chunk.drafts.len(), guessed), guesses, self.settings.drafts_max);
         }
         let sequence = self.roster.get_mut(slot);
         if fate == Fate::Preempted {

@@ -252,7 +252,7 @@ mod tests {
                     token: token(chunk.start, chunk.tokens.len()),
                     score: None,
                 });
-                LaneResult { samples: samples.collect(), prompt_scores: Vec::new() }
+                LaneResult { samples: samples.collect(), ..LaneResult::default() }
             });
             self.answers.push_back((step, StepResult { lanes: lanes.collect() }));
             Ok(())

@@ -6,7 +6,7 @@ use model::plan::BLOCK_TOKENS;
 use model::step::{Begin, BlockId, Sampling, SeqId, StepBatch, StepId};
 
 use super::blocks::Parent;
-use super::draft;
+use super::draft::Drafting;
 use super::lane::{Pack, Room};
 use super::scheduler::{Flight, JobId, Scheduler};
 use super::sequence::{Fate, Place, Slot};
@@ -48,15 +48,27 @@ impl Scheduler {
         let step = StepId(self.steps_next);
         self.steps_next += 1;
         self.load.steps += 1;
-        let mut flight = Flight { step, since: now, lanes: Vec::with_capacity(packs.len()) };
+        let guesses = self.guesses(&packs);
+        let mut flight = Flight { step, since: now, guesses, lanes: Vec::with_capacity(packs.len()) };
         let mut batch = StepBatch { lanes: Vec::with_capacity(packs.len()) };
         for (lane, mut pack) in self.lanes.iter_mut().zip(packs) {
             pack.batch.ended = std::mem::take(&mut lane.ended);
+            pack.batch.guesses = guesses as u32;
             batch.lanes.push(pack.batch);
             flight.lanes.push(pack.flown);
         }
         self.flights.push_back(flight);
         Some((step, batch))
+    }
+
+    /// Tokens that the group shall guess behind each that a step draws: as many as any of its sequences would have for drafts.
+    fn guesses(&self, packs: &[Pack]) -> usize {
+        if !self.settings.predicts {
+            return 0;
+        }
+        let drawn = packs.iter().flat_map(|pack| &pack.flown).filter(|flown| flown.sample);
+        let wanted = drawn.filter_map(|flown| self.roster.running(flown.slot, flown.seq));
+        wanted.map(|sequence| sequence.place().drafting.most()).max().unwrap_or(0)
     }
 
     /// Each lane's part of a step, of one job alone where one is given.
@@ -101,7 +113,7 @@ impl Scheduler {
             // Whoever comes after it in this step has a row all the same, and prompts have some.
             let left = self.settings.limits.step_tokens_max - pack.tokens - (rows_max - pack.flown.len());
             let sequence = self.roster.get_mut(slot);
-            let drafts = draft::of(sequence, self.settings.drafts_max.min(left / 2));
+            let drafts = sequence.drafts(left / 2);
             self.load.tokens_drafted += drafts.len() as u64;
             self.lanes[lane].fly(sequence, slot, 1, drafts, pack);
         }
@@ -261,6 +273,7 @@ impl Scheduler {
             chunks_in_flight: 0,
             offered: hits,
             chain: self.settings.prefix_cache.then_some(offer.chain),
+            drafting: Drafting::new(self.settings.drafts_max),
             fate: Fate::Runs,
         });
         lane.running.insert(sequence.age, slot);

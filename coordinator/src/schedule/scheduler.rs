@@ -89,6 +89,8 @@ impl Request {
 pub(super) struct Flight {
     pub step: StepId,
     pub since: Instant,
+    /// Tokens to guess behind each that it draws.
+    pub guesses: usize,
     /// A lane's chunks, in order.
     pub lanes: Vec<Vec<Flown>>,
 }

@@ -6,6 +6,7 @@ use model::plan::BLOCK_TOKENS;
 use model::step::{BlockId, SeqId};
 
 use super::blocks::{BlockHash, Parent};
+use super::draft::Drafting;
 use super::queue::Turn;
 
 /// A job as the scheduler numbers it, in the order of arrival.
@@ -56,6 +57,7 @@ pub struct Place {
     /// Full blocks that were offered to the prefix cache, and the last of them; `None` once the chain was cut.
     pub offered: usize,
     pub chain: Option<Parent>,
+    pub drafting: Drafting,
     pub fate: Fate,
 }
 

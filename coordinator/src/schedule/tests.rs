@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use model::fault::FaultKind;
 use model::plan::{BLOCK_TOKENS, Limits};
-use model::step::{LaneBatch, LaneResult, PromptScores, Sample, Sampling, Score, StepBatch, StepId, StepResult};
+use model::step::{
+    Guesses, LaneBatch, LaneResult, PromptScores, Sample, Sampling, Score, StepBatch, StepId, StepResult,
+};
 
 use super::Settings;
 use super::job::{Begun, DoneReason, Job, Output, Refusal};
@@ -82,7 +84,7 @@ fn sampled(batch: &StepBatch, token: u32) -> StepResult {
             .filter(|chunk| chunk.sample)
             .map(|chunk| Sample { seq: chunk.seq, token, score: None })
             .collect(),
-        prompt_scores: Vec::new(),
+        ..LaneResult::default()
     });
     StepResult { lanes: lanes.collect() }
 }

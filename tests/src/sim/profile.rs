@@ -46,6 +46,7 @@ impl Profile {
         settings.jobs_waiting_max = random.within(2..=40);
         settings.prefix_cache = !random.once_in(8);
         settings.drafts_max = if random.once_in(2) { random.within(1..=8) } else { 0 };
+        settings.predicts = settings.drafts_max > 0 && random.once_in(2);
         if random.once_in(4) {
             settings.block_hash = |_, _| 0;
         }

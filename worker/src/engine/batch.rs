@@ -28,33 +28,14 @@ pub struct Resolved {
     pub batch: Batch,
     /// Token of each row.
     pub ids: Vec<u32>,
+    /// Whose each of the batch's spans is.
+    pub sequences: Vec<SeqId>,
     /// The rows whose logits somebody wants, ascending.
     pub wanted: Vec<Wanted>,
     /// Prompt tokens that logits held since an earlier step foretold.
     pub foretold: Vec<Foretold>,
-    /// What each predictor runs over, the first one first; none where nothing is predicted.
-    pub ahead: Vec<Ahead>,
-}
-
-/// One predictor's part of a step. It lags: a row needs the token after the one that it goes on from foretells.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Ahead {
-    pub batch: Batch,
-    /// Token that each row takes in: the one that the row before it foretold.
-    pub ids: Vec<u32>,
-    /// The row that each goes on from, of this step's (of the predictor's before); `None` for one kept from the step
-    /// before.
-    pub from: Vec<Option<u32>>,
-    /// Whose each of the batch's spans is.
-    pub sequences: Vec<SeqId>,
-    /// Rows (of this step's, or of the predictor's before) that the next step goes on from.
-    pub kept: Vec<(SeqId, u32)>,
-}
-
-impl Ahead {
-    pub fn rows(&self) -> usize {
-        self.ids.len()
-    }
+    /// Tokens to guess behind each that is drawn.
+    pub guesses: usize,
 }
 
 impl Resolved {

@@ -30,7 +30,7 @@ pub fn fed<'a>(
         return Ok(Cow::Borrowed(lane));
     }
     let mut filled = lane.clone();
-    let mut by_leader = Vec::new();
+    let mut by_leader: Vec<(usize, Option<u32>)> = Vec::new();
     for (index, chunk) in filled.chunks.iter_mut().enumerate().filter(|(_, chunk)| chunk.is_fed()) {
         match sequences.get(chunk.seq)?.drawn {
             Drawn::Nothing => return Err(nothing(chunk.seq)),
@@ -39,7 +39,8 @@ pub fn fed<'a>(
         }
     }
     if !by_leader.is_empty() {
-        let tokens = of_leader(&by_leader, tensor)?;
+        let known: Option<Vec<u32>> = by_leader.iter().map(|(_, token)| *token).collect();
+        let tokens = of_leader(known, by_leader.len(), tensor)?;
         for ((index, _), token) in by_leader.iter().zip(tokens) {
             filled.chunks[*index].tokens.push(token);
         }
@@ -47,19 +48,18 @@ pub fn fed<'a>(
     Ok(Cow::Owned(filled))
 }
 
-/// The leader's tokens, on every tensor rank: all ranks see the same chunks, so all ask.
-fn of_leader(mine: &[(usize, Option<u32>)], tensor: &mut dyn Collective) -> Result<Vec<u32>, Fault> {
-    let known: Option<Vec<u32>> = mine.iter().map(|(_, token)| *token).collect();
+/// The `count` words that only the leader has, on every tensor rank: all ranks see the same chunks, so all ask.
+pub fn of_leader(known: Option<Vec<u32>>, count: usize, tensor: &mut dyn Collective) -> Result<Vec<u32>, Fault> {
     if tensor.size() == 1 {
         return known.ok_or_else(|| Fault::new(FaultKind::Internal, "a lane of one rank has another leader"));
     }
-    let bytes: Vec<u8> = known.unwrap_or_default().iter().flat_map(|token| token.to_le_bytes()).collect();
+    let bytes: Vec<u8> = known.unwrap_or_default().iter().flat_map(|word| word.to_le_bytes()).collect();
     let mut all = Vec::new();
     tensor.gather(&bytes, &mut all)?;
-    let said = all.first().filter(|said| said.len() == 4 * mine.len());
+    let said = all.first().filter(|said| said.len() == 4 * count);
     let Some(said) = said else {
         let lengths: Vec<usize> = all.iter().map(Vec::len).collect();
-        let text = format!("ranks gathered {lengths:?} bytes of {} tokens that the first one drew", mine.len());
+        let text = format!("ranks gathered {lengths:?} bytes of {count} words that the first one knows");
         return Err(Fault::new(FaultKind::Diverged, text));
     };
     Ok(said.chunks_exact(4).map(|bytes| u32::from_le_bytes(bytes.try_into().expect("four bytes"))).collect())

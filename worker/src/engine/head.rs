@@ -3,7 +3,8 @@
 
 use super::batch::{PromptRow, Resolved, Wanted};
 use super::comm;
-use super::feed::Drawn;
+use super::feed::{self, Drawn};
+use super::foresight::Behind;
 use super::pass::Pass;
 use super::sample;
 use super::score;
@@ -30,8 +31,13 @@ pub struct Head<'a, B: Backend> {
 }
 
 impl<'a, B: Backend> Head<'a, B> {
-    /// Answers a step from the residual rows `x`.
-    pub fn run(&mut self, pass: &mut Pass<'_, B>, resolved: &Resolved, x: &B::Buffer) -> Result<LaneResult, Fault> {
+    /// Answers a step from the residual rows `x`. Where predictors go on from it every tensor rank learns what was drawn.
+    pub fn run(
+        &mut self,
+        pass: &mut Pass<'_, B>,
+        resolved: &Resolved,
+        x: &B::Buffer,
+    ) -> Result<(LaneResult, Vec<Behind>), Fault> {
         let mut scores = Scores::default();
         if self.leader {
             self.foretold(resolved, &mut scores)?;
@@ -43,7 +49,7 @@ impl<'a, B: Backend> Head<'a, B> {
         }
         let mut samples: Vec<(usize, Sample)> = Vec::new();
         for tile in plain.chunks(TILE_ROWS) {
-            let tokens = self.likeliest(pass, tile, x)?;
+            let tokens = self.likeliest(pass, self.norm(), tile, x)?;
             for (&(index, wanted), token) in tile.iter().zip(tokens) {
                 self.note(wanted, Drawn::Everywhere(token))?;
                 samples.push((index, Sample { seq: wanted.seq, token, score: None }));
@@ -65,7 +71,78 @@ impl<'a, B: Backend> Head<'a, B> {
         }
         samples.sort_by_key(|s| s.0);
         let samples = self.counting(samples.into_iter().map(|s| s.1).collect())?;
-        Ok(LaneResult { samples, prompt_scores: scores.lists })
+        let behind = if self.sequences.predictors() > 0 { self.behind(pass, resolved, &samples)? } else { Vec::new() };
+        Ok((LaneResult { samples, prompt_scores: scores.lists, guesses: Vec::new() }, behind))
+    }
+
+    /// What was drawn behind each chunk, on every tensor rank: the leader tells what it alone drew.
+    fn behind(
+        &mut self,
+        pass: &mut Pass<'_, B>,
+        resolved: &Resolved,
+        samples: &[Sample],
+    ) -> Result<Vec<Behind>, Fault> {
+        let mut own = samples.chunk_by(|a, b| a.seq == b.seq).peekable();
+        let sampled: Vec<&Wanted> = resolved.wanted.iter().filter(|wanted| wanted.sample).collect();
+        let (mut found, mut told) = (Vec::new(), Vec::new());
+        for wanted in sampled.chunk_by(|a, b| a.seq == b.seq) {
+            let seq = wanted[0].seq;
+            let mut everywhere = true;
+            for wanted in wanted {
+                everywhere &= self.is_plain(wanted)?;
+            }
+            let drawn = own.next_if(|own| own[0].seq == seq).unwrap_or_default();
+            if !everywhere {
+                told.push(found.len());
+            }
+            let (guessed, token) = (drawn.len().saturating_sub(1), drawn.last().map_or(0, |sample| sample.token));
+            found.push(Behind { seq, guessed, token });
+        }
+        if !told.is_empty() {
+            let words = |at: &usize| [found[*at].guessed as u32, found[*at].token];
+            let words = self.leader.then(|| told.iter().flat_map(words).collect());
+            let words = feed::of_leader(words, 2 * told.len(), &mut *pass.communicators.tensor)?;
+            for (at, words) in told.into_iter().zip(words.chunks_exact(2)) {
+                (found[at].guessed, found[at].token) = (words[0] as usize, words[1]);
+            }
+        }
+        Ok(found)
+    }
+
+    /// What is likely to be drawn from rows of `x` after a predictor's `norm`, on every tensor rank: drawn as the token itself will
+    /// be, so that it is the same wherever the predictor is right about what is likely.
+    pub fn guess(
+        &mut self,
+        pass: &mut Pass<'_, B>,
+        norm: &NormWeights<B::Vector>,
+        wanted: &[Wanted],
+        x: &B::Buffer,
+    ) -> Result<Vec<u32>, Fault> {
+        let mut tokens = vec![0; wanted.len()];
+        let (mut plain, mut whole) = (Vec::new(), Vec::new());
+        for (index, wanted) in wanted.iter().enumerate() {
+            let list = if self.is_plain(wanted)? { &mut plain } else { &mut whole };
+            list.push((index, wanted));
+        }
+        for tile in plain.chunks(TILE_ROWS) {
+            let found = self.likeliest(pass, norm, tile, x)?;
+            tile.iter().zip(found).for_each(|(&(index, _), token)| tokens[index] = token);
+        }
+        let mut row = vec![0.0; self.vocab];
+        for tile in whole.chunks(TILE_ROWS) {
+            let rows: Vec<u32> = tile.iter().map(|(_, w)| w.row).collect();
+            let shards = self.gathered(pass, norm, &rows, x)?;
+            let mut drawn = Vec::with_capacity(tile.len());
+            for (i, (_, wanted)) in tile.iter().enumerate().filter(|_| self.leader) {
+                self.assemble(&shards, i, tile.len(), &mut row)?;
+                let state = self.sequences.get(wanted.seq)?;
+                drawn.push(sample::draw(&mut row, &state.sampling, &state.history, state.moment(wanted.next)));
+            }
+            let drawn = self.leader.then_some(drawn);
+            let found = feed::of_leader(drawn, tile.len(), &mut *pass.communicators.tensor)?;
+            tile.iter().zip(found).for_each(|(&(index, _), token)| tokens[index] = token);
+        }
+        Ok(tokens)
     }
 
     /// Remembers a draw that the next step may go on from.
@@ -153,10 +230,16 @@ impl<'a, B: Backend> Head<'a, B> {
     }
 
     /// Each row's likeliest id over all shards; the same on every tensor rank.
-    fn likeliest(&self, pass: &mut Pass<'_, B>, tile: &[(usize, &Wanted)], x: &B::Buffer) -> Result<Vec<u32>, Fault> {
+    fn likeliest(
+        &self,
+        pass: &mut Pass<'_, B>,
+        norm: &NormWeights<B::Vector>,
+        tile: &[(usize, &Wanted)],
+        x: &B::Buffer,
+    ) -> Result<Vec<u32>, Fault> {
         let (n, first, width) = (tile.len(), self.vocabulary.rows.start as u32, self.vocabulary.rows.len());
         let rows: Vec<u32> = tile.iter().map(|(_, w)| w.row).collect();
-        let mut logits = self.logits(pass, self.norm(), &rows, x)?;
+        let mut logits = self.logits(pass, norm, &rows, x)?;
         let values = comm::full(pass.backend, &mut logits, n)?;
         let mut mine = Vec::with_capacity(8 * n);
         for row in values.chunks_exact(width).take(n) {

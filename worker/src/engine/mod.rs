@@ -5,7 +5,7 @@
 //! every stage   per layer: x += mixer(norm(x)); x += branches(norm(x))       ([`layer`] [`grouped`] [`latent`] [`mlp`] [`moe`])
 //! between       f32 residual rows along the pipe
 //! last stage    logits of the wanted rows, scores, samples                   ([`head`] [`score`] [`sample`])
-//!               and, where asked for, of a token further on                   ([`predict`])
+//!               and, by predictors, guesses of what follows                   ([`predict`] [`foresight`])
 //! ```
 //! The residual rows are equal on all tensor ranks of a lane. All ranks of a communicator run the same collectives in
 //! the same order: what a step does follows from the batch alone.
@@ -14,6 +14,7 @@ pub mod batch;
 pub mod comm;
 mod exchange;
 mod feed;
+mod foresight;
 mod grouped;
 mod head;
 mod latent;
@@ -39,6 +40,7 @@ use crate::load::loader::{Loader, Progress};
 use crate::load::shelf::Shelf;
 use batch::Resolved;
 use comm::Communicators;
+use foresight::Foresight;
 use head::Head;
 use layer::replace;
 use model::fault::{Fault, FaultKind};
@@ -47,7 +49,7 @@ use model::plan::Plan;
 use model::spec::ModelSpec;
 use model::step::{LaneBatch, LaneResult, StepBatch};
 use pass::{Pass, Pool};
-use predict::{Foresight, Predictor};
+use predict::Predictor;
 use state::Sequences;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -229,6 +231,10 @@ impl<B: Backend> Engine<B> {
     pub fn step_lane(&mut self, lane: &LaneBatch) -> Result<Option<LaneResult>, Fault> {
         // Sums over ranks are added on this thread; they must treat subnormals as the kernels do.
         let _flush = Flush::on();
+        if lane.guesses > 0 && self.spec.predictors.is_empty() {
+            let text = format!("a step asks for {} guesses, and the plan has no predictors", lane.guesses);
+            return Err(Fault::new(FaultKind::Internal, text));
+        }
         let lane = feed::fed(lane, &mut self.sequences, self.communicators.tensor.as_mut())?;
         let resolved = self.sequences.resolve(&lane, self.trace.is_some())?;
         let answer = self.forward(&resolved)?;
@@ -280,10 +286,10 @@ impl<B: Backend> Engine<B> {
             hidden,
             leader: self.place.slice == 0,
         };
-        let answer = head.run(&mut pass, resolved, &x)?;
+        let (mut answer, behind) = head.run(&mut pass, resolved, &x)?;
         let mut foresight =
             Foresight { predictors: &mut self.predictors, vocabulary: &self.vocabulary, tables: &self.tables };
-        foresight.run(&mut pass, &mut head, resolved, x)?;
+        answer.guesses = foresight.run(&mut pass, &mut head, (resolved, &behind), x)?;
         Ok(Some(answer))
     }
 }

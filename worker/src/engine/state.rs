@@ -1,8 +1,9 @@
 //! What a rank keeps of each sequence between steps: its block table, how far it is computed, and on the leader what
 //! sampling needs. A step's message says only what changed; here it is checked and made whole.
 
-use super::batch::{Ahead, Foretold, PromptRow, Resolved, Sequence, Wanted};
+use super::batch::{Foretold, PromptRow, Resolved, Sequence, Wanted};
 use super::feed::Drawn;
+use super::foresight::Foreseen;
 use super::sample::{History, Moment};
 use model::fault::{Fault, FaultKind};
 use model::plan::{BLOCK_TOKENS, Limits};
@@ -24,11 +25,8 @@ pub struct State {
     blocks: Vec<BlockId>,
     /// Positions computed, drafts and all; `None` before the first chunk, which may begin behind a cached prefix.
     computed: Option<usize>,
-    /// Its first position with a row of predictors; `None` where a step left them out. What is cached before must have
-    /// been predicted too, and with the same token behind it: a predictor's last row there took that token in.
-    predicted_from: Option<usize>,
-    /// By predictor: the row that its next one goes on from, normed.
-    pub tails: Vec<Vec<f32>>,
+    /// What predictors made of it.
+    pub foreseen: Foreseen,
 }
 
 impl State {
@@ -66,8 +64,12 @@ impl Sequences {
         self.states.get_mut(&seq).ok_or_else(|| wrong(format!("sequence {} was never begun", seq.0)))
     }
 
-    /// Takes a step's changes in and resolves its rows. For a trace `all` rows' logits are wanted, and predictors run. An
-    /// error leaves the sequences unusable: whoever sent the step and this rank no longer agree.
+    pub fn predictors(&self) -> usize {
+        self.predictors
+    }
+
+    /// Takes a step's changes in and resolves its rows. For a trace `all` rows' logits are wanted. An error leaves the
+    /// sequences unusable: whoever sent the step and this rank no longer agree.
     pub fn resolve(&mut self, lane: &LaneBatch, all: bool) -> Result<Resolved, Fault> {
         for seq in &lane.ended {
             self.states.remove(seq);
@@ -83,8 +85,7 @@ impl Sequences {
         if tokens > most {
             return Err(wrong(format!("{tokens} tokens in a step, {most} are possible")));
         }
-        let ahead = vec![Ahead::default(); if all { self.predictors } else { 0 }];
-        let mut resolved = Resolved { ahead, ..Resolved::default() };
+        let mut resolved = Resolved { guesses: lane.guesses as usize, ..Resolved::default() };
         for (index, chunk) in lane.chunks.iter().enumerate() {
             if lane.chunks[..index].iter().any(|c| c.seq == chunk.seq) {
                 return Err(wrong(format!("sequence {} has two chunks in a step", chunk.seq.0)));
@@ -109,8 +110,7 @@ impl Sequences {
             drawn: Drawn::Nothing,
             blocks: Vec::new(),
             computed: None,
-            predicted_from: None,
-            tails: vec![Vec::new(); self.predictors],
+            foreseen: Foreseen::new(self.predictors),
         };
         match self.states.insert(begin.seq, state) {
             None => Ok(()),
@@ -150,12 +150,6 @@ impl Sequences {
         if let Some(id) = chunk.tokens.iter().find(|&&id| id as usize >= readable) {
             return Err(wrong(format!("sequence {seq} has token {id}, {readable} can be read")));
         }
-        // What was predicted from a guess does not go on.
-        let all_stay = state.drafts.is_empty();
-        state.predicted_from = match state.computed {
-            None => all.then_some(start),
-            Some(_) => state.predicted_from.filter(|_| all && all_stay),
-        };
         let guessed = state.computed.map_or(0, |computed| start - (computed - state.drafts.len()));
         state.computed = Some(end);
         state.drawn = Drawn::Nothing;
@@ -173,6 +167,7 @@ impl Sequences {
         resolved.ids.extend_from_slice(&chunk.tokens);
         resolved.batch.positions.extend(start as u32..end as u32);
         resolved.batch.spans.push(Sequence { row, rows, start, blocks: state.blocks.clone() });
+        resolved.sequences.push(chunk.seq);
         for i in 0..rows {
             let next = start + i + 1;
             let scored = state.sampling.prompt_logprobs.is_some() && next < state.prompt_len;
@@ -183,36 +178,7 @@ impl Sequences {
                 resolved.wanted.push(Wanted { row: (row + i) as u32, seq: chunk.seq, next, sample, drafts, prompt });
             }
         }
-        if let Some(from) = state.predicted_from {
-            predict(chunk, from, row, &state.blocks, &mut resolved.ahead);
-        }
         Ok(())
-    }
-}
-
-/// The rows of predictors for a chunk whose first row is `row`, in a sequence that is predicted from position `from`.
-fn predict(chunk: &Chunk, from: usize, row: usize, blocks: &[BlockId], ahead: &mut [Ahead]) {
-    let (start, end) = (chunk.start as usize, chunk.start as usize + chunk.tokens.len());
-    // Positions of the rows that a predictor goes on from, and the first one's row.
-    let (mut before, mut first) = (start..end, row);
-    for (index, ahead) in ahead.iter_mut().enumerate() {
-        // The row at `p` takes in the token at `p + lag`, and tokens are known up to the chunk's end.
-        let lag = index + 1;
-        let at = |end: usize| end.saturating_sub(lag).max(from);
-        let (row, positions) = (ahead.rows(), at(start)..at(end));
-        if !before.is_empty() {
-            ahead.kept.push((chunk.seq, (first + before.len() - 1) as u32));
-        }
-        if !positions.is_empty() {
-            ahead.ids.extend(positions.clone().map(|p| chunk.tokens[p + lag - start]));
-            let of = |p: usize| p.checked_sub(before.start).map(|i| (first + i) as u32);
-            ahead.from.extend(positions.clone().map(of));
-            ahead.batch.positions.extend(positions.clone().map(|p| p as u32));
-            let (start, rows) = (positions.start, positions.len());
-            ahead.batch.spans.push(Sequence { row, rows, start, blocks: blocks.to_vec() });
-            ahead.sequences.push(chunk.seq);
-        }
-        (before, first) = (positions, row);
     }
 }
 
@@ -236,7 +202,7 @@ mod tests {
     }
 
     fn lane(begun: Vec<Begin>, chunks: Vec<Chunk>) -> LaneBatch {
-        LaneBatch { begun, chunks, ended: vec![] }
+        LaneBatch { begun, chunks, ..LaneBatch::default() }
     }
 
     #[test]
@@ -296,30 +262,6 @@ mod tests {
     }
 
     #[test]
-    fn predictors_lag_and_go_on_from_what_was_kept() {
-        let mut sequences = Sequences::new(LIMITS, 10).predicting(2);
-        let first = lane(vec![begin(1, Sampling::GREEDY)], vec![chunk(1, 0, &[1], &[0])]);
-        let found = sequences.resolve(&first, true).unwrap().ahead;
-        assert_eq!((found[0].rows(), found[1].rows()), (0, 0), "the next token is not known");
-        assert_eq!((&found[0].kept[..], &found[1].kept[..]), (&[(SeqId(1), 0)][..], &[][..]));
-        let second =
-            lane(vec![begin(2, Sampling::GREEDY)], vec![chunk(2, 0, &[4, 5, 6], &[1]), chunk(1, 1, &[2, 3], &[])]);
-        let found = sequences.resolve(&second, true).unwrap().ahead;
-        assert_eq!((&found[0].ids[..], &found[0].batch.positions[..]), (&[5, 6, 2, 3][..], &[0, 1, 0, 1][..]));
-        assert_eq!(found[0].from, [Some(0), Some(1), None, Some(3)]);
-        assert_eq!(found[0].kept, [(SeqId(2), 2), (SeqId(1), 4)]);
-        assert_eq!((&found[1].ids[..], &found[1].batch.positions[..]), (&[6, 3][..], &[0, 0][..]));
-        assert_eq!(found[1].from, [Some(0), Some(2)]);
-        assert_eq!(found[1].kept, [(SeqId(2), 1), (SeqId(1), 3)]);
-        let third = sequences.resolve(&lane(vec![], vec![chunk(1, 3, &[7], &[])]), true).unwrap().ahead;
-        assert_eq!((&third[0].from[..], &third[1].from[..]), (&[None][..], &[None][..]));
-        assert_eq!((third[0].batch.spans[0].start, third[1].batch.spans[0].start), (2, 1));
-        assert!(sequences.resolve(&lane(vec![], vec![chunk(1, 4, &[7], &[])]), false).unwrap().ahead.is_empty());
-        let late = sequences.resolve(&lane(vec![], vec![chunk(1, 5, &[7], &[])]), true).unwrap().ahead;
-        assert_eq!(late[0].rows(), 0, "a step left its predictors out");
-    }
-
-    #[test]
     fn a_step_that_does_not_fit_is_refused_with_its_numbers() {
         let one = || vec![begin(1, Sampling::GREEDY)];
         for (step, said) in [
@@ -340,7 +282,7 @@ mod tests {
         sequences.resolve(&lane(one(), vec![chunk(1, 0, &[1, 2], &[0])]), false).unwrap();
         let fault = sequences.resolve(&lane(vec![], vec![chunk(1, 3, &[1], &[])]), false).unwrap_err();
         assert!(fault.text.contains("position 3, it was computed up to 2"));
-        let again = LaneBatch { ended: vec![SeqId(1)], begun: one(), chunks: vec![chunk(1, 0, &[1], &[0])] };
+        let again = LaneBatch { ended: vec![SeqId(1)], ..lane(one(), vec![chunk(1, 0, &[1], &[0])]) };
         assert!(sequences.resolve(&again, false).is_ok(), "an ended sequence is forgotten");
     }
 }

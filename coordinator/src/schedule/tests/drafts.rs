@@ -1,12 +1,13 @@
 //! Chunks with drafts: what of them counts, and where an answer ends.
 
 use super::*;
+use model::step::SeqId;
 
 /// A step's answer in which its only sequence drew `tokens`.
 fn drew(batch: &StepBatch, tokens: &[u32]) -> StepResult {
     let seq = batch.lanes[0].chunks[0].seq;
     let samples = tokens.iter().map(|&token| Sample { seq, token, score: None }).collect();
-    StepResult { lanes: vec![LaneResult { samples, prompt_scores: Vec::new() }] }
+    StepResult { lanes: vec![LaneResult { samples, ..LaneResult::default() }] }
 }
 
 #[test]
@@ -54,4 +55,45 @@ fn an_answer_ends_among_the_draws_behind_drafts_or_at_its_length() {
         bench.scheduler.check_integrity().unwrap();
         assert!(bench.next().is_none() && bench.scheduler.is_idle());
     }
+}
+
+#[test]
+fn what_the_group_guesses_is_the_next_chunks_draft() {
+    let predicts = Settings { drafts_max: 3, predicts: true, ..settings() };
+    let mut bench = Bench::new(predicts);
+    bench.add(Job { prompt: vec![1, 2, 3, 4, 5, 1, 2], ..job(1, 7, 20) });
+    let (step, batch) = bench.next().unwrap();
+    assert_eq!(batch.lanes[0].guesses, 3);
+    let seq = batch.lanes[0].chunks[0].seq;
+    let answer = |drawn: &[u32], guesses: Vec<Guesses>| {
+        let mut result = drew(&batch, drawn);
+        result.lanes[0].guesses = guesses;
+        result
+    };
+    let guess = |tokens: &[u32]| vec![Guesses { seq, tokens: tokens.to_vec() }];
+    let stranger = vec![Guesses { seq: SeqId(77), tokens: vec![1] }];
+    for wrong in [guess(&[1, 2, 3, 4]), stranger, [guess(&[1]), guess(&[2])].concat()] {
+        let fault = bench.scheduler.complete(bench.now, step, answer(&[3], wrong)).unwrap_err();
+        assert!(fault.text.contains("guesses that nobody asked for, 3 were"), "{}", fault.text);
+    }
+    bench.scheduler.complete(bench.now, step, answer(&[3], guess(&[8, 9]))).unwrap();
+    let (step, next) = bench.next().unwrap();
+    assert_eq!((&next.lanes[0].chunks[0].tokens[..], next.lanes[0].guesses), (&[3, 8, 9][..], 3));
+    bench.scheduler.complete(bench.now, step, answer(&[8, 7], guess(&[6, 6, 6]))).unwrap();
+    // One of two was right: two are tried.
+    let (step, next) = bench.next().unwrap();
+    assert_eq!((&next.lanes[0].chunks[0].tokens[..], next.lanes[0].guesses), (&[7, 6, 6][..], 2));
+    bench.scheduler.complete(bench.now, step, answer(&[2], guess(&[3, 4]))).unwrap();
+    let (step, next) = bench.next().unwrap();
+    assert_eq!(&next.lanes[0].chunks[0].tokens[..], [2, 3], "none was right: one is tried");
+    // Where the group guesses what was there before, that goes on for longer.
+    bench.scheduler.complete(bench.now, step, answer(&[3, 1], vec![])).unwrap();
+    let (step, next) = bench.next().unwrap();
+    assert_eq!(next.lanes[0].chunks[0].drafts, 0, "nothing is known behind 2, 3, 1");
+    bench.scheduler.complete(bench.now, step, answer(&[2], vec![])).unwrap();
+    let (step, next) = bench.next().unwrap();
+    assert_eq!(next.lanes[0].chunks[0].drafts, 0);
+    bench.scheduler.complete(bench.now, step, answer(&[3], guess(&[8]))).unwrap();
+    let (_, next) = bench.next().unwrap();
+    assert_eq!(&next.lanes[0].chunks[0].tokens[..], [3, 8, 7]);
 }
