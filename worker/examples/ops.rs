@@ -113,10 +113,14 @@ fn main() {
 
 impl Host {
     fn weights(&self, rows: usize, cols: usize) -> Matrix {
+        self.weights_cut(rows, cols, 1)
+    }
+
+    fn weights_cut(&self, rows: usize, cols: usize, segments: usize) -> Matrix {
         let bytes: Vec<u8> = (0..rows * cols).flat_map(|i| [(i % 251) as u8, 0x3c + (i % 3) as u8]).collect();
         let view = MatrixView::whole(Format::Bf16, &bytes, rows, cols);
         let start = Instant::now();
-        let matrix = self.backend.matrix(&[view], 1).expect("a matrix");
+        let matrix = self.backend.matrix(&[view], segments).expect("a matrix");
         if rows * cols > 30_000_000 {
             println!("pack {rows} x {cols}: {:.2} GB/s", bytes.len() as f64 / start.elapsed().as_secs_f64() / 1e9);
         }
@@ -170,21 +174,37 @@ impl Host {
     }
 
     fn experts(&mut self) {
-        let (experts, active, inputs, outputs) = (64, 8, 2048, 1536);
-        let w: Vec<Matrix> = (0..experts).map(|_| self.weights(outputs, inputs)).collect();
+        self.experts_of(1, (64, 8), 2048, 1536, 1);
+        self.experts_of(16, (32, 4), 512, 1024, 8);
+    }
+
+    /// Several layers of so many experts, of which so many are active, whose sums have segments.
+    fn experts_of(
+        &mut self,
+        layers: usize,
+        (experts, active): (usize, usize),
+        inputs: usize,
+        outputs: usize,
+        segments: usize,
+    ) {
+        let layer = || (0..experts).map(|_| self.weights_cut(outputs, inputs, segments)).collect();
+        let w: Vec<Vec<Matrix>> = (0..layers).map(|_| layer()).collect();
         for n in [1, 8, 64, 512] {
             let mut grouping = Grouping { offsets: vec![0], ..Grouping::default() };
             for expert in 0..experts {
-                grouping.rows.extend((0..n as u32).filter(|row| (row * 5 + expert as u32) % 64 < active));
+                let chosen = |row: &u32| (*row as usize * 5 + expert) % experts < active;
+                grouping.rows.extend((0..n as u32).filter(chosen));
                 grouping.offsets.push(grouping.rows.len() as u32);
             }
-            let used = grouping.offsets.windows(2).filter(|o| o[1] > o[0]).count();
+            let used = layers * grouping.offsets.windows(2).filter(|o| o[1] > o[0]).count();
             let x = self.backend.buffer(n, inputs, Kind::Input).expect("a buffer");
             let mut y = self.backend.buffer(grouping.rows.len(), outputs, Kind::Full).expect("a buffer");
-            let seconds = median(|| self.backend.expert_matmul(&x, &w, &grouping, &mut y).expect("products"));
+            let seconds = median(|| {
+                w.iter().for_each(|w| self.backend.expert_matmul(&x, w, &grouping, &mut y).expect("products"));
+            });
             let values = (outputs * inputs) as f64;
-            let flops = values * 2.0 * grouping.rows.len() as f64;
-            let name = format!("{used} experts, {n} rows x {inputs} -> {outputs}");
+            let flops = values * 2.0 * (layers * grouping.rows.len()) as f64;
+            let name = format!("{used} experts, {n} rows x {inputs} in {segments} -> {outputs}");
             self.roofs.report(&name, seconds, values * 2.0 * used as f64, flops);
         }
     }

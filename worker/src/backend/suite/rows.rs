@@ -17,6 +17,10 @@ pub fn matmul<B: Backend>(case: &mut Case<B>) {
         (50, 130, 70, 2),
         (101, 64, 640, 1),
         (9, 200, 1200, 4),
+        // Whole blocks of tiles in every segment: squares of rows, some not full, and bands.
+        (81, 192, 512, 8),
+        (27, 64, 1024, 2),
+        (12, 70, 384, 4),
     ] {
         let (matrix, w) = case.matrix(out, inputs, segments);
         let bias = case.random.values(out);

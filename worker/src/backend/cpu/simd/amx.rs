@@ -15,7 +15,7 @@ use std::sync::OnceLock;
 /// Bytes of a full panel's block that one turn over half of its columns asks for.
 const AHEAD: usize = AMX_PAIRS * PANEL * size_of::<u32>() / 4;
 /// Inputs of a whole block.
-const BLOCK: usize = 2 * AMX_PAIRS;
+pub const BLOCK: usize = 2 * AMX_PAIRS;
 
 /// Whether this CPU has bf16 tiles and the kernel lets this process use them; asked once.
 pub fn available() -> bool {
@@ -42,8 +42,17 @@ fn permitted() -> bool {
     false
 }
 
-/// `LDTILECFG`'s operand: accumulators 0 to 3 and activations 4 have `rows` rows, activations and weights 5 to 7 `pairs` pairs.
-/// Where rows are full and so are blocks, 5 may hold activations too.
+/// What tiles hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Shape {
+    /// Accumulators 0 to 3 and activations 4 have `rows` rows, weights 5 to 7 `pairs` pairs.
+    Panel { rows: usize, pairs: usize },
+    /// Accumulators 0 and 1 and activations 4 have all rows, accumulators 2 and 3 and activations 5 `lower` ones, weights 6 and 7
+    /// whole blocks.
+    Square { lower: usize },
+}
+
+/// `LDTILECFG`'s operand.
 #[repr(C, align(64))]
 struct Configuration {
     palette: u8,
@@ -54,13 +63,17 @@ struct Configuration {
 }
 
 impl Configuration {
-    fn new(rows: usize, pairs: usize) -> Configuration {
-        let (mut row_bytes, mut each) = ([0u16; 16], [0u8; 16]);
-        for tile in 0..8 {
+    fn new(shape: Shape) -> Configuration {
+        let (upper, lower, fifth, pairs) = match shape {
+            Shape::Panel { rows, pairs } => (rows, rows, pairs, pairs),
+            Shape::Square { lower } => (ROWS, lower, lower, AMX_PAIRS),
+        };
+        let (mut row_bytes, mut rows) = ([0u16; 16], [0u8; 16]);
+        for (tile, each) in [upper, upper, lower, lower, upper, fifth, pairs, pairs].into_iter().enumerate() {
             row_bytes[tile] = if tile == 4 { 4 * pairs as u16 } else { 64 };
-            each[tile] = if tile < 5 { rows as u8 } else { pairs as u8 };
+            rows[tile] = each as u8;
         }
-        Configuration { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows: each }
+        Configuration { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows }
     }
 }
 
@@ -112,15 +125,17 @@ macro_rules! sums {
 
 /// The shape that a task's tiles have; they are released with it.
 #[derive(Default)]
-pub struct Tiles(Cell<(usize, usize)>);
+pub struct Tiles(Cell<Option<Shape>>);
 
 impl Tiles {
     /// # Safety
     /// [`available`] said yes.
     #[inline(always)]
-    unsafe fn shape(&self, rows: usize, pairs: usize) {
-        if self.0.replace((rows, pairs)) != (rows, pairs) {
-            let configuration = Configuration::new(rows, pairs);
+    unsafe fn shape(&self, shape: Shape) {
+        // Where all are full both say the same.
+        let shape = if shape == (Shape::Square { lower: ROWS }) { FULL } else { shape };
+        if self.0.replace(Some(shape)) != Some(shape) {
+            let configuration = Configuration::new(shape);
             // SAFETY: a whole configuration. No tile's contents outlive one asm block, so what it clears is not missed.
             unsafe {
                 asm!("ldtilecfg [{}]", in(reg) &configuration, options(nostack, readonly));
@@ -129,9 +144,11 @@ impl Tiles {
     }
 }
 
+const FULL: Shape = Shape::Panel { rows: ROWS, pairs: AMX_PAIRS };
+
 impl Drop for Tiles {
     fn drop(&mut self) {
-        if self.0.get().0 > 0 {
+        if self.0.get().is_some() {
             // SAFETY: tiles were configured, so they are available.
             unsafe { asm!("tilerelease", options(nostack, nomem)) };
         }
@@ -157,23 +174,26 @@ pub unsafe fn accumulate(
     let stride = stride(x);
     let mut first = 0;
     while first < x.len() {
-        if let Some(rows) = x.get(first..first + 2 * ROWS)
-            && width == PANEL
-            && rest == 0
-        {
-            // SAFETY: the caller's promises, two tiles of rows at a time.
-            unsafe {
-                tiles.shape(ROWS, AMX_PAIRS);
-                let turn = first / (2 * ROWS);
-                square((rows[0].add(at), stride), w, blocks, acc.add(first * PANEL), turn);
+        let rows = &x[first..x.len().min(first + 2 * ROWS)];
+        if rows.len() > ROWS && width == PANEL && rest == 0 {
+            let turn = first / (2 * ROWS);
+            for half in 0..2 {
+                // The next weights, a quarter of as many for each half of each turn over the same ones.
+                let ahead = w.wrapping_add((4 * blocks + (2 * turn + half) % 4 * blocks) * (AHEAD / 4));
+                let (lower, lane) = (rows.len() - ROWS, half * 2 * LANES);
+                // SAFETY: the caller's promises, two tiles of rows at a time.
+                unsafe {
+                    let acc = acc.add(first * PANEL + lane);
+                    square(tiles, (rows[0].add(at), stride, lower), (w.add(lane), blocks), (acc, PANEL, false), ahead);
+                }
             }
-            first += 2 * ROWS;
+            first += rows.len();
             continue;
         }
-        let rows = &x[first..x.len().min(first + ROWS)];
+        let rows = &rows[..rows.len().min(ROWS)];
         // SAFETY: the caller's promises, a tile of rows at a time.
         unsafe {
-            tiles.shape(rows.len(), AMX_PAIRS);
+            tiles.shape(Shape::Panel { rows: rows.len(), pairs: AMX_PAIRS });
             let acc = acc.add(first * PANEL);
             if blocks > 0 {
                 panel(rows[0].add(at), stride, w, width, blocks, acc);
@@ -219,7 +239,7 @@ pub unsafe fn sums(
     let extent = (runs, pairs / block, block);
     // SAFETY: the caller's promises.
     unsafe {
-        tiles.shape(x.len(), block);
+        tiles.shape(Shape::Panel { rows: x.len(), pairs: block });
         let x = (x[0].add(at), stride(x));
         if width == PANEL {
             return four_sums(x, w, extent, out);
@@ -251,7 +271,7 @@ pub unsafe fn add_block(
     debug_assert!(pairs <= AMX_PAIRS);
     // SAFETY: the caller's promises.
     unsafe {
-        tiles.shape(x.len(), pairs);
+        tiles.shape(Shape::Panel { rows: x.len(), pairs });
         for lane in (0..width).step_by(LANES) {
             one(x[0].add(at), stride(x), w.add(lane), width * 4, 1, acc.add(lane));
         }
@@ -295,69 +315,86 @@ unsafe fn panel(x: *const bf16, x_stride: usize, w: *const u32, width: usize, bl
     }
 }
 
-/// Two tiles of rows times a full panel, two columns of tiles at a time, so that each tile that is loaded meets two. Meanwhile
-/// the next weights come nearer, a quarter of as many for each half of each turn over the same ones: hardware does not foresee
-/// what tiles load.
-unsafe fn square((x, x_stride): (*const bf16, usize), w: *const u32, blocks: usize, acc: *mut f32, turn: usize) {
-    for half in 0..2 {
-        let ahead = w.wrapping_add((4 * blocks + (2 * turn + half) % 4 * blocks) * (AHEAD / 4));
-        // SAFETY: tiles are configured for what is loaded, and named as clobbers.
-        unsafe {
-            let acc = acc.add(half * 2 * LANES);
-            asm!(
-                "tileloadd tmm0, [{acc} + {width}*1]",
-                "tileloadd tmm1, [{acc} + {width}*1 + 64]",
-                "tileloadd tmm2, [{lower} + {width}*1]",
-                "tileloadd tmm3, [{lower} + {width}*1 + 64]",
-                "2:",
-                "tileloadd tmm4, [{x} + {x_stride}*1]",
-                "tileloadd tmm6, [{w} + {width}*1]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm5, [{y} + {x_stride}*1]",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tileloadd tmm7, [{w} + {width}*1 + 64]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                "prefetcht1 [{ahead}]",
-                "prefetcht1 [{ahead} + 64]",
-                "prefetcht1 [{ahead} + 128]",
-                "prefetcht1 [{ahead} + 192]",
-                "prefetcht1 [{ahead} + 256]",
-                "prefetcht1 [{ahead} + 320]",
-                "prefetcht1 [{ahead} + 384]",
-                "prefetcht1 [{ahead} + 448]",
-                "prefetcht1 [{ahead} + 512]",
-                "prefetcht1 [{ahead} + 576]",
-                "prefetcht1 [{ahead} + 640]",
-                "prefetcht1 [{ahead} + 704]",
-                "prefetcht1 [{ahead} + 768]",
-                "prefetcht1 [{ahead} + 832]",
-                "prefetcht1 [{ahead} + 896]",
-                "prefetcht1 [{ahead} + 960]",
-                "add {x}, 64",
-                "add {y}, 64",
-                "add {w}, 4096",
-                "add {ahead}, 1024",
-                "dec {blocks}",
-                "jnz 2b",
-                "tilestored [{acc} + {width}*1], tmm0",
-                "tilestored [{acc} + {width}*1 + 64], tmm1",
-                "tilestored [{lower} + {width}*1], tmm2",
-                "tilestored [{lower} + {width}*1 + 64], tmm3",
-                acc = in(reg) acc,
-                lower = in(reg) acc.add(ROWS * PANEL),
-                width = in(reg) PANEL * 4,
-                x = inout(reg) x => _,
-                y = inout(reg) x.byte_add(ROWS * x_stride) => _,
-                x_stride = in(reg) x_stride,
-                w = inout(reg) w.add(half * 2 * LANES) => _,
-                ahead = inout(reg) ahead => _,
-                blocks = inout(reg) blocks => _,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(nostack),
-            );
-        }
+/// Two tiles of rows (their start, distance in bytes, and how many the lower one has) times two columns of tiles of a full panel's
+/// `blocks`, so that each tile that is loaded meets two. The sums begin with those of `acc`, or `fresh` from zero; its rows are
+/// `width` apart. Meanwhile what is `ahead` comes nearer, [`AHEAD`] bytes a block: hardware does not foresee what tiles load.
+///
+/// # Safety
+/// [`available`] said yes; everything holds what it names.
+#[inline(always)]
+pub unsafe fn square(
+    tiles: &Tiles,
+    (x, x_stride, lower): (*const bf16, usize, usize),
+    (w, blocks): (*const u32, usize),
+    (acc, width, fresh): (*mut f32, usize, bool),
+    ahead: *const u32,
+) {
+    // SAFETY: tiles are configured for what is loaded, and named as clobbers.
+    unsafe {
+        tiles.shape(Shape::Square { lower });
+        asm!(
+            "test {fresh:e}, {fresh:e}",
+            "jnz 3f",
+            "tileloadd tmm0, [{acc} + {width}*1]",
+            "tileloadd tmm1, [{acc} + {width}*1 + 64]",
+            "tileloadd tmm2, [{lower} + {width}*1]",
+            "tileloadd tmm3, [{lower} + {width}*1 + 64]",
+            "jmp 2f",
+            "3:",
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "2:",
+            "tileloadd tmm4, [{x} + {x_stride}*1]",
+            "tileloadd tmm6, [{w} + {w_stride}*1]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm5, [{y} + {x_stride}*1]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tileloadd tmm7, [{w} + {w_stride}*1 + 64]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "prefetcht1 [{ahead}]",
+            "prefetcht1 [{ahead} + 64]",
+            "prefetcht1 [{ahead} + 128]",
+            "prefetcht1 [{ahead} + 192]",
+            "prefetcht1 [{ahead} + 256]",
+            "prefetcht1 [{ahead} + 320]",
+            "prefetcht1 [{ahead} + 384]",
+            "prefetcht1 [{ahead} + 448]",
+            "prefetcht1 [{ahead} + 512]",
+            "prefetcht1 [{ahead} + 576]",
+            "prefetcht1 [{ahead} + 640]",
+            "prefetcht1 [{ahead} + 704]",
+            "prefetcht1 [{ahead} + 768]",
+            "prefetcht1 [{ahead} + 832]",
+            "prefetcht1 [{ahead} + 896]",
+            "prefetcht1 [{ahead} + 960]",
+            "add {x}, 64",
+            "add {y}, 64",
+            "add {w}, 4096",
+            "add {ahead}, 1024",
+            "dec {blocks}",
+            "jnz 2b",
+            "tilestored [{acc} + {width}*1], tmm0",
+            "tilestored [{acc} + {width}*1 + 64], tmm1",
+            "tilestored [{lower} + {width}*1], tmm2",
+            "tilestored [{lower} + {width}*1 + 64], tmm3",
+            acc = in(reg) acc,
+            lower = in(reg) acc.add(ROWS * width),
+            width = in(reg) width * 4,
+            fresh = in(reg) u32::from(fresh),
+            w_stride = in(reg) PANEL * 4,
+            x = inout(reg) x => _,
+            y = inout(reg) x.byte_add(ROWS * x_stride) => _,
+            x_stride = in(reg) x_stride,
+            w = inout(reg) w => _,
+            ahead = inout(reg) ahead => _,
+            blocks = inout(reg) blocks => _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        );
     }
 }
 
@@ -418,11 +455,13 @@ mod tests {
 
     #[test]
     fn a_configuration_is_one_line_with_rows_and_bytes_in_their_places() {
-        let configuration = Configuration::new(5, 8);
+        let configuration = Configuration::new(Shape::Panel { rows: 5, pairs: 8 });
         assert_eq!(size_of::<Configuration>(), 64);
         assert_eq!(std::mem::offset_of!(Configuration, row_bytes), 16);
         assert_eq!(std::mem::offset_of!(Configuration, rows), 48);
         assert_eq!((configuration.palette, configuration.rows[4], configuration.rows[5]), (1, 5, 8));
         assert_eq!((configuration.row_bytes[0], configuration.row_bytes[4], configuration.row_bytes[5]), (64, 32, 64));
+        let configuration = Configuration::new(Shape::Square { lower: 3 });
+        assert_eq!(configuration.rows[..8], [16, 16, 3, 3, 16, 3, 16, 16]);
     }
 }

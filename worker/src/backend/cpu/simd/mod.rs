@@ -32,6 +32,8 @@ pub mod roof;
 pub mod rows;
 mod runs;
 pub mod shared;
+#[cfg(target_arch = "x86_64")]
+mod tree;
 
 use lanes::Kernel;
 

@@ -31,7 +31,7 @@ pub const AMX_PAIRS: usize = 16;
 /// Rows of one of its tiles.
 pub const AMX_ROWS: usize = 16;
 /// Sums pending in the tree: one for each power of two up to 8 segments.
-const PENDING: usize = 4;
+pub const PENDING: usize = 4;
 
 /// Rows of one task: whole passes, or whole pairs of tiles.
 const fn task_rows(family: KernelFamily) -> usize {
@@ -56,6 +56,14 @@ const fn chunk(rows: usize, family: KernelFamily) -> usize {
 
 /// Activations of one format that weights can meet.
 pub trait Input: Element {
+    /// A task's sums over all segments, `[rows][PANEL]`, where there is a shorter way to them; whether there was.
+    ///
+    /// # Safety
+    /// As [`Task::run`].
+    #[inline(always)]
+    unsafe fn sums<L: Lanes>(_task: &Task<'_, Self>, _out: *mut f32) -> bool {
+        false
+    }
     /// # Safety
     /// As [`Task::run`].
     unsafe fn accumulate<L: Lanes>(task: &Task<'_, Self>, part: &Part<'_, Self>);
@@ -94,7 +102,9 @@ impl<T: Input> Kernel for Task<'_, T> {
         let sums = sums.as_mut_ptr().cast::<f32>();
         let length = w.cols / w.segments;
         let mut depth = 0;
-        for segment in 0..w.segments {
+        // SAFETY: there is room for several; the rest is what the maker of the task vouches for.
+        let done = w.coded.is_none() && unsafe { T::sums::<L>(&self, sums) };
+        for segment in 0..if done { 0 } else { w.segments } {
             // SAFETY: at most PENDING sums are pending, each of `rows * PANEL`; offsets stay inside the panel and
             // the rows, which the maker of the task vouches for.
             unsafe {
@@ -119,8 +129,11 @@ impl<T: Input> Kernel for Task<'_, T> {
 }
 
 /// `a += b`.
+///
+/// # Safety
+/// Both have `n` numbers, in whole vectors.
 #[inline(always)]
-unsafe fn join<L: Lanes>(a: *mut f32, b: *const f32, n: usize) {
+pub unsafe fn join<L: Lanes>(a: *mut f32, b: *const f32, n: usize) {
     for i in (0..n).step_by(LANES) {
         unsafe { L::store(a.add(i), L::add(L::load(a.add(i)), L::load(b.add(i)))) };
     }
@@ -167,6 +180,12 @@ impl<T: Input> Task<'_, T> {
 }
 
 impl Input for bf16 {
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn sums<L: Lanes>(task: &Task<'_, bf16>, out: *mut f32) -> bool {
+        unsafe { super::tree::sums::<L>(task, out) }
+    }
+
     #[inline(always)]
     unsafe fn accumulate<L: Lanes>(task: &Task<'_, bf16>, part: &Part<'_, bf16>) {
         unsafe {
