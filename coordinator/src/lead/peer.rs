@@ -174,6 +174,7 @@ fn job_to_wire(job: Job, hello: wire::PeerHello) -> wire::Job {
         salt: job.salt,
         tenant: job.turn.tenant,
         priority: job.turn.priority,
+        weight: 1,
         begun: job.resumed.into_iter().flatten().map(begun).collect(),
         deaths: job.deaths,
     }
