@@ -14,6 +14,7 @@ use crate::schedule::load::Load;
 const RUNNING: &str = "conclave_num_requests_running";
 const WAITING: &str = "conclave_num_requests_waiting";
 const TENANTS: &str = "conclave_tenants";
+const TENANTS_WAITING: &str = "conclave_tenants_waiting";
 const CACHE_USED: &str = "conclave_kv_cache_usage_perc";
 const PREEMPTIONS: &str = "conclave_num_preemptions_total";
 const PREFIX_QUERIES: &str = "conclave_prefix_cache_queries_total";
@@ -93,6 +94,7 @@ fn describe() {
     describe_gauge!(RUNNING, "Sequences in the scheduler's running set");
     describe_gauge!(WAITING, "Sequences waiting for admission or for cache");
     describe_gauge!(TENANTS, "API keys for which requests wait or run; all without a key count as one");
+    describe_gauge!(TENANTS_WAITING, "API keys that have requests which wait for their turn");
     describe_gauge!(CACHE_USED, "Cache blocks in use, 1 is all");
     describe_counter!(PREEMPTIONS, "Sequences put back to waiting because cache ran out");
     describe_counter!(PREFIX_QUERIES, "Prompt tokens looked up in the prefix cache");
@@ -134,6 +136,7 @@ pub fn observe(group: usize, before: &Load, load: &Load) {
     gauge!(RUNNING, "group" => group.clone()).set(load.running as f64);
     gauge!(WAITING, "group" => group.clone()).set(load.waiting as f64);
     gauge!(TENANTS, "group" => group.clone()).set(load.tenants as f64);
+    gauge!(TENANTS_WAITING, "group" => group.clone()).set(load.tenants_waiting as f64);
     gauge!(CACHE_USED, "group" => group.clone()).set(load.blocks_used as f64 / load.blocks_total.max(1) as f64);
     count(PREEMPTIONS, before.preemptions, load.preemptions);
     count(PREFIX_QUERIES, before.prefix_queried_tokens, load.prefix_queried_tokens);

@@ -49,7 +49,7 @@ impl Running {
         let tokens = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
         tenant.prompt(tokens)?;
         let salt = tenant.salt(&ask.cache_salt);
-        let turn = Turn { tenant: tenant.salt(""), priority: ask.priority };
+        let turn = Turn { tenant: tenant.salt(""), priority: ask.priority, ..Turn::default() };
         let mut jobs = Vec::with_capacity(prompts.len());
         for (number, (prompt, tokens_max)) in prompts.iter().zip(rooms).enumerate() {
             let id = if prompts.len() == 1 { id.to_string() } else { format!("{id}-{number}") };

@@ -174,7 +174,7 @@ fn job_to_wire(job: Job, hello: wire::PeerHello) -> wire::Job {
         salt: job.salt,
         tenant: job.turn.tenant,
         priority: job.turn.priority,
-        weight: 1,
+        weight: job.turn.weight,
         begun: job.resumed.into_iter().flatten().map(begun).collect(),
         deaths: job.deaths,
     }
@@ -191,7 +191,7 @@ pub(super) fn job_from_wire(job: wire::Job) -> Job {
         tokens_max: job.tokens_max,
         end_tokens: job.end_tokens,
         salt: job.salt,
-        turn: Turn { tenant: job.tenant, priority: job.priority },
+        turn: Turn { tenant: job.tenant, priority: job.priority, weight: job.weight },
         resumed,
         deaths: job.deaths,
     }
@@ -268,7 +268,7 @@ mod tests {
             tokens_max: 7,
             end_tokens: vec![4],
             salt: u64::MAX,
-            turn: Turn { tenant: u64::MAX - 1, priority: -7 },
+            turn: Turn { tenant: u64::MAX - 1, priority: -7, weight: 3 },
             resumed: Some(vec![Begun { tokens: vec![5], done: false }, Begun { tokens: vec![], done: true }]),
             deaths: 1,
         };

@@ -183,6 +183,7 @@ impl Scheduler {
             deliver(Output::PromptScores(std::mem::take(&mut request.scores)));
         }
         for held in std::mem::take(&mut request.held) {
+            // They take turns as jobs do: a few requests of many choices would else hold up everyone.
             self.queue.insert(self.roster.get(held).waits(), false, held);
         }
     }

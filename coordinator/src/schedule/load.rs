@@ -10,8 +10,9 @@ pub struct Load {
     pub waiting: usize,
     /// Jobs of which nothing ran yet: what the queue's bound counts.
     pub jobs_waiting: usize,
-    /// Those who have jobs.
+    /// Those who have jobs, and those among them who wait for some to be admitted.
     pub tenants: usize,
+    pub tenants_waiting: usize,
     pub steps_in_flight: usize,
     /// Cache blocks of all lanes; used ones are held by sequences.
     pub blocks_used: usize,

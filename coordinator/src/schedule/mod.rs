@@ -18,4 +18,4 @@ pub mod suspect;
 mod tests;
 
 pub use admit::Settings;
-pub use queue::Turn;
+pub use queue::{Turn, WEIGHT_MAX};

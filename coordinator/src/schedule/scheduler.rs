@@ -122,7 +122,7 @@ impl Scheduler {
         self.jobs_next += 1;
         self.load.jobs_accepted += 1;
         self.load.jobs_waiting += 1;
-        self.queue.enter(job.turn.tenant);
+        self.queue.enter(job.turn);
 
         let prompt_len = job.prompt.len();
         let len_max = self.settings.len_max(prompt_len, job.tokens_max);
@@ -272,6 +272,7 @@ impl Scheduler {
             waiting: self.roster.len() - running,
             steps_in_flight: self.flights.len(),
             tenants: self.queue.tenants(),
+            tenants_waiting: self.queue.tenants_waiting(),
             blocks_used: self.lanes.iter().map(|lane| lane.pool.used()).sum(),
             blocks_total: self.lanes.iter().map(|lane| lane.pool.total()).sum(),
             ..self.load
@@ -313,10 +314,10 @@ impl Scheduler {
         if !request.admitted {
             self.load.jobs_waiting -= 1;
         }
-        self.queue.leave(request.turn.tenant, request.admitted);
         for slot in request.slots {
             self.drop_slot(slot);
         }
+        self.queue.leave(request.turn.tenant, request.admitted);
         true
     }
 

@@ -98,7 +98,11 @@ impl Profile {
             tokens_max: if random.once_in(12) { 0 } else { random.within(1..=90) as u32 },
             end_tokens: if random.once_in(2) { vec![7] } else { Vec::new() },
             salt,
-            turn: Turn { tenant: random.within(0..=3) as u64, priority: random.within(0..=4) as i32 - 2 },
+            turn: Turn {
+                tenant: random.within(0..=3) as u64,
+                priority: random.within(0..=4) as i32 - 2,
+                weight: random.within(1..=3) as u32,
+            },
             resumed: None,
             deaths: 0,
         }

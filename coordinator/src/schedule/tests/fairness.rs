@@ -9,7 +9,7 @@ fn crowded() -> Bench {
 }
 
 fn of(tenant: u64, first: u32, (prompt, answer): (u32, u32)) -> Job {
-    Job { turn: Turn { tenant, priority: 0 }, ..job(first, prompt, answer) }
+    Job { turn: Turn { tenant, ..Turn::default() }, ..job(first, prompt, answer) }
 }
 
 #[test]
@@ -70,4 +70,60 @@ fn many_choices_of_one_tenant_pass_nobody_elses_job() {
         bench.answer(step, &batch, 8).iter().any(|delivery| delivery.job == late)
     });
     assert!(waited.unwrap() < 30, "{waited:?} steps: those that run have at most twenty tokens left");
+}
+
+#[test]
+fn a_key_of_more_weight_is_served_so_many_times_as_much() {
+    let mut bench = crowded();
+    for number in 0..600 {
+        for (tenant, weight) in [(1, 1), (2, 3)] {
+            bench.add(Job { turn: Turn { tenant, weight, priority: 0 }, ..job(tenant as u32 * 1000 + number, 40, 20) });
+        }
+    }
+    // What four sequences may still cost when they are admitted.
+    let bound = 4 * (40 + 2 * 20);
+    for _ in 0..1500 {
+        bench.step(8);
+        let [light, heavy] = [1, 2].map(|tenant| bench.scheduler.queue.served(tenant));
+        assert!(light.abs_diff(heavy) <= bound, "{light} and {heavy}, each by its weight");
+    }
+    assert!(bench.scheduler.queue.served(1) > 4 * bound, "too little to tell");
+}
+
+#[test]
+fn a_stream_of_urgent_jobs_does_not_starve_their_own_keys_others() {
+    let mut bench = crowded();
+    let patient = bench.add(of(1, 9000, (60, 4)));
+    let mut came = 0;
+    loop {
+        while bench.scheduler.load().jobs_waiting < 50 {
+            came += 1;
+            let turn = Turn { tenant: 1, priority: -1, weight: 1 };
+            bench.add(Job { turn, ..job(came % 4000, 60, 4) });
+        }
+        let (step, batch) = bench.next().unwrap();
+        if bench.answer(step, &batch, 8).iter().any(|delivery| delivery.job == patient) {
+            break;
+        }
+        assert!(came < 1200, "a step of priority is worth 1,024 places");
+    }
+}
+
+#[test]
+fn what_the_cache_holds_and_what_is_computed_again_is_not_charged() {
+    let mut bench = crowded();
+    bench.add(of(1, 1, (64, 40)));
+    bench.step(8);
+    assert_eq!(bench.scheduler.queue.served(1), 64 + 2);
+    bench.add(of(1, 1, (64, 40)));
+    bench.step(8);
+    assert_eq!(bench.scheduler.queue.served(1), 66 + 32 + 2 * 2, "the last block's tokens, and two that were drawn");
+    bench.scheduler.requeue_all(*bench.scheduler.settings());
+    let (served, drawn) = (bench.scheduler.queue.served(1), bench.scheduler.load().tokens_generated);
+    (0..5).for_each(|_| {
+        bench.step(8);
+    });
+    let drawn = bench.scheduler.load().tokens_generated - drawn;
+    assert!(drawn >= 4, "{drawn} tokens of two answers");
+    assert_eq!(bench.scheduler.queue.served(1), served + 2 * drawn);
 }

@@ -162,7 +162,7 @@ impl Setting {
             end_tokens: if random.once_in(3) { vec![7] } else { Vec::new() },
             salt,
             resumed: None,
-            turn: Turn::default(),
+            turn: Turn { tenant: number as u64 % 3, priority: number as i32 % 5 - 2, weight: 1 + number as u32 % 2 },
             deaths: 0,
         }
     }
