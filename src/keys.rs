@@ -26,14 +26,17 @@ enum Command {
         /// Requests of it that may run at a time
         #[arg(long)]
         max_concurrent: Option<u32>,
+        /// Its share where other keys' requests wait too, beside their weights; 1 where nothing is said
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..=i64::from(coordinator::schedule::WEIGHT_MAX)))]
+        weight: Option<u32>,
     },
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let Command::Add { name, requests_per_minute, tokens_per_minute, max_concurrent } = args.command;
+    let Command::Add { name, requests_per_minute, tokens_per_minute, max_concurrent, weight } = args.command;
     ensure!(keyfile::is_name(&name), "{name:?} is no name: 1 to {} of a-z A-Z 0-9 . _ -", keyfile::NAME_BYTES_MAX);
     let key = keyfile::fresh(coordinator::run::random_bytes());
-    let limits = Limits { requests_per_minute, tokens_per_minute, max_concurrent };
+    let limits = Limits { requests_per_minute, tokens_per_minute, max_concurrent, weight };
     // A key that did not arrive is of no use to anybody: said plainly, with what is in its way.
     writeln!(std::io::stdout(), "{key}\n{}", keyfile::line(&key, &name, &limits))
         .context("the key can't be printed")?;

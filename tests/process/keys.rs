@@ -130,6 +130,34 @@ fn each_key_has_limits_of_its_own() -> Result<()> {
     Ok(())
 }
 
+/// The order of events shows it, not the clock: when the late key's answer is whole, most of the flood still waits.
+#[test]
+fn a_flood_by_one_key_does_not_hold_up_anothers_request() -> Result<()> {
+    const FLOOD: usize = 200;
+    let folder = Folder::new("fairness")?;
+    let ((greedy, line_of_greedy), (late, line_of_late)) = (key("greedy")?, limited("late", &["--weight", "2"])?);
+    folder.write(1, &format!("{line_of_greedy}\n{line_of_late}\n"))?;
+    let file = folder.file();
+    let flags = ["--max-num-seqs", "4", "--api-keys-file", file.to_str().context("a path in UTF-8")?];
+    let served = Served::start(PROGRAM, &demo(), &flags)?;
+    let waiting = || served.metric("conclave_num_requests_waiting", "group=\"0\"");
+    let body = br#"{"prompt":"An owl eats","max_tokens":200,"ignore_eos":true}"#;
+    let header = format!("authorization: Bearer {greedy}\r\n");
+    let flood = (0..FLOOD).map(|_| served.open_with(&header, "POST", "/v1/completions", body));
+    let flood: Vec<_> = flood.collect::<Result<_>>()?;
+    until("the flood waits", || waiting().is_ok_and(|count| count > 150.0))?;
+    let answer = served.send_as(&late, "POST", "/v1/completions", br#"{"prompt":"An owl eats","max_tokens":20}"#)?;
+    ensure!(answer.status == 200, "{}", String::from_utf8_lossy(&answer.body));
+    // Gauges are set now and then: those that count are of after the answer.
+    let steps = || served.metric("conclave_steps_total", "group=\"0\"");
+    let told = steps()?;
+    until("the load is told anew", || steps().is_ok_and(|count| count > told))?;
+    let (left, keys) = (waiting()?, served.metric("conclave_tenants_waiting", "group=\"0\"")?);
+    ensure!(left > 100.0 && keys == 1.0, "most of the flood would wait, and it alone: {left} of {keys} keys do");
+    drop(flood);
+    Ok(())
+}
+
 #[test]
 fn a_file_that_is_wrong_at_the_start_ends_it_and_is_told_by_its_line() -> Result<()> {
     let folder = Folder::new("wrong-keys")?;

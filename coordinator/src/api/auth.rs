@@ -15,6 +15,7 @@ use super::error::ApiError;
 use super::keys::{Holder, Keys};
 use super::rates::Excess;
 use crate::metrics;
+use crate::schedule::Turn;
 
 /// Whose request it is; nobody's in particular where the API is open. The request counts as running until all clones are
 /// gone.
@@ -58,6 +59,13 @@ impl Tenant {
         if let Some(place) = &self.0 {
             place.0.usage().generated(tokens);
         }
+    }
+
+    /// Its place among those that wait: a key's number, of which the key can't be guessed, and the key's weight.
+    pub fn turn(&self, priority: i32) -> Turn {
+        let open = Turn { priority, ..Turn::default() };
+        let of = |place: &Arc<Place>| Turn { tenant: place.0.number(), weight: place.0.usage().weight(), ..open };
+        self.0.as_ref().map_or(open, of)
     }
 
     /// The salt of this tenant's cache, and of a part of it where the client asks for one.

@@ -232,8 +232,12 @@ async fn only_a_key_opens_the_api_but_probes_need_none() {
     error(&beyond, 400, Some("priority"), "no client is more urgent than that");
     let jobs = server.jobs.lock().unwrap();
     assert!(jobs[0].salt != 0, "a key has its own cache");
-    let Turn { tenant, priority, .. } = jobs[0].turn;
-    assert_eq!((tenant != 0 && tenant != jobs[0].salt, priority), (true, -3), "a salt makes nobody another tenant");
+    let Turn { tenant, priority, weight } = jobs[0].turn;
+    assert_eq!(
+        (tenant != 0 && tenant != jobs[0].salt, priority, weight),
+        (true, -3, 1),
+        "a salt makes nobody another tenant"
+    );
 }
 
 #[tokio::test]

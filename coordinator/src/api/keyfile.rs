@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! # a comment
-//! sha256:HEX [NAME] [requests_per_minute=N] [tokens_per_minute=N] [max_concurrent=N]
+//! sha256:HEX [NAME] [requests_per_minute=N] [tokens_per_minute=N] [max_concurrent=N] [weight=N]
 //! ```
 //!
 //! One plain SHA-256 is enough for keys of 256 random bits, as [`fresh`] makes them; a word that people chose could be
@@ -18,6 +18,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use sha2::{Digest, Sha256};
 
 use super::rates::Limits;
+use crate::schedule::WEIGHT_MAX;
 
 /// Far above what [`KEYS_MAX`] lines take.
 pub const FILE_BYTES_MAX: u64 = 4 << 20;
@@ -33,6 +34,7 @@ const SCHEME: &str = "sha256:";
 const REQUESTS: &str = "requests_per_minute";
 const TOKENS: &str = "tokens_per_minute";
 const CONCURRENT: &str = "max_concurrent";
+const WEIGHT: &str = "weight";
 
 /// A line: a key that is accepted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,10 +56,14 @@ pub enum KeyFileError {
     Digest { line: usize },
     #[error("line {line}: a name has 1 to {NAME_BYTES_MAX} of a-z A-Z 0-9 . _ -")]
     Name { line: usize },
-    #[error("line {line}: word {word} is neither the name nor one of {REQUESTS}=N, {TOKENS}=N, {CONCURRENT}=N")]
+    #[error(
+        "line {line}: word {word} is neither the name nor one of {REQUESTS}=N, {TOKENS}=N, {CONCURRENT}=N, {WEIGHT}=N"
+    )]
     Word { line: usize, word: usize },
     #[error("line {line}: word {word} needs a whole number from 0 to {}", u32::MAX)]
     Number { line: usize, word: usize },
+    #[error("line {line}: word {word}: a weight is a whole number from 1 to {WEIGHT_MAX}")]
+    Weight { line: usize, word: usize },
     #[error("line {line}: the same key as line {first}")]
     Twice { line: usize, first: usize },
     #[error("line {line}: more than {KEYS_MAX} keys")]
@@ -105,6 +111,7 @@ fn entry<'w>(line: usize, first: &str, words: impl Iterator<Item = &'w str>) -> 
             Some((REQUESTS, number)) => (&mut limits.requests_per_minute, number),
             Some((TOKENS, number)) => (&mut limits.tokens_per_minute, number),
             Some((CONCURRENT, number)) => (&mut limits.max_concurrent, number),
+            Some((WEIGHT, number)) => (&mut limits.weight, number),
             None if word == 2 && is_name(text) => {
                 entry.name = text.into();
                 continue;
@@ -113,6 +120,9 @@ fn entry<'w>(line: usize, first: &str, words: impl Iterator<Item = &'w str>) -> 
             Some(_) | None => return Err(KeyFileError::Word { line, word }),
         };
         *limit = Some(number.parse().map_err(|_| KeyFileError::Number { line, word })?);
+        if limits.weight.is_some_and(|weight| !(1..=WEIGHT_MAX).contains(&weight)) {
+            return Err(KeyFileError::Weight { line, word });
+        }
     }
     if entry.name.is_empty() {
         // Tells two apart and opens nothing.
@@ -151,6 +161,7 @@ pub fn line(key: &str, name: &str, limits: &Limits) -> String {
         (REQUESTS, limits.requests_per_minute),
         (TOKENS, limits.tokens_per_minute),
         (CONCURRENT, limits.max_concurrent),
+        (WEIGHT, limits.weight),
     ] {
         if let Some(limit) = limit {
             line += &format!(" {what}={limit}");
@@ -167,7 +178,12 @@ mod tests {
     fn a_fresh_key_s_line_is_read_as_that_key() {
         let key = fresh([7; 32]);
         assert!(key.starts_with("cnc-") && key.len() == 47, "{key}");
-        let limits = Limits { requests_per_minute: Some(60), tokens_per_minute: Some(9), max_concurrent: Some(0) };
+        let limits = Limits {
+            requests_per_minute: Some(60),
+            tokens_per_minute: Some(9),
+            max_concurrent: Some(0),
+            weight: Some(7),
+        };
         let text = format!("# keys\n\n  {} # of the night shift\n", line(&key, "alice", &limits));
         let digest: [u8; 32] = Sha256::digest(&key).into();
         assert_eq!(parse(&text).unwrap(), [Entry { digest, name: "alice".into(), limits }]);
@@ -192,6 +208,8 @@ mod tests {
             (format!("{good} alice cnc-secret"), KeyFileError::Word { line: 1, word: 3 }),
             (format!("{good} alice max=2"), KeyFileError::Word { line: 1, word: 3 }),
             (format!("{good} max_concurrent=-1"), KeyFileError::Number { line: 1, word: 2 }),
+            (format!("{good} alice weight=0"), KeyFileError::Weight { line: 1, word: 3 }),
+            (format!("{good} alice weight=1001"), KeyFileError::Weight { line: 1, word: 3 }),
             (format!("{good} alice tokens_per_minute=secret"), KeyFileError::Number { line: 1, word: 3 }),
             (format!("{good} a\n#\n{good} b"), KeyFileError::Twice { line: 3, first: 1 }),
         ] {

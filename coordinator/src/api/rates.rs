@@ -18,6 +18,8 @@ pub struct Limits {
     /// Prompts and answers together.
     pub tokens_per_minute: Option<u32>,
     pub max_concurrent: Option<u32>,
+    /// Its share where others wait too, beside their weights; 1 where nothing is said.
+    pub weight: Option<u32>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -152,6 +154,10 @@ impl Usage {
         Ok(())
     }
 
+    pub fn weight(&self) -> u32 {
+        self.limits.weight.unwrap_or(1)
+    }
+
     pub fn leave(&mut self) {
         self.running = self.running.checked_sub(1).expect("whoever leaves came in");
     }
@@ -190,7 +196,12 @@ mod tests {
     use super::*;
 
     fn usage(requests: Option<u32>, tokens: Option<u32>, concurrent: Option<u32>) -> (Usage, Instant) {
-        let limits = Limits { requests_per_minute: requests, tokens_per_minute: tokens, max_concurrent: concurrent };
+        let limits = Limits {
+            requests_per_minute: requests,
+            tokens_per_minute: tokens,
+            max_concurrent: concurrent,
+            weight: None,
+        };
         let start = Instant::now();
         (Usage::new(limits, start), start)
     }
@@ -248,8 +259,14 @@ mod tests {
     fn new_limits_forget_nothing_that_stays_limited() {
         let (mut usage, now) = usage(Some(1), None, Some(1));
         usage.enter(now).unwrap();
-        let more = Limits { requests_per_minute: Some(1), tokens_per_minute: Some(10), max_concurrent: Some(5) };
+        let more = Limits {
+            requests_per_minute: Some(1),
+            tokens_per_minute: Some(10),
+            max_concurrent: Some(5),
+            weight: Some(2),
+        };
         usage.limit(more, now);
+        assert_eq!(usage.weight(), 2);
         assert_eq!(usage.enter(now).unwrap_err().what, What::Requests);
         usage.limit(Limits { requests_per_minute: Some(2), max_concurrent: Some(1), ..more }, now);
         assert_eq!(usage.enter(now).unwrap_err().what, What::Concurrent);

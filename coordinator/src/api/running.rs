@@ -12,7 +12,6 @@ use super::error::ApiError;
 use super::limits;
 use super::request::Ask;
 use crate::metrics;
-use crate::schedule::Turn;
 use crate::schedule::job::{Job, Outputs, Refusal};
 
 /// All of a request's answers.
@@ -49,7 +48,7 @@ impl Running {
         let tokens = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
         tenant.prompt(tokens)?;
         let salt = tenant.salt(&ask.cache_salt);
-        let turn = Turn { tenant: tenant.salt(""), priority: ask.priority, ..Turn::default() };
+        let turn = tenant.turn(ask.priority);
         let mut jobs = Vec::with_capacity(prompts.len());
         for (number, (prompt, tokens_max)) in prompts.iter().zip(rooms).enumerate() {
             let id = if prompts.len() == 1 { id.to_string() } else { format!("{id}-{number}") };
