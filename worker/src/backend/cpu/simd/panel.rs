@@ -41,10 +41,11 @@ const fn task_rows(family: KernelFamily) -> usize {
     }
 }
 
-/// Pairs between two stores: with a few passes over the rows a chunk stays in the first cache between them.
-const fn chunk(rows: usize, family: KernelFamily) -> usize {
+/// Pairs between two stores: with a few passes over the rows a chunk stays in the first cache between them. Weights that are met
+/// `once` come from memory: the shorter the stretch, the sooner the next one is asked for.
+const fn chunk(rows: usize, family: KernelFamily, once: bool) -> usize {
     match family {
-        KernelFamily::Amx if rows > AMX_ROWS => CHUNK / 2,
+        KernelFamily::Amx if rows > AMX_ROWS => CHUNK / if once { 4 } else { 2 },
         KernelFamily::Amx => CHUNK,
         KernelFamily::Vector => match rows.div_ceil(PASS_ROWS) {
             2 => CHUNK / 8,
@@ -88,6 +89,8 @@ pub struct Task<'a, T> {
     /// The first row's first output of the whole matrix, and the distance of rows.
     pub out: *mut f32,
     pub out_stride: usize,
+    /// No other task meets the panel soon.
+    pub once: bool,
     pub tiles: Tiles,
 }
 
@@ -143,7 +146,7 @@ impl<T: Input> Task<'_, T> {
     /// Adds a segment's products to the accumulators of all rows.
     #[inline(always)]
     unsafe fn segment<L: Lanes>(&self, segment: usize, length: usize, acc: *mut f32) {
-        let (w, width, most) = (self.w, self.w.width(self.panel), chunk(self.x.len(), self.family));
+        let (w, width, most) = (self.w, self.w.width(self.panel), chunk(self.x.len(), self.family, self.once));
         let words = if w.wide { 2 } else { 1 };
         let mut pair = 0;
         while pair < length.div_ceil(2) {
@@ -274,10 +277,21 @@ pub unsafe fn panels<T: Input>(
     assert!(bias.is_none_or(|b| b.len() == w.rows));
     assert!(rows.is_empty() || out.start + (rows.end - 1) * out.stride + w.rows <= out.values.len());
     assert!(!w.wide || size_of::<T>() == 4, "f32 weights need f32 inputs");
+    let once = rows.len() <= TASK_ROWS;
     let run = |x: &[*const T], panel: usize, first: usize| {
         // SAFETY: inside the target by the assertion above.
         let start = unsafe { out.values.pointer().add(out.start + first * out.stride) };
-        level.run(Task { w, panel, family, x, bias, out: start, out_stride: out.stride, tiles: Tiles::default() });
+        level.run(Task {
+            w,
+            panel,
+            family,
+            x,
+            bias,
+            out: start,
+            out_stride: out.stride,
+            once,
+            tiles: Tiles::default(),
+        });
     };
     let mut pointers = [std::ptr::null(); TASK_ROWS];
     if x.picks.is_some() && level.has_tiles() && family == KernelFamily::Amx {
