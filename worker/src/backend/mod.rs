@@ -146,6 +146,21 @@ pub trait Backend: Sized + Send + 'static {
         out: &mut Self::Buffer,
     ) -> Result<(), Fault>;
 
+    /// [`Backend::activate`] of what [`Backend::matmul`] gives, to the same bits, for whoever can spare the way over memory: Input in,
+    /// Input out. `between` is Full, as wide as `w` has rows; what it holds afterwards means nothing.
+    fn matmul_activate(
+        &mut self,
+        x: &Self::Buffer,
+        (w, bias): (&Self::Matrix, Option<&Self::Vector>),
+        activation: Activation,
+        n: usize,
+        between: &mut Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<(), Fault> {
+        self.matmul(x, w, bias, n, between)?;
+        self.activate(between, activation, n, out)
+    }
+
     /// Sums of squares of each query and key head of Full rows `[q | k | v]`. Those of the query heads go to the columns
     /// of Full `out` from `columns.0`, those of the key heads to the columns from `columns.1`, where given; every other
     /// column becomes zero. So ranks that own different columns complete them by adding their buffers.
@@ -227,7 +242,20 @@ pub trait Backend: Sized + Send + 'static {
         grouping: &Grouping,
         out: &mut Self::Buffer,
     ) -> Result<(), Fault>;
-    /// The same where the input is already one row a pair.
+    /// [`Backend::activate`] of what [`Backend::expert_matmul`] gives, as [`Backend::matmul_activate`].
+    fn expert_matmul_activate(
+        &mut self,
+        x: &Self::Buffer,
+        w: &[Self::Matrix],
+        grouping: &Grouping,
+        activation: Activation,
+        between: &mut Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<(), Fault> {
+        self.expert_matmul(x, w, grouping, between)?;
+        self.activate(between, activation, grouping.rows.len(), out)
+    }
+    /// [`Backend::expert_matmul`] where the input is already one row a pair.
     fn pair_matmul(
         &mut self,
         x: &Self::Buffer,

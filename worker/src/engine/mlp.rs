@@ -55,9 +55,9 @@ impl<B: Backend> Mlp<B> {
         let rows = pass.rows;
         let width = if self.gated { 2 * self.channels } else { self.channels };
         let mut up = pass.take(width, Kind::Full)?;
-        pass.backend.matmul(normed, &self.up, self.up_bias.as_ref(), rows, &mut up)?;
         let mut active = pass.take(self.channels, Kind::Input)?;
-        pass.backend.activate(&up, self.activation, rows, &mut active)?;
+        let weights = (&self.up, self.up_bias.as_ref());
+        pass.backend.matmul_activate(normed, weights, self.activation, rows, &mut up, &mut active)?;
         pass.give(width, Kind::Full, up);
         let y = pass.matmul_sum(&active, &self.down, self.hidden)?;
         pass.give(self.channels, Kind::Input, active);

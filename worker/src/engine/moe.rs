@@ -224,9 +224,14 @@ impl<B: Backend> Experts<B> {
         let mut out = pass.pool.take(pass.backend, pairs, self.hidden, Kind::Full)?;
         if pairs > 0 {
             let mut gate_up = pass.pool.take(pass.backend, pairs, 2 * self.channels, Kind::Full)?;
-            self.gate_up(pass, grouping, input, &mut gate_up)?;
             let mut active = pass.pool.take(pass.backend, pairs, self.channels, Kind::Input)?;
-            pass.backend.activate(&gate_up, self.activation, pairs, &mut active)?;
+            if self.weighs_inputs() || self.biases.is_some() {
+                self.gate_up(pass, grouping, input, &mut gate_up)?;
+                pass.backend.activate(&gate_up, self.activation, pairs, &mut active)?;
+            } else {
+                let (w, between) = (&self.gate_up, &mut gate_up);
+                pass.backend.expert_matmul_activate(input, w, grouping, self.activation, between, &mut active)?;
+            }
             pass.pool.give(2 * self.channels, Kind::Full, pairs, gate_up);
             pass.backend.pair_matmul(&active, &self.down, grouping, &mut out)?;
             pass.pool.give(self.channels, Kind::Input, pairs, active);

@@ -29,6 +29,7 @@
 
 mod buffer;
 mod combine;
+mod gated;
 mod meta;
 mod ops;
 mod route;

@@ -38,7 +38,7 @@ macro_rules! by_dtype {
 }
 
 impl CpuBackend {
-    fn input<'a>(&self, x: &'a Buffer) -> Result<&'a Data, Fault> {
+    pub(super) fn input<'a>(&self, x: &'a Buffer) -> Result<&'a Data, Fault> {
         let fits = matches!((&x.data, self.dtype), (Data::F32(_), Dtype::F32) | (Data::Bf16(_), Dtype::Bf16));
         if fits { Ok(&x.data) } else { Err(wrong("an Input buffer is needed, a Full one was given")) }
     }
@@ -52,30 +52,40 @@ impl CpuBackend {
         picks: Option<&[u32]>,
         out: &mut Buffer,
     ) -> Result<(), Fault> {
-        let pairs = grouping.rows.len();
-        let offsets = &grouping.offsets;
-        let whole = offsets.len() == w.len() + 1
-            && offsets.first() == Some(&0)
-            && offsets.last() == Some(&(pairs as u32))
-            && offsets.is_sorted();
-        ensure(whole, || format!("offsets of {} experts, {pairs} pairs, {} matrices", offsets.len(), w.len()))?;
-        let Some(first) = w.first() else { return Ok(()) };
-        let (rows, cols) = (first.0.rows, first.0.cols);
-        ensure(w.iter().all(|m| m.0.rows == rows && m.0.cols == cols), || "experts differ in shape".into())?;
-        ensure(x.cols == cols && out.cols == rows, || {
-            format!("[{}] inputs, [{rows}, {cols}] weights, [{}] outputs", x.cols, out.cols)
-        })?;
-        let most = picks.map_or(pairs, |p| p.iter().max().map_or(0, |r| *r as usize + 1));
-        x.check(most)?;
-        let active = &mut self.scratch.active;
-        active.clear();
-        active.extend((0..w.len()).filter(|e| offsets[e + 1] > offsets[*e]).map(|e| e as u32));
+        let (pairs, offsets) = (grouping.rows.len(), &grouping.offsets);
+        let (rows, cols) = w.first().map_or((out.cols, x.cols), |first| (first.0.rows, first.0.cols));
+        self.check_experts(x, w, grouping, picks, (rows, cols))?;
+        ensure(out.cols == rows, || format!("[{rows}, {cols}] weights, [{}] outputs", out.cols))?;
         let active = &self.scratch.active;
         let out = out.full_mut(pairs)?;
         by_dtype!([x = self.input(x)?] => {
             let x = Source { values: x, start: 0, stride: cols, picks };
             panel::multiply_experts(&self.pool, self.level, self.family, x, w, offsets, active, out)
         });
+        Ok(())
+    }
+
+    /// Whether pairs, experts and inputs fit together; notes the experts that have pairs.
+    pub(super) fn check_experts(
+        &mut self,
+        x: &Buffer,
+        w: &[Matrix],
+        grouping: &Grouping,
+        picks: Option<&[u32]>,
+        (rows, cols): (usize, usize),
+    ) -> Result<(), Fault> {
+        let (pairs, offsets) = (grouping.rows.len(), &grouping.offsets);
+        let whole = offsets.len() == w.len() + 1
+            && offsets.first() == Some(&0)
+            && offsets.last() == Some(&(pairs as u32))
+            && offsets.is_sorted();
+        ensure(whole, || format!("offsets of {} experts, {pairs} pairs, {} matrices", offsets.len(), w.len()))?;
+        ensure(w.iter().all(|m| m.0.rows == rows && m.0.cols == cols), || "experts differ in shape".into())?;
+        ensure(x.cols == cols, || format!("[{}] inputs, [{rows}, {cols}] weights", x.cols))?;
+        x.check(picks.map_or(pairs, |p| p.iter().max().map_or(0, |r| *r as usize + 1)))?;
+        let active = &mut self.scratch.active;
+        active.clear();
+        active.extend((0..w.len()).filter(|e| offsets[e + 1] > offsets[*e]).map(|e| e as u32));
         Ok(())
     }
 
@@ -317,6 +327,22 @@ impl Backend for CpuBackend {
         }
     }
 
+    fn matmul_activate(
+        &mut self,
+        x: &Buffer,
+        (w, bias): (&Matrix, Option<&Vector>),
+        activation: Activation,
+        n: usize,
+        between: &mut Buffer,
+        out: &mut Buffer,
+    ) -> Result<(), Fault> {
+        if self.gated(x, (w, bias), activation, n, out)? {
+            return Ok(());
+        }
+        self.matmul(x, w, bias, n, between)?;
+        self.activate(between, activation, n, out)
+    }
+
     fn head_squares(
         &mut self,
         shape: &GroupedShape,
@@ -465,6 +491,22 @@ impl Backend for CpuBackend {
 
     fn expert_matmul(&mut self, x: &Buffer, w: &[Matrix], grouping: &Grouping, out: &mut Buffer) -> Result<(), Fault> {
         self.experts(x, w, grouping, Some(&grouping.rows), out)
+    }
+
+    fn expert_matmul_activate(
+        &mut self,
+        x: &Buffer,
+        w: &[Matrix],
+        grouping: &Grouping,
+        activation: Activation,
+        between: &mut Buffer,
+        out: &mut Buffer,
+    ) -> Result<(), Fault> {
+        if self.gated_experts(x, w, grouping, activation, out)? {
+            return Ok(());
+        }
+        self.expert_matmul(x, w, grouping, between)?;
+        self.activate(between, activation, grouping.rows.len(), out)
     }
 
     fn pair_matmul(&mut self, x: &Buffer, w: &[Matrix], grouping: &Grouping, out: &mut Buffer) -> Result<(), Fault> {

@@ -2,7 +2,7 @@
 
 use super::{Case, near, same_bits};
 use crate::backend::{Backend, Grouping, Kind};
-use model::spec::{ExpertGroups, Router, Score};
+use model::spec::{Activation, ExpertGroups, Router, Score};
 
 fn router(score: Score, groups: Option<ExpertGroups>, renormalise: bool) -> Router {
     Router { correction_bias: true, groups, renormalise_eps: 1e-20, scale: 2.5, ..Router::plain(score, renormalise) }
@@ -126,6 +126,27 @@ pub fn multiply<B: Backend>(case: &mut Case<B>) {
                 same_bits("an expert's product", &picked[pair * outputs..][..outputs], &want);
             }
         }
+    }
+}
+
+/// What is done at once is what two steps give, bit for bit.
+pub fn products_and_activations<B: Backend>(case: &mut Case<B>) {
+    for (n, experts, inputs, channels) in [(1, 3, 64, 64), (30, 8, 96, 128), (300, 3, 40, 64), (5, 4, 33, 20)] {
+        let matrices: Vec<B::Matrix> = (0..experts).map(|_| case.matrix(2 * channels, inputs, 1).0).collect();
+        let grouping = grouping(case, n, experts);
+        let pairs = grouping.rows.len();
+        let x = case.random.values(n * inputs);
+        let input = case.buffer(&x, inputs, Kind::Input);
+        let mut between = case.empty(pairs.max(1), 2 * channels, Kind::Full);
+        let [mut want, mut got] = [(); 2].map(|()| case.empty(pairs.max(1), channels, Kind::Input));
+        case.backend.expert_matmul(&input, &matrices, &grouping, &mut between).expect("products");
+        case.backend.activate(&between, Activation::Silu, pairs, &mut want).expect("activations");
+        let mut between = case.empty(pairs.max(1), 2 * channels, Kind::Full);
+        let done =
+            case.backend.expert_matmul_activate(&input, &matrices, &grouping, Activation::Silu, &mut between, &mut got);
+        done.expect("both");
+        let (got, want) = (case.read(&mut got, pairs), case.read(&mut want, pairs));
+        same_bits(&format!("{pairs} pairs of {inputs} to {channels} channels"), &got, &want);
     }
 }
 

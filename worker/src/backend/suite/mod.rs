@@ -26,11 +26,13 @@ pub fn run<B: Backend>(dtype: Dtype, make: &mut dyn FnMut() -> B) -> Transcript 
         rows::norms(&mut case);
         rows::sums(&mut case);
         rows::activations(&mut case);
+        rows::products_and_activations(&mut case);
         attention::squares(&mut case);
         attention::grouped(&mut case);
         attention::latent(&mut case);
         experts::route(&mut case);
         experts::multiply(&mut case);
+        experts::products_and_activations(&mut case);
         experts::weigh_and_bias(&mut case);
         experts::combine(&mut case);
         *transcript = case.transcript;

@@ -265,3 +265,28 @@ pub fn activations<B: Backend>(case: &mut Case<B>) {
         }
     }
 }
+
+/// What is done at once is what two steps give, bit for bit.
+pub fn products_and_activations<B: Backend>(case: &mut Case<B>) {
+    for (n, inputs, channels) in [(1, 96, 64), (3, 70, 128), (130, 64, 192), (9, 33, 40)] {
+        let (matrix, _) = case.matrix(2 * channels, inputs, 1);
+        let bias = case.random.values(2 * channels);
+        let bias = case.backend.vector(&bias).expect("a vector");
+        let x = case.random.values(n * inputs);
+        let input = case.buffer(&x, inputs, Kind::Input);
+        for activation in [Activation::Silu, Activation::GeluTanh, CLAMPED] {
+            for bias in [None, Some(&bias)] {
+                let mut between = case.empty(n, 2 * channels, Kind::Full);
+                let (mut want, mut got) = (case.empty(n, channels, Kind::Input), case.empty(n, channels, Kind::Input));
+                case.backend.matmul(&input, &matrix, bias, n, &mut between).expect("a product");
+                case.backend.activate(&between, activation, n, &mut want).expect("activations");
+                let mut between = case.empty(n, 2 * channels, Kind::Full);
+                let weights = (&matrix, bias);
+                let done = case.backend.matmul_activate(&input, weights, activation, n, &mut between, &mut got);
+                done.expect("both");
+                let (got, want) = (case.read(&mut got, n), case.read(&mut want, n));
+                same_bits(&format!("{n} x {inputs} to {channels} channels, {activation:?}"), &got, &want);
+            }
+        }
+    }
+}

@@ -17,6 +17,7 @@ mod blocked;
 mod chains;
 pub mod coded;
 pub mod flush;
+pub mod gated;
 pub mod grouped;
 pub mod lanes;
 pub mod latent;

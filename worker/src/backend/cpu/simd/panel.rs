@@ -34,7 +34,7 @@ pub const AMX_ROWS: usize = 16;
 pub const PENDING: usize = 4;
 
 /// Rows of one task: whole passes, or whole pairs of tiles.
-const fn task_rows(family: KernelFamily) -> usize {
+pub const fn task_rows(family: KernelFamily) -> usize {
     match family {
         KernelFamily::Amx => TASK_ROWS,
         KernelFamily::Vector => 8 * PASS_ROWS,
@@ -86,9 +86,8 @@ pub struct Task<'a, T> {
     /// The first input of each row; for tiles at one distance.
     pub x: &'a [*const T],
     pub bias: Option<&'a [f32]>,
-    /// The first row's first output of the whole matrix, and the distance of rows.
-    pub out: *mut f32,
-    pub out_stride: usize,
+    /// Where the first row's outputs of the panel go, and the distance of rows.
+    pub place: (*mut f32, usize),
     /// No other task meets the panel soon.
     pub once: bool,
     pub tiles: Tiles,
@@ -126,7 +125,7 @@ impl<T: Input> Kernel for Task<'_, T> {
                 }
             }
         }
-        // SAFETY: the first sum is complete; `out` is the maker's promise.
+        // SAFETY: the first sum is complete; the place is the maker's promise.
         unsafe { self.finish::<L>(sums) };
     }
 }
@@ -175,7 +174,7 @@ impl<T: Input> Task<'_, T> {
                     if let Some(bias) = self.bias {
                         v = L::add(v, f32::load_up_to::<L>(bias.as_ptr().add(first + at), n));
                     }
-                    f32::store_up_to::<L>(self.out.add(row * self.out_stride + first + at), v, n);
+                    f32::store_up_to::<L>(self.place.0.add(row * self.place.1 + at), v, n);
                 }
             }
         }
@@ -241,7 +240,7 @@ pub struct Source<'a, T> {
 
 impl<T> Source<'_, T> {
     /// Pointers to rows `range` of the result, each checked to hold `cols` inputs.
-    fn rows<'b>(&self, range: Range<usize>, cols: usize, into: &'b mut [*const T; TASK_ROWS]) -> &'b [*const T] {
+    pub fn rows<'b>(&self, range: Range<usize>, cols: usize, into: &'b mut [*const T; TASK_ROWS]) -> &'b [*const T] {
         let count = range.len();
         for (slot, row) in into.iter_mut().zip(range) {
             let source = self.picks.map_or(row, |picks| picks[row] as usize);
@@ -280,18 +279,8 @@ pub unsafe fn panels<T: Input>(
     let once = rows.len() <= TASK_ROWS;
     let run = |x: &[*const T], panel: usize, first: usize| {
         // SAFETY: inside the target by the assertion above.
-        let start = unsafe { out.values.pointer().add(out.start + first * out.stride) };
-        level.run(Task {
-            w,
-            panel,
-            family,
-            x,
-            bias,
-            out: start,
-            out_stride: out.stride,
-            once,
-            tiles: Tiles::default(),
-        });
+        let start = unsafe { out.values.pointer().add(out.start + first * out.stride + panel * PANEL) };
+        level.run(Task { w, panel, family, x, bias, place: (start, out.stride), once, tiles: Tiles::default() });
     };
     let mut pointers = [std::ptr::null(); TASK_ROWS];
     if x.picks.is_some() && level.has_tiles() && family == KernelFamily::Amx {
@@ -319,7 +308,7 @@ pub fn even_stride<T>(rows: &[*const T]) -> Option<usize> {
 
 /// Calls `with` with rows at one distance: these, or copies of them, whose distance then is no multiple of large powers of two,
 /// or the lines of a tile would share few sets of the first cache.
-fn at_one_distance<T: Input>(x: &[*const T], cols: usize, with: impl FnOnce(&[*const T])) {
+pub fn at_one_distance<T: Input>(x: &[*const T], cols: usize, with: impl FnOnce(&[*const T])) {
     if even_stride(x).is_some() {
         return with(x);
     }
@@ -348,7 +337,7 @@ fn at_one_distance<T: Input>(x: &[*const T], cols: usize, with: impl FnOnce(&[*c
 
 /// Rows that a task multiplies with a panel: as many as fit in half of a usual second cache, where they stay while panels come
 /// and go.
-fn strip_rows(family: KernelFamily, cols: usize) -> usize {
+pub fn strip_rows(family: KernelFamily, cols: usize) -> usize {
     const CACHE: usize = 1 << 20;
     let height = task_rows(family);
     (CACHE / (2 * cols) / height * height).clamp(height, 8 * height)
