@@ -1,6 +1,6 @@
 //! What the tests share: real processes ([`process`], [`cluster`], [`etcd`]), what goes wrong between them ([`proxy`], [`hosts`]) while
 //! they are asked ([`load`]), a hub of models ([`hub`]), models that a peer lends ([`lent`]), ranks as threads ([`ring`]) and requests
-//! for them ([`requests`]), the reference's numbers ([`golden`]), the simulator ([`sim`]), and
+//! for them ([`requests`]), kernels on the CPU ([`gpp`]), the reference's numbers ([`golden`]), the simulator ([`sim`]), and
 //! certificates ([`authority`]).
 
 pub mod authority;
@@ -9,6 +9,7 @@ pub mod client;
 pub mod cluster;
 pub mod etcd;
 pub mod golden;
+pub mod gpp;
 pub mod hosts;
 pub mod hub;
 pub mod lent;
