@@ -1,12 +1,17 @@
-//! Kernels as the CPU runs them: what g++ makes of the `.cu` files. Where there is no g++, tests say so and pass.
+//! Kernels as the CPU runs them: what g++ makes of the `.cu` files, and the fake CUDA stack (`tests/cuda`) that loads it. Where there
+//! is no g++, tests say so and pass.
 
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
+
+/// In a child process: which case of its test it is to run.
+const CASE: &str = "FAKE_CUDA_CASE";
 
 /// The built stack.
 pub struct Stack {
     folder: PathBuf,
+    flags: String,
 }
 
 impl Stack {
@@ -19,11 +24,31 @@ impl Stack {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda/build");
         let built = Command::new(&script).arg(folder).output().with_context(|| script.display().to_string())?;
         ensure!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
-        Ok(Some(Stack { folder: folder.to_path_buf() }))
+        let flags = std::fs::read_to_string(folder.join("flags"))?.trim().to_string();
+        Ok(Some(Stack { folder: folder.to_path_buf(), flags }))
     }
 
     /// The program with planted bugs.
     pub fn planted(&self) -> Command {
         Command::new(self.folder.join("planted"))
     }
+
+    /// Lets a program find the fake libraries.
+    pub fn around<'a>(&self, command: &'a mut Command) -> &'a mut Command {
+        let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("../worker/kernels");
+        command.env("LD_LIBRARY_PATH", &self.folder).env("FAKE_CUDA_CACHE", &self.folder);
+        command.env("FAKE_CUDA_FLAGS", &self.flags).env("FAKE_CUDA_SHIM", kernels)
+    }
+
+    /// Runs this program's test `test` again, in a process that finds the fake libraries; [`case`] tells it what is asked.
+    pub fn again(&self, test: &str, case: &str, settings: &[(&str, &str)]) -> Result<Output> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["--exact", "--nocapture", test]).env(CASE, case).envs(settings.iter().copied());
+        Ok(self.around(&mut command).output()?)
+    }
+}
+
+/// What a child is asked to run.
+pub fn case() -> Option<String> {
+    std::env::var(CASE).ok()
 }

@@ -39,6 +39,8 @@ const RULES: [Rule; 10] = [
         within: &[],
         home: &[
             "worker/src/backend/cpu/simd/",
+            "worker/src/backend/cuda/driver.rs",
+            "worker/src/backend/cuda/compile.rs",
             "worker/src/collective/",
             "worker/src/load/checkpoint.rs",
             "worker/src/load/image.rs",

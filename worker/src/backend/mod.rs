@@ -5,6 +5,7 @@
 //! one fixed order, and inputs of multiplications are rounded once to the compute dtype.
 
 pub mod cpu;
+pub mod cuda;
 pub mod suite;
 
 use crate::engine::batch::Batch;

@@ -34,7 +34,7 @@ mod meta;
 mod ops;
 mod route;
 pub mod simd;
-mod weights;
+pub(in crate::backend) mod weights;
 
 #[cfg(test)]
 mod coded_tests;

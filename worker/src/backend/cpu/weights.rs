@@ -104,7 +104,7 @@ impl Codes for CodedStack<'_> {
     }
 }
 
-pub(super) fn pack(
+pub(in crate::backend) fn pack(
     pool: &Pool,
     dtype: Dtype,
     family: KernelFamily,
@@ -127,7 +127,7 @@ pub(super) fn pack(
         .map(|packed| Matrix(Arc::new(packed)))
 }
 
-pub(super) fn pack_f32(
+pub(in crate::backend) fn pack_f32(
     pool: &Pool,
     dtype: Dtype,
     family: KernelFamily,

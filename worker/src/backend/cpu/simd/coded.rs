@@ -91,6 +91,21 @@ pub struct Coded {
     points: Plane,
 }
 
+/// A matrix of codes as another device's kernels read it.
+pub struct Image<'a> {
+    /// Inputs of a run, and of a span.
+    pub run: usize,
+    pub span: usize,
+    /// The numbers of nibbles; without, bytes are held.
+    pub table: Option<&'a [bf16; 16]>,
+    pub fp8: bool,
+    pub scale: ScaleFormat,
+    pub unit: f32,
+    pub point: f32,
+    /// Codes, scales, integers, minima, minimum integers, points: bytes, entries an output, bytes of each.
+    pub planes: [(&'a [u8], usize, usize); 6],
+}
+
 /// Bytes are signed: unsigned ones that have a point of their own are held less this.
 const MIDDLE: f32 = 128.0;
 
@@ -139,6 +154,16 @@ impl Coded {
         };
         coded.fill(pool, source, (rows, cols));
         Ok(Some(coded))
+    }
+
+    pub fn image(&self) -> Image<'_> {
+        let scale = match self.scheme.scales {
+            Scales::Single(format) => format,
+            Scales::Nested { .. } => ScaleFormat::F16,
+        };
+        let planes = self.planes().map(|plane| (&plane.bytes[..], plane.count, plane.each));
+        let (table, fp8) = (self.table(), self.is_fp8());
+        Image { run: self.run, span: self.span, table, fp8, scale, unit: self.unit, point: self.point, planes }
     }
 
     pub fn bytes(&self) -> usize {
