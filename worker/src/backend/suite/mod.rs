@@ -5,6 +5,7 @@
 //! compare threads, instruction sets and builds.
 
 mod attention;
+mod codes;
 mod experts;
 mod rows;
 
@@ -22,6 +23,8 @@ pub fn run<B: Backend>(dtype: Dtype, make: &mut dyn FnMut() -> B) -> Transcript 
         let mut case = Case { backend: make(), dtype, random: Random(0x9e37_79b9_7f4a_7c15), transcript: Vec::new() };
         rows::matmul(&mut case);
         rows::formats(&mut case);
+        codes::blocked(&mut case);
+        codes::beside(&mut case);
         rows::embed(&mut case);
         rows::norms(&mut case);
         rows::sums(&mut case);
