@@ -13,6 +13,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 use tokio::net::TcpListener;
+use worker::config::Backend;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -42,9 +43,9 @@ pub struct Options {
     /// auto, f32 or bf16
     #[arg(long, default_value = "auto", value_parser = parse_dtype)]
     pub dtype: Setting<Dtype>,
-    /// auto or cpu
-    #[arg(long, default_value = "auto", value_parser = ["auto", "cpu"])]
-    pub backend: String,
+    /// auto, cpu or cuda: a GPU for each rank, each with a worker of its own
+    #[arg(long, default_value = "auto")]
+    pub backend: Backend,
     /// Where the API listens
     #[arg(long, default_value = "127.0.0.1:8080")]
     pub listen: SocketAddr,
@@ -99,7 +100,9 @@ struct Layout {
 impl Layout {
     /// What the workers are going to offer.
     fn offers(&self) -> Vec<Offer> {
-        let Share { devices, threads, memory_bytes } = self.share;
+        let Share { backend, devices, threads, memory_bytes } = self.share;
+        // What a GPU has is for its worker to say.
+        let memory_bytes = if memory_bytes == 0 { u64::MAX >> 8 } else { memory_bytes };
         let device = Device { memory_bytes: memory_bytes / devices as u64, threads: (threads / devices).max(1) };
         (0..self.workers)
             .map(|index| Offer {
@@ -107,7 +110,7 @@ impl Layout {
                 host: worker::config::host_name(),
                 data_address: String::new(),
                 devices: vec![device; devices],
-                families: worker::backend::cpu::families(),
+                families: worker::hardware::families(backend),
             })
             .collect()
     }
@@ -122,10 +125,19 @@ impl Options {
         anyhow::ensure!(ranks > 0 && ranks <= 1024, "a mesh of {ranks} ranks: 1 to 1024 on one host");
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let threads = self.threads.unwrap_or(cores);
+        if self.backend == Backend::Cuda {
+            let gpus = worker::backend::cuda::gpus()?;
+            anyhow::ensure!(workers == ranks, "--workers {workers}: with GPUs, one for each of {ranks} ranks");
+            anyhow::ensure!(ranks <= gpus, "{ranks} ranks ask for as many GPUs, the host has {gpus}");
+        }
         let share = Share {
+            backend: self.backend,
             devices: ranks.div_ceil(workers),
             threads: (threads / workers).max(1),
-            memory_bytes: worker::config::memory_available() / 10 * 9 / workers as u64,
+            memory_bytes: match self.backend {
+                Backend::Cpu => worker::config::memory_available() / 10 * 9 / workers as u64,
+                Backend::Cuda => 0,
+            },
         };
         Ok(Layout { workers, share })
     }

@@ -180,7 +180,7 @@ fn reference(status: &Value, key: String) -> Result<Options> {
         pipeline_parallel_size: Some(1),
         expert_parallel_size: Some(1),
         dtype: parse_dtype(dtype).map_err(|e| anyhow::anyhow!("the cluster computes in {dtype}: {e}"))?,
-        backend: "auto".into(),
+        backend: worker::config::Backend::default(),
         listen: "127.0.0.1:0".parse().context("an address")?,
         max_model_len: status["model_len_max"].as_u64().map(|n| n as usize),
         kv_cache_memory: None,

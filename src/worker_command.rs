@@ -5,7 +5,8 @@ use anyhow::{Context, Result};
 use model::plan::WorkerId;
 use std::path::PathBuf;
 use worker::agent::driver::{Identity, Stop};
-use worker::config::{Config, host_name, memory_available};
+use worker::config::{Backend, Config, host_name};
+use worker::hardware::Hardware;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -27,7 +28,13 @@ pub struct Args {
     /// Where probes and scrapers ask how it is, ip:port
     #[arg(long)]
     health_listen: Option<String>,
-    /// Devices to offer
+    /// What its ranks compute on: auto, cpu or cuda
+    #[arg(long)]
+    backend: Option<Backend>,
+    /// Which of the host's GPUs it has, from 0
+    #[arg(long)]
+    gpu: Option<usize>,
+    /// CPU devices to offer
     #[arg(long)]
     devices: Option<usize>,
     /// Threads of all CPU devices together
@@ -72,6 +79,8 @@ fn config(args: &Args) -> Result<Config> {
     set(&mut config.data_listen, &args.data_listen);
     set(&mut config.data_advertise, &flag_or(&args.data_advertise, "CONCLAVE_DATA_ADVERTISE"));
     set(&mut config.health_listen, &flag_or(&args.health_listen, "CONCLAVE_HEALTH_LISTEN"));
+    config.backend = args.backend.unwrap_or(config.backend);
+    config.gpu = args.gpu.unwrap_or(config.gpu);
     config.devices = args.devices.unwrap_or(config.devices);
     config.threads = args.threads.unwrap_or(config.threads);
     config.insecure |= args.insecure;
@@ -84,29 +93,33 @@ fn config(args: &Args) -> Result<Config> {
         config.name = format!("{}-{}", host_name(), std::process::id());
     }
     anyhow::ensure!(config.devices > 0 && config.devices <= 1024, "devices = {}: 1 to 1024", config.devices);
+    let one = config.backend == Backend::Cpu || config.devices == 1;
+    anyhow::ensure!(one, "devices = {}: a worker has one GPU; start one worker for each", config.devices);
     Ok(config)
 }
 
-fn identity(config: &Config) -> Identity {
+fn identity(config: &Config) -> Result<Identity> {
+    let hardware = Hardware::open(config)?;
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     let threads = if config.threads == 0 { cores } else { config.threads };
-    let memory = if config.memory_bytes == 0 { memory_available() / 10 * 9 } else { config.memory_bytes };
+    let memory = hardware.memory_bytes(config);
     let device = proto::cluster::v1::Device {
         memory_bytes: memory / config.devices as u64,
         threads: (threads / config.devices).max(1) as u32,
     };
-    Identity {
+    Ok(Identity {
         name: WorkerId(config.name.clone()),
         build: crate::build(),
         host: host_name(),
-        families: worker::backend::cpu::families(),
+        families: hardware.families(),
         devices: vec![device; config.devices],
-    }
+        hardware,
+    })
 }
 
 pub fn run(args: Args) -> Result<()> {
     let config = config(&args)?;
-    let identity = identity(&config);
+    let identity = identity(&config)?;
     // One thread for control and steps: they are small, and hopping between threads costs more than they do.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {

@@ -6,12 +6,16 @@ use std::net::SocketAddr;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 use tokio::process::{Child, Command};
+use worker::config::Backend;
 
 /// What each worker is given.
 #[derive(Debug, Clone)]
 pub struct Share {
+    /// Each worker has a GPU of its own, where it computes on one.
+    pub backend: Backend,
     pub devices: usize,
     pub threads: usize,
+    /// 0 leaves it to the worker.
     pub memory_bytes: u64,
 }
 
@@ -38,6 +42,7 @@ impl Workers {
             .map(|index| {
                 let keeper = Keeper {
                     program: program.clone(),
+                    index,
                     name: format!("worker-{index}"),
                     share: share.clone(),
                     coordinator,
@@ -60,6 +65,7 @@ impl Workers {
 
 struct Keeper {
     program: std::path::PathBuf,
+    index: usize,
     name: String,
     share: Share,
     coordinator: SocketAddr,
@@ -107,6 +113,7 @@ impl Keeper {
         Command::new(&self.program)
             .args(["worker", "--until-stdin-closes", "--name", &self.name])
             .args(["--coordinator", &self.coordinator.to_string()])
+            .args(["--backend", self.share.backend.name(), "--gpu", &self.index.to_string()])
             .args(["--devices", &self.share.devices.to_string()])
             .args(["--threads", &self.share.threads.to_string()])
             .args(["--memory-bytes", &self.share.memory_bytes.to_string()])

@@ -2,6 +2,7 @@
 //! nothing is left behind.
 
 use anyhow::{Context, Result, ensure};
+use conclave_tests::answers;
 use conclave_tests::process::{Served, alive, answer, demo, golden, kill, until};
 use conclave_tests::ring::fixtures;
 use serde_json::{Value, json};
@@ -10,39 +11,9 @@ use std::path::Path;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_conclave");
 
-/// Completions of a golden's prompts must be its greedy tokens, and their log-probabilities within its tolerance.
 fn answers_equal_the_golden(name: &str, flags: &[&str]) -> Result<()> {
-    let folder = golden(name);
-    let expected: Value = serde_json::from_slice(&std::fs::read(folder.join("golden.json"))?)?;
-    let served = Served::start(PROGRAM, &folder, &[&["--dtype", "f32"], flags].concat())?;
-    for prompt in expected["prompts"].as_array().context("prompts")? {
-        let tolerance = prompt["suggested_atol"].as_f64().context("suggested_atol")?;
-        let greedy = prompt["greedy_ids"].as_array().context("greedy_ids")?;
-        let body = json!({
-            "model": name, "prompt": prompt["input_ids"], "max_tokens": greedy.len(), "temperature": 0, "logprobs": 5,
-            "ignore_eos": true, "return_token_ids": true,
-        });
-        let reply = served.ask("/v1/completions", &body)?;
-        let choice = &reply["choices"][0];
-        ensure!(
-            choice["token_ids"] == prompt["greedy_ids"],
-            "{name} {flags:?}: {} is not {}",
-            choice["token_ids"],
-            prompt["greedy_ids"]
-        );
-        ensure!(reply["usage"]["completion_tokens"] == greedy.len(), "usage: {}", reply["usage"]);
-        let (tops, sums) = (&prompt["greedy_top5"], &prompt["greedy_logsumexp"]);
-        for step in 0..greedy.len() {
-            let wanted =
-                tops[step]["logits"][0].as_f64().context("a top-5 logit")? - sums[step].as_f64().context("a sum")?;
-            let got = choice["logprobs"]["token_logprobs"][step].as_f64().context("a log-probability")?;
-            ensure!(
-                (got - wanted).abs() <= tolerance * 2.0,
-                "{name} {flags:?} step {step}: {got}, wanted {wanted} within {tolerance}"
-            );
-        }
-    }
-    Ok(())
+    let served = Served::start(PROGRAM, &golden(name), &[&["--dtype", "f32"], flags].concat())?;
+    answers::equal_the_golden(&served, &golden(name))
 }
 
 #[test]

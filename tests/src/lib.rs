@@ -1,8 +1,9 @@
 //! What the tests share: real processes ([`process`], [`cluster`], [`etcd`]), what goes wrong between them ([`proxy`], [`hosts`]) while
-//! they are asked ([`load`]), a hub of models ([`hub`]), models that a peer lends ([`lent`]), ranks as threads ([`ring`]) and requests
+//! they are asked ([`load`]) and what they answer ([`answers`]), a hub of models ([`hub`]), models that a peer lends ([`lent`]), ranks as threads ([`ring`]) and requests
 //! for them ([`requests`]), kernels on the CPU ([`gpp`]), the reference's numbers ([`golden`]), the simulator ([`sim`]), and
 //! certificates ([`authority`]).
 
+pub mod answers;
 pub mod authority;
 pub mod cancels;
 pub mod client;

@@ -43,7 +43,7 @@ fn schedules_find_every_planted_bug() {
 }
 
 fn transcript(dtype: Dtype) -> suite::Transcript {
-    let device = Device::open(0, MEMORY).unwrap();
+    let device = Device::open(0, Some(MEMORY)).unwrap();
     let config = CudaConfig { dtype, threads: 1 };
     suite::run(dtype, &mut || CudaBackend::new(device.clone(), &config).unwrap())
 }
@@ -86,20 +86,20 @@ fn what_a_host_lacks_is_one_clear_fault() {
     const SELF: &str = "what_a_host_lacks_is_one_clear_fault";
     use FaultKind::{Incompatible, Internal, OutOfMemory};
     match case().as_deref() {
-        Some("no device") => refused(Device::open(0, MEMORY), Incompatible, "cuInit: CUDA_ERROR_NO_DEVICE"),
-        Some("third") => refused(Device::open(2, MEMORY), Incompatible, "GPU 2 is asked for, the host has 1"),
+        Some("no device") => refused(Device::open(0, Some(MEMORY)), Incompatible, "cuInit: CUDA_ERROR_NO_DEVICE"),
+        Some("third") => refused(Device::open(2, Some(MEMORY)), Incompatible, "GPU 2 is asked for, the host has 1"),
         Some("old") => {
-            refused(Device::open(0, MEMORY), Incompatible, "the driver is for CUDA 11.8, 12.0 is needed");
+            refused(Device::open(0, Some(MEMORY)), Incompatible, "the driver is for CUDA 11.8, 12.0 is needed");
         }
         Some("small") => {
             let text = "268435456 bytes asked of Fake GPU, which has 1000000 of 1000000 free";
-            refused(Device::open(0, MEMORY), OutOfMemory, text);
+            refused(Device::open(0, Some(MEMORY)), OutOfMemory, text);
         }
-        Some("fails") => refused(Device::open(0, MEMORY), OutOfMemory, "cuMemAlloc: CUDA_ERROR_OUT_OF_MEMORY"),
+        Some("fails") => refused(Device::open(0, Some(MEMORY)), OutOfMemory, "cuMemAlloc: CUDA_ERROR_OUT_OF_MEMORY"),
         Some("launch") => {
             use worker::backend::{Backend, Kind};
             let config = CudaConfig { dtype: Dtype::F32, threads: 1 };
-            let mut backend = CudaBackend::new(Device::open(0, MEMORY).unwrap(), &config).unwrap();
+            let mut backend = CudaBackend::new(Device::open(0, Some(MEMORY)).unwrap(), &config).unwrap();
             let mut rows = backend.buffer(3, 40, Kind::Full).unwrap();
             let term = backend.buffer(3, 40, Kind::Full).unwrap();
             backend.add(&mut rows, &term, None, 3).unwrap();
@@ -109,7 +109,7 @@ fn what_a_host_lacks_is_one_clear_fault() {
         None => {
             // Without the fake, where the host has no GPU either: no driver at all, or one that finds nothing.
             if !Path::new("/dev/nvidiactl").exists()
-                && let Err(fault) = Device::open(0, MEMORY)
+                && let Err(fault) = Device::open(0, Some(MEMORY))
             {
                 let said =
                     fault.text == "no CUDA driver (libcuda.so) on this host" || fault.text.starts_with("cuInit: ");

@@ -35,13 +35,19 @@ pub struct Config {
     /// Lets this worker speak to other hosts in the clear, to the coordinator and to peers.
     #[serde(default)]
     pub insecure: bool,
-    /// Devices to offer; 0 offers one for each... one CPU device of all its threads.
+    /// What its ranks compute on.
+    #[serde(default)]
+    pub backend: Backend,
+    /// Which of the host's GPUs it has, from 0, where it computes on one.
+    #[serde(default)]
+    pub gpu: usize,
+    /// CPU devices to offer; a GPU is one.
     #[serde(default = "one")]
     pub devices: usize,
     /// Threads of all CPU devices together; 0 takes what the process may run on.
     #[serde(default)]
     pub threads: usize,
-    /// Memory to offer in bytes, all devices together; 0 takes 90% of what is available at start.
+    /// Memory to offer in bytes, all devices together, a GPU's where it has one; 0 takes 90% of what is available at start.
     #[serde(default)]
     pub memory_bytes: u64,
     /// How long it goes on serving after SIGTERM while others take over what it holds. Whoever kills it later must wait
@@ -51,6 +57,36 @@ pub struct Config {
     /// Where this host keeps models, if not where the coordinator does.
     #[serde(default)]
     pub model_root: PathBuf,
+}
+
+/// What a rank computes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backend {
+    #[default]
+    Cpu,
+    Cuda,
+}
+
+impl Backend {
+    pub fn name(self) -> &'static str {
+        match self {
+            Backend::Cpu => "cpu",
+            Backend::Cuda => "cuda",
+        }
+    }
+}
+
+/// `auto`, `cpu` or `cuda`. No kernel of ours has run on a GPU yet, so nobody gets one without asking.
+impl std::str::FromStr for Backend {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Backend, String> {
+        match text {
+            "auto" | "cpu" => Ok(Backend::Cpu),
+            "cuda" => Ok(Backend::Cuda),
+            _ => Err(format!("{text:?}: auto, cpu or cuda")),
+        }
+    }
 }
 
 /// Peers could not dial what a worker would tell them.

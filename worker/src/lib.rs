@@ -5,6 +5,7 @@ pub mod backend;
 pub mod collective;
 pub mod config;
 pub mod engine;
+pub mod hardware;
 pub mod health;
 pub mod load;
 mod metrics;

@@ -7,6 +7,7 @@ use super::state::{Action, Agent, Event, Phase};
 use crate::collective::connect::DataPlane;
 use crate::config::{Config, Undialable, resident_bytes};
 use crate::engine::shard::Shelves;
+use crate::hardware::Hardware;
 use crate::health::{self, Pulse, Stage, TURN, Turn};
 use model::fault::{Fault, FaultKind};
 use model::mesh::RankId;
@@ -51,6 +52,7 @@ pub struct Identity {
     pub host: String,
     pub families: Vec<model::plan::KernelFamily>,
     pub devices: Vec<wire::Device>,
+    pub hardware: Hardware,
 }
 
 /// When a worker ends.
@@ -84,7 +86,7 @@ pub async fn run(
     guard("the ranks' data", &config.data_listen, guarded, config.insecure)?;
     let plane = Arc::new(DataPlane::bind(&config.data_listen, config.tls.clone())?);
     let data_address = config.data_address(plane.address())?;
-    let shelves = Arc::new(Shelves::default());
+    let shelves = Arc::new(Shelves::on(identity.hardware.clone()));
     let counters = Counters::default();
     let pulse = Arc::new(Pulse::new(counters.clone(), plane.refused().clone(), Instant::now()));
     if !config.health_listen.is_empty() {

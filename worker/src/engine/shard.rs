@@ -4,12 +4,14 @@ use super::comm::Communicators;
 use super::{Assignment, Engine, Preparation};
 use crate::backend::Backend;
 use crate::backend::cpu::{CpuBackend, CpuConfig};
+use crate::backend::cuda::{CudaBackend, CudaConfig, Device};
+use crate::hardware::Hardware;
 use crate::load::checkpoint::Checkpoint;
 use crate::load::loader::Progress;
 use crate::load::shelf::{self, Setting, Shelf};
-use model::fault::Fault;
+use model::fault::{Fault, FaultKind};
 use model::mesh::RankId;
-use model::plan::{Limits, Plan};
+use model::plan::{KernelFamily, Limits, Plan};
 use model::spec::ModelSpec;
 use model::step::{LaneResult, StepBatch};
 use std::sync::Arc;
@@ -37,28 +39,54 @@ where
     }
 }
 
-/// The matrices that a worker keeps from epoch to epoch, by backend.
-#[derive(Default)]
-pub struct Shelves {
-    cpu: Shelf<<CpuBackend as Backend>::Matrix>,
+/// The matrices that a worker keeps from epoch to epoch, in the memory of what it computes on.
+pub struct Shelves(Place);
+
+enum Place {
+    Cpu(Shelf<<CpuBackend as Backend>::Matrix>),
+    Gpu(Arc<Device>, Shelf<<CudaBackend as Backend>::Matrix>),
+}
+
+impl Default for Shelves {
+    fn default() -> Shelves {
+        Shelves::on(Hardware::Cpu)
+    }
+}
+
+/// Runs `$body` with `$shelf` bound to whichever there is.
+macro_rules! with_shelf {
+    ($shelves:expr, $shelf:ident => $body:expr) => {
+        match &$shelves.0 {
+            Place::Cpu($shelf) => $body,
+            Place::Gpu(_, $shelf) => $body,
+        }
+    };
 }
 
 impl Shelves {
+    pub fn on(hardware: Hardware) -> Shelves {
+        Shelves(match hardware {
+            Hardware::Cpu => Place::Cpu(Shelf::default()),
+            Hardware::Gpu(device) => Place::Gpu(device, Shelf::default()),
+        })
+    }
+
     /// Drops what `ranks` of `plan` do not need of the model with this identity. `spec` has the plan's predictors.
     pub fn keep(&self, identity: &[u8], spec: &ModelSpec, plan: &Plan, ranks: &[RankId]) {
-        self.cpu.keep(&setting(identity, plan), &shelf::needed(spec, plan, ranks));
+        with_shelf!(self, shelf => shelf.keep(&setting(identity, plan), &shelf::needed(spec, plan, ranks)));
     }
 
     /// What `ranks` of `plan`, all loaded, prove of their weights (see [`model::proof`]).
     pub fn proof(&self, spec: &ModelSpec, plan: &Plan, ranks: &[RankId]) -> Result<Vec<u8>, Fault> {
-        self.cpu.proofs().of(spec, plan, ranks)
+        with_shelf!(self, shelf => shelf.proofs().of(spec, plan, ranks))
     }
 
     /// Bytes that are still to be loaded for `ranks` of `plan`, at most: all of them counted as plain numbers.
     pub fn lacking(&self, identity: &[u8], spec: &ModelSpec, plan: &Plan, ranks: &[RankId]) -> u64 {
         let mut needed = shelf::needed(spec, plan, ranks);
-        if self.cpu.generation(&setting(identity, plan)).is_some() {
-            let held = self.cpu.pieces();
+        let setting = setting(identity, plan);
+        let held = with_shelf!(self, shelf => shelf.generation(&setting).map(|_| shelf.pieces()));
+        if let Some(held) = held {
             needed.retain(|piece| !held.contains(piece));
         }
         needed.iter().map(|piece| (piece.values() * plan.dtype.bytes()) as u64).sum()
@@ -74,10 +102,19 @@ impl Shelves {
         threads: usize,
     ) -> Result<(), Fault> {
         let setting = setting(&checkpoint.identity(), plan);
-        let Some(generation) = self.cpu.generation(&setting) else { return Ok(()) };
-        let backend = CpuBackend::new(CpuConfig { dtype: plan.dtype, family: plan.family, threads, spin: 0 })?;
-        let preparation = Preparation { spec, plan, rank, checkpoint, shelf: &self.cpu };
-        super::prepare(&backend, &preparation, || self.cpu.generation(&setting) == Some(generation))
+        let Some(generation) = with_shelf!(self, shelf => shelf.generation(&setting)) else { return Ok(()) };
+        match &self.0 {
+            Place::Cpu(shelf) => {
+                let backend = CpuBackend::new(CpuConfig { dtype: plan.dtype, family: plan.family, threads, spin: 0 })?;
+                let preparation = Preparation { spec, plan, rank, checkpoint, shelf };
+                super::prepare(&backend, &preparation, || shelf.generation(&setting) == Some(generation))
+            }
+            Place::Gpu(device, shelf) => {
+                let backend = CudaBackend::new(device.clone(), &CudaConfig { dtype: plan.dtype, threads })?;
+                let preparation = Preparation { spec, plan, rank, checkpoint, shelf };
+                super::prepare(&backend, &preparation, || shelf.generation(&setting) == Some(generation))
+            }
+        }
     }
 }
 
@@ -93,7 +130,7 @@ pub struct ShardConfig<'a> {
     pub checkpoint: &'a Checkpoint,
     pub shelves: &'a Shelves,
     pub communicators: Communicators,
-    /// Threads of a CPU rank.
+    /// Threads of a CPU rank, or of the host that pack a GPU's weights.
     pub threads: usize,
     /// How long they wait awake, see [`CpuConfig::spin`].
     pub spin: u32,
@@ -103,15 +140,25 @@ pub struct ShardConfig<'a> {
     pub loading: Progress<'a>,
 }
 
-/// Loads a rank on the backend that this machine and the plan's kernel family ask for.
+/// Loads a rank on what the shelves are of.
 pub fn load_shard(config: ShardConfig<'_>) -> Result<Box<dyn Shard>, Fault> {
-    Ok(Box::new(load_cpu(config)?))
+    let Place::Gpu(device, shelf) = &config.shelves.0 else { return Ok(Box::new(load_cpu(config)?)) };
+    let ShardConfig { spec, plan, rank, checkpoint, communicators, threads, progress, loading, .. } = config;
+    if plan.family != KernelFamily::Vector {
+        let text = format!("a plan of the {:?} family for a GPU, which keeps the vector family's sums", plan.family);
+        return Err(Fault::new(FaultKind::Incompatible, text));
+    }
+    let backend = CudaBackend::new(device.clone(), &CudaConfig { dtype: plan.dtype, threads })?;
+    let assignment = Assignment { spec, plan, rank, checkpoint, shelf, communicators, progress, loading };
+    Ok(Box::new(Engine::new(backend, assignment)?))
 }
 
 /// Loads a rank on the CPU.
 pub fn load_cpu(config: ShardConfig<'_>) -> Result<Engine<CpuBackend>, Fault> {
     let ShardConfig { spec, plan, rank, checkpoint, shelves, communicators, threads, spin, progress, loading } = config;
-    let shelf = &shelves.cpu;
+    let Place::Cpu(shelf) = &shelves.0 else {
+        return Err(Fault::new(FaultKind::Internal, "the CPU is asked for matrices of a GPU"));
+    };
     let backend = CpuBackend::new(CpuConfig { dtype: plan.dtype, family: plan.family, threads, spin })?;
     Engine::new(backend, Assignment { spec, plan, rank, checkpoint, shelf, communicators, progress, loading })
 }

@@ -58,27 +58,39 @@ fn check(call: &str, result: sys::CUresult) -> Result<(), Fault> {
     Err(Fault::new(kind, format!("{call}: {text}")))
 }
 
+fn refuse<T>(text: String) -> Result<T, Fault> {
+    Err(Fault::new(FaultKind::Incompatible, text))
+}
+
+/// How many GPUs the host has, if it has a driver that can be used.
+pub fn gpus() -> Result<usize, Fault> {
+    // SAFETY: asks the loader alone.
+    if !unsafe { sys::is_culib_present() } {
+        return refuse("no CUDA driver (libcuda.so) on this host".into());
+    }
+    let (mut version, mut count) = (0, 0);
+    // SAFETY: the library is there; every pointer is to a live variable of the type that the call writes.
+    unsafe {
+        check("cuInit", sys::cuInit(0))?;
+        check("cuDriverGetVersion", sys::cuDriverGetVersion(&mut version))?;
+        if version < DRIVER_LEAST {
+            let of = |v: i32| format!("{}.{}", v / 1000, v % 1000 / 10);
+            return refuse(format!("the driver is for CUDA {}, {} is needed", of(version), of(DRIVER_LEAST)));
+        }
+        check("cuDeviceGetCount", sys::cuDeviceGetCount(&mut count))?;
+    }
+    Ok(count as usize)
+}
+
 impl Driver {
     /// Opens GPU `ordinal`.
     pub fn open(ordinal: usize) -> Result<Driver, Fault> {
-        let refuse = |text: String| Err(Fault::new(FaultKind::Incompatible, text));
-        // SAFETY: asks the loader alone.
-        if !unsafe { sys::is_culib_present() } {
-            return refuse("no CUDA driver (libcuda.so) on this host".into());
+        let (count, mut device) = (gpus()?, 0);
+        if ordinal >= count {
+            return refuse(format!("GPU {ordinal} is asked for, the host has {count}"));
         }
-        let (mut version, mut count, mut device) = (0, 0, 0);
         // SAFETY: the library is there; every pointer is to a live variable of the type that the call writes.
         unsafe {
-            check("cuInit", sys::cuInit(0))?;
-            check("cuDriverGetVersion", sys::cuDriverGetVersion(&mut version))?;
-            if version < DRIVER_LEAST {
-                let of = |v: i32| format!("{}.{}", v / 1000, v % 1000 / 10);
-                return refuse(format!("the driver is for CUDA {}, {} is needed", of(version), of(DRIVER_LEAST)));
-            }
-            check("cuDeviceGetCount", sys::cuDeviceGetCount(&mut count))?;
-            if ordinal >= count as usize {
-                return refuse(format!("GPU {ordinal} is asked for, the host has {count}"));
-            }
             check("cuDeviceGet", sys::cuDeviceGet(&mut device, ordinal as i32))?;
             let mut name = [0 as std::ffi::c_char; 128];
             check("cuDeviceGetName", sys::cuDeviceGetName(name.as_mut_ptr(), 127, device))?;

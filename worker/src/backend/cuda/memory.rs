@@ -60,6 +60,10 @@ impl Memory {
         Ok(Arc::new(Memory { driver, start, bytes, free }))
     }
 
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     pub fn piece(self: &Arc<Memory>, bytes: usize) -> Result<Piece, Fault> {
         let whole = bytes.max(1).next_multiple_of(ALIGN);
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);

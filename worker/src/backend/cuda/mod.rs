@@ -24,6 +24,7 @@ pub use weights::Matrix;
 
 use crate::backend::Kind;
 use crate::backend::cpu::simd::pool::Pool;
+pub use driver::gpus;
 use driver::{Address, Driver};
 use half::bf16;
 use kernels::Kernels;
@@ -42,16 +43,26 @@ pub struct Device {
 }
 
 impl Device {
-    /// Opens GPU `ordinal` and reserves `bytes` of its memory; nothing is asked of the driver later.
-    pub fn open(ordinal: usize, bytes: usize) -> Result<Arc<Device>, Fault> {
+    /// Opens GPU `ordinal` and reserves `bytes` of its memory, or 90% of what is free; nothing is asked of the driver later.
+    pub fn open(ordinal: usize, bytes: Option<usize>) -> Result<Arc<Device>, Fault> {
         let driver = Arc::new(Driver::open(ordinal)?);
-        let kernels = Kernels::load(&driver)?;
+        // What does not fit is known before kernels are compiled.
+        let bytes = match bytes {
+            Some(bytes) => bytes,
+            None => driver.memory()?.0 / 10 * 9,
+        };
         let memory = Memory::reserve(driver.clone(), bytes)?;
+        let kernels = Kernels::load(&driver)?;
         Ok(Arc::new(Device { driver, kernels, memory }))
     }
 
     pub fn name(&self) -> &str {
         &self.driver.name
+    }
+
+    /// What was reserved.
+    pub fn memory_bytes(&self) -> usize {
+        self.memory.bytes()
     }
 
     fn upload<T: Copy>(&self, values: &[T]) -> Result<Piece, Fault> {

@@ -1,0 +1,113 @@
+//! Workers whose ranks compute on GPUs, on a CUDA driver that has none: the whole program, its kernels run on the CPU.
+
+use anyhow::{Context, Result, ensure};
+use conclave_tests::answers;
+use conclave_tests::gpp::Stack;
+use conclave_tests::process::{Served, golden, kill, until};
+use conclave_tests::ring::fixtures;
+use serde_json::{Value, json};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_conclave");
+
+/// Bytes of each GPU: more than any golden needs.
+const MEMORY: &str = "100000000";
+
+/// The fake libraries, built once; `None`, loudly, where they can't be.
+fn stack() -> Option<&'static Stack> {
+    static STACK: OnceLock<Option<Stack>> = OnceLock::new();
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fake-cuda");
+    STACK.get_or_init(|| Stack::build(&folder, "workers on GPUs are").unwrap_or_else(|e| panic!("{e:#}"))).as_ref()
+}
+
+/// `conclave serve` of a golden on four GPUs.
+fn command(stack: &Stack, name: &str, flags: &[&str]) -> Command {
+    let mut command = Command::new(PROGRAM);
+    command.arg("serve").arg(golden(name)).args(["--listen", "127.0.0.1:0", "--backend", "cuda"]).args(flags);
+    stack.around(&mut command).envs([("FAKE_CUDA_MEMORY", MEMORY), ("FAKE_CUDA_DEVICES", "4")]);
+    command
+}
+
+fn served(stack: &Stack, name: &str, flags: &[&str]) -> Result<Served> {
+    Served::of(command(stack, name, flags), String::new())?.serving()
+}
+
+#[test]
+fn every_family_answers_as_its_reference() -> Result<()> {
+    let Some(stack) = stack() else { return Ok(()) };
+    let meshes: [(&str, &[&str]); 4] = [
+        // Its tables of ten million positions would not fit.
+        ("llama4", &["--tp", "2", "--max-model-len", "1024"]),
+        ("llama2_70b", &["--tp", "4"]),
+        ("qwen3_moe", &["--tp", "2", "--dp", "2", "--ep", "4"]),
+        ("deepseek_v3", &["--tp", "2", "--pp", "2", "--ep", "2", "--num-speculative-tokens", "2"]),
+    ];
+    // The others take turns.
+    let turns: [&[&str]; 4] = [&[], &["--pp", "2"], &["--tp", "2"], &["--dp", "2"]];
+    for (index, name) in fixtures().iter().enumerate() {
+        let own = meshes.iter().find(|(of, _)| of == name).map(|(_, flags)| *flags);
+        let flags = own.unwrap_or(turns[index % turns.len()]);
+        let served = served(stack, name, &[&["--dtype", "f32"], flags].concat());
+        let told = served.and_then(|served| answers::equal_the_golden(&served, &golden(name)));
+        told.with_context(|| format!("{name} {flags:?}"))?;
+    }
+    Ok(())
+}
+
+/// Sampled tokens and their log-probabilities.
+fn sampled(served: &Served, name: &str) -> Result<Value> {
+    let body = json!({
+        "model": name, "prompt": [9, 8, 7, 6, 5, 4, 3], "max_tokens": 40, "temperature": 0.8, "seed": 5, "logprobs": 3,
+        "ignore_eos": true, "return_token_ids": true,
+    });
+    let reply = served.ask("/v1/completions", &body)?;
+    Ok(json!([reply["choices"][0]["token_ids"], reply["choices"][0]["logprobs"]["token_logprobs"]]))
+}
+
+#[test]
+fn a_gpu_answers_as_the_cpu_to_the_last_bit_and_its_death_changes_nothing() -> Result<()> {
+    let Some(stack) = stack() else { return Ok(()) };
+    for name in ["gpt_oss", "deepseek_v3_fp8"] {
+        // Numbers of f32 have one order on every CPU, tiles or not.
+        let on_cpu = Served::start(PROGRAM, &golden(name), &["--dtype", "f32"])?;
+        let expected = sampled(&on_cpu, name)?;
+        let served = served(stack, name, &["--dtype", "f32", "--tp", "2"])?;
+        ensure!(sampled(&served, name)? == expected, "{name} on two GPUs");
+        let workers = served.workers()?;
+        ensure!(workers.len() == 2, "{workers:?}");
+        kill(workers[1], "KILL")?;
+        ensure!(sampled(&served, name)? == expected, "{name} after a death");
+    }
+    Ok(())
+}
+
+/// It ends by itself, and says so.
+fn refused(mut command: Command, said: &str) -> Result<()> {
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    let ended = until(&format!("{command:?} ends"), || child.try_wait().is_ok_and(|status| status.is_some()));
+    let _ = child.kill();
+    let Output { status, stderr, .. } = child.wait_with_output()?;
+    let text = String::from_utf8_lossy(&stderr);
+    ensure!(ended.is_ok() && status.code() == Some(1) && text.contains(said), "{command:?}: {status}, {text}");
+    Ok(())
+}
+
+#[test]
+fn what_a_host_lacks_is_said_before_anything_is_loaded() -> Result<()> {
+    let Some(stack) = stack() else { return Ok(()) };
+    let name = "qwen3";
+    refused(command(stack, name, &["--tp", "8"]), "8 ranks ask for as many GPUs, the host has 4")?;
+    refused(command(stack, name, &["--tp", "2", "--workers", "1"]), "--workers 1: with GPUs, one for each of 2 ranks")?;
+    let mut none = command(stack, name, &[]);
+    none.env("FAKE_CUDA_DEVICES", "0");
+    refused(none, "cuInit: CUDA_ERROR_NO_DEVICE")?;
+    let mut small = command(stack, name, &[]);
+    small.env("FAKE_CUDA_MEMORY", "1500000");
+    refused(small, "MiB missing")?;
+    let mut without = Command::new(PROGRAM);
+    without.args(["worker", "--coordinator", "127.0.0.1:1", "--backend", "cuda", "--gpu", "7"]);
+    stack.around(&mut without);
+    refused(without, "GPU 7 is asked for, the host has 1")
+}
