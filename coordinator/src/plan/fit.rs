@@ -46,7 +46,11 @@ fn tiles(stages: &[Range<usize>], layers: usize) -> bool {
 
 fn with_stages(ask: &Ask<'_>, mesh: &Mesh, memory: &[u64], stages: Vec<Range<usize>>) -> Result<Fit, PlanError> {
     let policy = ask.policy;
-    let longest = policy.model_len_max.unwrap_or(ask.spec.positions_max);
+    let longest = match policy.model_len_max {
+        Some(length) => length,
+        None if ask.whole => ask.spec.positions_max,
+        None => shortened(ask, mesh, memory, &stages),
+    };
     let mut limits = Limits {
         model_len_max: longest,
         step_tokens_max: policy.step_tokens_max,
@@ -62,6 +66,32 @@ fn with_stages(ask: &Ask<'_>, mesh: &Mesh, memory: &[u64], stages: Vec<Range<usi
         bytes = rank_bytes(ask, mesh, &stages, &limits);
     }
     Ok(Fit { stages, limits, bytes })
+}
+
+/// The longest sequence that every rank has room for, tables of its positions and its cache: the model's own length, or whole blocks
+/// of a shorter one, down to the least that is served.
+fn shortened(ask: &Ask<'_>, mesh: &Mesh, memory: &[u64], stages: &[Range<usize>]) -> usize {
+    let longest = ask.spec.positions_max;
+    let fits = |length: usize| {
+        let blocks = length.div_ceil(BLOCK_TOKENS);
+        let limits = Limits {
+            model_len_max: length,
+            step_tokens_max: ask.policy.step_tokens_max,
+            step_sequences_max: ask.policy.step_sequences_max,
+            blocks,
+        };
+        let bytes = rank_bytes(ask, mesh, stages, &limits);
+        bytes.iter().zip(memory).all(|(need, has)| need.total(blocks as u64) <= *has)
+    };
+    if fits(longest) {
+        return longest;
+    }
+    let (mut low, mut high) = (MODEL_LEN_LEAST.div_ceil(BLOCK_TOKENS), longest.div_ceil(BLOCK_TOKENS));
+    while high > low + 1 {
+        let middle = low + (high - low) / 2;
+        if fits(middle * BLOCK_TOKENS) { low = middle } else { high = middle }
+    }
+    longest.min(low * BLOCK_TOKENS)
 }
 
 /// What each rank needs. Ranks of a stage differ by their slice alone.
