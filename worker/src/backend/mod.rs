@@ -4,6 +4,7 @@
 //! Numerics every backend keeps (ARCHITECTURE.md, "One answer"): a row's result depends on that row alone, sums run in
 //! one fixed order, and inputs of multiplications are rounded once to the compute dtype.
 
+mod contract;
 pub mod cpu;
 pub mod cuda;
 pub mod suite;

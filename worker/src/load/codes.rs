@@ -108,20 +108,14 @@ pub fn groups(view: &MatrixView<'_>, row: usize, out: &mut [Group]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::suite::halves_of;
     use crate::load::widen::widen;
     use half::f16;
     use model::quant::Format;
 
     /// Blocks whose scales are small halves, some of them subnormal, and whose other bytes run through everything.
     fn blocks_of(format: Format, count: usize) -> Vec<u8> {
-        let scales: &[usize] = match format {
-            Format::Q4_1 | Format::Q5_1 | Format::Q4K | Format::Q5K => &[0, 2],
-            Format::Q2K => &[80, 82],
-            Format::Q3K => &[108],
-            Format::Q6K => &[208],
-            Format::Mxfp4 => &[],
-            _ => &[0],
-        };
+        let scales = halves_of(format);
         let mut bytes = Vec::new();
         for block in 0..count {
             let mut b: Vec<u8> =

@@ -98,6 +98,7 @@ pub fn halves<'a>(view: &MatrixView<'a>, row: usize) -> Option<&'a [u8]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::suite::halves_of;
 
     fn view(format: Format, bytes: &[u8], stored_cols: usize, col: usize, cols: usize) -> MatrixView<'_> {
         let rows = bytes.len() / format.bytes(stored_cols);
@@ -106,14 +107,7 @@ mod tests {
 
     /// Bytes whose scales are small normal halves and whose other bytes run through everything.
     fn blocks(format: Format, count: usize) -> Vec<u8> {
-        let scales: &[usize] = match format {
-            Format::Q4_1 | Format::Q5_1 | Format::Q4K | Format::Q5K => &[0, 2],
-            Format::Q2K => &[80, 82],
-            Format::Q3K => &[108],
-            Format::Q6K => &[208],
-            Format::Mxfp4 => &[],
-            _ => &[0],
-        };
+        let scales = halves_of(format);
         let mut bytes = Vec::new();
         for block in 0..count {
             let mut b: Vec<u8> =

@@ -1,8 +1,9 @@
 //! Memory of one dtype: activations and caches.
 
 use super::simd::aligned::Aligned;
+use crate::backend::contract::{ensure, wrong};
 use half::bf16;
-use model::fault::{Fault, FaultKind};
+use model::fault::Fault;
 use model::quant::Dtype;
 
 /// Values of a dtype known at run time.
@@ -75,13 +76,4 @@ impl Buffer {
     pub(super) fn check(&self, n: usize) -> Result<(), Fault> {
         ensure(n <= self.rows, || format!("{n} rows asked of a buffer of {}", self.rows))
     }
-}
-
-/// A call that breaks the contract: a bug of the engine.
-pub(super) fn wrong(text: impl Into<String>) -> Fault {
-    Fault::new(FaultKind::Internal, text)
-}
-
-pub(super) fn ensure(holds: bool, text: impl FnOnce() -> String) -> Result<(), Fault> {
-    if holds { Ok(()) } else { Err(wrong(text())) }
 }

@@ -45,6 +45,7 @@ pub use buffer::{Buffer, Data};
 pub use meta::Meta;
 pub use weights::Matrix;
 
+use crate::backend::contract::{Index, ensure, wrong};
 use crate::backend::{Backend, HostSlice, Kind};
 use model::fault::{Fault, FaultKind};
 use model::plan::{BLOCK_TOKENS, KernelFamily};
@@ -124,7 +125,7 @@ struct Scratch {
     packed: Data,
     tiles: Vec<u32>,
     active: Vec<u32>,
-    index: combine::Index,
+    index: Index,
 }
 
 /// One layer's cache, in the compute dtype.
@@ -159,7 +160,7 @@ impl CpuBackend {
             packed: Data::zeroed(Dtype::F32, 0)?,
             tiles: Vec::new(),
             active: Vec::new(),
-            index: combine::Index::default(),
+            index: Index::default(),
         };
         Ok(CpuBackend { dtype, family, level, pool, scratch, weights_bytes: AtomicU64::new(0) })
     }
@@ -198,9 +199,9 @@ impl Cache {
                 (Place::Latent(layout), layout.block_elements(), layout.width())
             }
         };
-        buffer::ensure(width <= WIDTH_MAX, || format!("{width} channels in a head, {WIDTH_MAX} at most"))?;
+        ensure(width <= WIDTH_MAX, || format!("{width} channels in a head, {WIDTH_MAX} at most"))?;
         let total = blocks.checked_mul(elements);
-        let total = total.ok_or_else(|| buffer::wrong(format!("{blocks} blocks of {BLOCK_TOKENS} overflow")))?;
+        let total = total.ok_or_else(|| wrong(format!("{blocks} blocks of {BLOCK_TOKENS} overflow")))?;
         Ok(Cache { place, blocks, data: Data::zeroed(dtype, total)? })
     }
 

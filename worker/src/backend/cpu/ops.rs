@@ -1,6 +1,6 @@
 //! [`Backend`] for the CPU: checks at the door, then kernels.
 
-use super::buffer::{Buffer, Data, ensure, wrong};
+use super::buffer::{Buffer, Data};
 use super::simd::activations::{Activate, Alone, ClampedSwiglu, Gated, GeluTanh, Silu};
 use super::simd::grouped;
 use super::simd::lanes::Element;
@@ -9,6 +9,7 @@ use super::simd::norms::{LayerNorm, Norm};
 use super::simd::panel::{self, Source};
 use super::simd::rows::{Add, Scaled};
 use super::{Cache, CpuBackend, Matrix, Meta, Place, Vector, combine, route, weights};
+use crate::backend::contract::{ensure, wrong};
 use crate::backend::{
     Backend, GroupedShape, Grouping, HeadNorm, HostSlice, Kind, LatentShape, MatrixView, NormWeights, PerHead, Routing,
 };
@@ -25,6 +26,26 @@ fn grain(cols: usize) -> usize {
     (TASK_VALUES / cols.max(1)).max(1)
 }
 
+/// Runs `$body` with `$activation` bound to the kernel of what `$of` names.
+macro_rules! with_kernel {
+    ($of:expr, $activation:ident => $body:expr) => {
+        match $of {
+            Activation::Silu => {
+                let $activation = Silu;
+                $body
+            }
+            Activation::GeluTanh => {
+                let $activation = GeluTanh;
+                $body
+            }
+            Activation::ClampedSwiglu { alpha, limit } => {
+                let $activation = ClampedSwiglu { alpha, limit };
+                $body
+            }
+        }
+    };
+}
+
 /// Runs `$body` with `$a`, `$b`.. bound to slices of one dtype, or refuses buffers of different dtypes.
 macro_rules! by_dtype {
     ([$($name:ident = $data:expr),+] => $body:expr) => {
@@ -37,24 +58,27 @@ macro_rules! by_dtype {
     };
 }
 
+pub(super) use {by_dtype, with_kernel};
+
 impl CpuBackend {
     pub(super) fn input<'a>(&self, x: &'a Buffer) -> Result<&'a Data, Fault> {
         let fits = matches!((&x.data, self.dtype), (Data::F32(_), Dtype::F32) | (Data::Bf16(_), Dtype::Bf16));
         if fits { Ok(&x.data) } else { Err(wrong("an Input buffer is needed, a Full one was given")) }
     }
 
-    /// A grouped multiplication; `picks` names each pair's source row.
+    /// A grouped multiplication; where it `gathers` a pair's source row is the one that it names, else its own.
     fn experts(
         &mut self,
         x: &Buffer,
         w: &[Matrix],
         grouping: &Grouping,
-        picks: Option<&[u32]>,
+        gathers: bool,
         out: &mut Buffer,
     ) -> Result<(), Fault> {
         let (pairs, offsets) = (grouping.rows.len(), &grouping.offsets);
         let (rows, cols) = w.first().map_or((out.cols, x.cols), |first| (first.0.rows, first.0.cols));
-        self.check_experts(x, w, grouping, picks, (rows, cols))?;
+        self.check_experts(x, w, grouping, gathers, (rows, cols))?;
+        let picks = gathers.then_some(&grouping.rows[..]);
         ensure(out.cols == rows, || format!("[{rows}, {cols}] weights, [{}] outputs", out.cols))?;
         let active = &self.scratch.active;
         let out = out.full_mut(pairs)?;
@@ -71,34 +95,16 @@ impl CpuBackend {
         x: &Buffer,
         w: &[Matrix],
         grouping: &Grouping,
-        picks: Option<&[u32]>,
+        gathers: bool,
         (rows, cols): (usize, usize),
     ) -> Result<(), Fault> {
-        let (pairs, offsets) = (grouping.rows.len(), &grouping.offsets);
-        let whole = offsets.len() == w.len() + 1
-            && offsets.first() == Some(&0)
-            && offsets.last() == Some(&(pairs as u32))
-            && offsets.is_sorted();
-        ensure(whole, || format!("offsets of {} experts, {pairs} pairs, {} matrices", offsets.len(), w.len()))?;
+        grouping.check(w.len())?;
         ensure(w.iter().all(|m| m.0.rows == rows && m.0.cols == cols), || "experts differ in shape".into())?;
         ensure(x.cols == cols, || format!("[{}] inputs, [{rows}, {cols}] weights", x.cols))?;
-        x.check(picks.map_or(pairs, |p| p.iter().max().map_or(0, |r| *r as usize + 1)))?;
-        let active = &mut self.scratch.active;
+        x.check(if gathers { grouping.rows_read() } else { grouping.rows.len() })?;
+        let (offsets, active) = (&grouping.offsets, &mut self.scratch.active);
         active.clear();
         active.extend((0..w.len()).filter(|e| offsets[e + 1] > offsets[*e]).map(|e| e as u32));
-        Ok(())
-    }
-
-    fn activate_with<A: Activate + Sync>(
-        &self,
-        activation: A,
-        x: &Buffer,
-        n: usize,
-        out: &mut Buffer,
-    ) -> Result<(), Fault> {
-        let (width, cols) = (out.cols, x.cols);
-        let x = x.full(n)?;
-        by_dtype!([out = &mut out.data] => self.activate_rows(activation, (x, cols), n, (out, width)));
         Ok(())
     }
 
@@ -317,14 +323,14 @@ impl Backend for CpuBackend {
         let (width, gated) = (out.cols, x.cols == 2 * out.cols);
         ensure(gated || x.cols == width, || format!("{} gates and ups for {width} outputs", x.cols))?;
         out.check(n)?;
-        match activation {
-            Activation::Silu => self.activate_with(Silu, x, n, out),
-            Activation::GeluTanh => self.activate_with(GeluTanh, x, n, out),
-            Activation::ClampedSwiglu { alpha, limit } if gated => {
-                self.activate_with(ClampedSwiglu { alpha, limit }, x, n, out)
-            }
-            Activation::ClampedSwiglu { .. } => Err(wrong(format!("{activation:?} without a gate"))),
-        }
+        let fits = gated || !matches!(activation, Activation::ClampedSwiglu { .. });
+        ensure(fits, || format!("{activation:?} without a gate"))?;
+        let cols = x.cols;
+        let x = x.full(n)?;
+        with_kernel!(activation, kernel => by_dtype!([out = &mut out.data] => {
+            self.activate_rows(kernel, (x, cols), n, (out, width))
+        }));
+        Ok(())
     }
 
     fn matmul_activate(
@@ -490,7 +496,7 @@ impl Backend for CpuBackend {
     }
 
     fn expert_matmul(&mut self, x: &Buffer, w: &[Matrix], grouping: &Grouping, out: &mut Buffer) -> Result<(), Fault> {
-        self.experts(x, w, grouping, Some(&grouping.rows), out)
+        self.experts(x, w, grouping, true, out)
     }
 
     fn expert_matmul_activate(
@@ -510,7 +516,7 @@ impl Backend for CpuBackend {
     }
 
     fn pair_matmul(&mut self, x: &Buffer, w: &[Matrix], grouping: &Grouping, out: &mut Buffer) -> Result<(), Fault> {
-        self.experts(x, w, grouping, None, out)
+        self.experts(x, w, grouping, false, out)
     }
 
     fn weigh_rows(&mut self, x: &Buffer, grouping: &Grouping, out: &mut Buffer) -> Result<(), Fault> {
@@ -518,7 +524,7 @@ impl Backend for CpuBackend {
         ensure(out.cols == cols && grouping.weights.len() == pairs, || {
             format!("{} weights for {pairs} pairs, rows of {cols} into {}", grouping.weights.len(), out.cols)
         })?;
-        x.check(grouping.rows.iter().max().map_or(0, |r| *r as usize + 1))?;
+        x.check(grouping.rows_read())?;
         out.check(pairs)?;
         by_dtype!([x = self.input(x)?, out = &mut out.data] => {
             self.pool.rows(out, cols, pairs, grain(cols), &|pair, out| {

@@ -1,15 +1,13 @@
 //! Which experts a row visits, and with which weights.
 
-use super::buffer::ensure;
 use super::simd::Level;
 use super::simd::pool::Pool;
 use super::simd::rows::Score as Scores;
 use crate::backend::Routing;
+use crate::backend::contract::{EXPERTS_MAX, check_router};
 use model::fault::Fault;
 use model::spec::{Router, Score};
 
-/// Experts of one mixture, at most.
-const EXPERTS_MAX: usize = 1024;
 const NONE: u32 = u32::MAX;
 
 /// Routes `n` rows of `experts` logits.
@@ -22,14 +20,7 @@ pub(super) fn route(
     correction: Option<&[f32]>,
     n: usize,
 ) -> Result<Routing, Fault> {
-    ensure(experts <= EXPERTS_MAX, || format!("{experts} experts, {EXPERTS_MAX} at most"))?;
-    ensure(active >= 1 && active <= experts, || format!("{active} of {experts} experts can't be chosen"))?;
-    ensure(correction.is_none_or(|c| c.len() == experts), || "one correction for each expert".into())?;
-    if let Some(groups) = router.groups {
-        let fits = groups.count >= 1 && experts.is_multiple_of(groups.count) && groups.kept <= groups.count;
-        ensure(fits, || format!("{experts} experts in {groups:?}"))?;
-        ensure(groups.kept * (experts / groups.count) >= active, || format!("{groups:?} keep fewer than {active}"))?;
-    }
+    check_router(router, experts, active, correction.map(<[f32]>::len))?;
     let mut chosen = vec![(NONE, 0.0f32); n * active];
     pool.rows(&mut chosen, active, n, 8, &|row, chosen| {
         let mut scores = [0.0f32; EXPERTS_MAX];

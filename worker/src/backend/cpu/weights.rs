@@ -1,10 +1,10 @@
 //! Packed matrices, from windows of a checkpoint or from rearranged rows.
 
-use super::buffer::ensure;
 use super::simd::coded::Codes;
 use super::simd::pack::{Packed, Rows, Widened};
 use super::simd::pool::Pool;
 use crate::backend::MatrixView;
+use crate::backend::contract::ensure;
 use crate::load::codes::{self, Group};
 use crate::load::widen;
 use model::fault::Fault;

@@ -4,7 +4,8 @@ use super::driver::Address;
 use super::kernels::{AttendArgs, LatentArgs, Layout, MatmulArgs, PrepareArgs, ROWS, Row, SquaresArgs, THREADS, WARPS};
 use super::memory::Piece;
 use super::scratch::Use;
-use super::{Buffer, CudaBackend, Matrix, Vector, address, ensure};
+use super::{Buffer, CudaBackend, Matrix, Vector, address};
+use crate::backend::contract::{ensure, rows};
 use crate::backend::{GroupedShape, HeadNorm, LatentShape, NormWeights, PerHead};
 use crate::engine::batch::Batch;
 use model::fault::Fault;
@@ -62,31 +63,15 @@ fn element(base: Address, dtype: Dtype, index: usize) -> Address {
 
 impl CudaBackend {
     pub(super) fn make_meta(&self, batch: &Batch) -> Result<Meta, Fault> {
-        let (mut rows, mut tables, mut starts) = (Vec::new(), Vec::new(), Vec::new());
-        let mut positions = 0;
-        for (index, sequence) in batch.spans.iter().enumerate() {
-            ensure(sequence.row == rows.len(), || format!("sequence {index} starts at row {}", sequence.row))?;
-            let end = sequence.start + sequence.rows;
-            ensure(sequence.blocks.len() * BLOCK_TOKENS >= end, || {
-                format!("sequence {index} has {} blocks for {end} positions", sequence.blocks.len())
-            })?;
+        let rows = rows(batch)?;
+        let (mut tables, mut starts) = (Vec::new(), Vec::new());
+        for sequence in &batch.spans {
             starts.push(tables.len() as u32);
             tables.extend(sequence.blocks.iter().map(|block| block.0));
-            positions = positions.max(end);
-            for position in sequence.start..end {
-                let given = batch.positions.get(rows.len()).copied();
-                ensure(given == Some(position as u32), || {
-                    format!("row {} is at {given:?}, not {position}", rows.len())
-                })?;
-                let block = sequence.blocks[position / BLOCK_TOKENS].0;
-                let (position, sequence, slot) = (position as u32, index as u32, (position % BLOCK_TOKENS) as u32);
-                rows.push(Row { position, sequence, block, slot });
-            }
         }
-        ensure(rows.len() == batch.positions.len(), || {
-            format!("{} rows, {} of them in sequences", batch.positions.len(), rows.len())
-        })?;
-        let words: Vec<u32> = rows.iter().flat_map(|r| [r.position, r.sequence, r.block, r.slot]).collect();
+        let positions = rows.iter().map(|row| row.position + 1).max().unwrap_or(0);
+        let words = rows.iter().flat_map(|r| [r.position as u32, r.sequence as u32, r.block.0, r.slot as u32]);
+        let words: Vec<u32> = words.collect();
         let (tables_at, starts_at) = (words.len(), words.len() + tables.len());
         let blocks = tables.iter().max().map_or(0, |block| *block as usize + 1);
         let piece = self.device.upload(&[words, tables, starts].concat())?;

@@ -3,13 +3,11 @@
 use super::driver::Address;
 use super::kernels::{CombineArgs, CopyArgs, MatmulArgs, PANEL, ROWS, RouteArgs, THREADS, Tile};
 use super::scratch::{Parcel, Use};
-use super::{Buffer, CudaBackend, Matrix, Vector, address, ensure};
+use super::{Buffer, CudaBackend, Matrix, Vector, address};
+use crate::backend::contract::{check_router, ensure};
 use crate::backend::{Grouping, Routing};
 use model::fault::Fault;
 use model::spec::{Router, Score};
-
-/// Experts of one mixture, at most: their scores are in shared memory.
-const EXPERTS_MAX: usize = 1024;
 
 impl CudaBackend {
     pub(super) fn choose(
@@ -21,16 +19,9 @@ impl CudaBackend {
         n: usize,
     ) -> Result<Routing, Fault> {
         let experts = logits.cols;
-        ensure(experts <= EXPERTS_MAX, || format!("{experts} experts, {EXPERTS_MAX} at most"))?;
-        ensure(active >= 1 && active <= experts, || format!("{active} of {experts} experts can't be chosen"))?;
-        ensure(correction.is_none_or(|c| c.len == experts), || "one correction for each expert".into())?;
-        let (mut groups, mut kept) = (0, 0);
-        if let Some(of) = router.groups {
-            let fits = of.count >= 1 && experts.is_multiple_of(of.count) && of.kept <= of.count;
-            ensure(fits, || format!("{experts} experts in {of:?}"))?;
-            ensure(of.kept * (experts / of.count) >= active, || format!("{of:?} keep fewer than {active}"))?;
-            (groups, kept) = (of.count, of.kept);
-        }
+        // Scores of all are in shared memory.
+        check_router(router, experts, active, correction.map(|c| c.len))?;
+        let (groups, kept) = router.groups.map_or((0, 0), |of| (of.count, of.kept));
         let logits = logits.full(n)?;
         let ids = self.scratch.room(Use::Answers, n * active * 8)?;
         let weights = ids + (n * active * 4) as u64;
@@ -79,18 +70,14 @@ impl CudaBackend {
         out: &Buffer,
     ) -> Result<(), Fault> {
         let (pairs, offsets) = (grouping.rows.len(), &grouping.offsets);
-        let whole = offsets.len() == w.len() + 1
-            && offsets.first() == Some(&0)
-            && offsets.last() == Some(&(pairs as u32))
-            && offsets.is_sorted();
-        ensure(whole, || format!("offsets of {} experts, {pairs} pairs, {} matrices", offsets.len(), w.len()))?;
+        grouping.check(w.len())?;
         let Some(one) = w.first() else { return Ok(()) };
         let (rows, cols) = (one.rows(), one.cols());
         ensure(w.iter().all(|m| (m.rows(), m.cols()) == (rows, cols)), || "experts differ in shape".into())?;
         ensure(x.cols == cols && out.cols == rows && x.dtype == self.dtype, || {
             format!("[{}] inputs, [{rows}, {cols}] weights, [{}] outputs", x.cols, out.cols)
         })?;
-        let most = if picked { grouping.rows.iter().max().map_or(0, |r| *r as usize + 1) } else { pairs };
+        let most = if picked { grouping.rows_read() } else { pairs };
         let (x, out) = (x.check(most)?, out.full(pairs)?);
         let mut tiles = Vec::new();
         let mut weights = Vec::new();
@@ -129,7 +116,7 @@ impl CudaBackend {
             format!("{} weights for {pairs} pairs, rows of {cols} into {}", grouping.weights.len(), out.cols)
         })?;
         ensure(x.dtype == self.dtype && out.dtype == self.dtype, || "operands of different dtypes".into())?;
-        let x = x.check(grouping.rows.iter().max().map_or(0, |r| *r as usize + 1))?;
+        let x = x.check(grouping.rows_read())?;
         let out = out.check(pairs)?;
         let mut parcel = Parcel::default();
         let (rows, weights) = (parcel.add(&grouping.rows), parcel.add(&grouping.weights));
@@ -158,26 +145,13 @@ impl CudaBackend {
         out: &Buffer,
     ) -> Result<(), Fault> {
         let (cols, offsets) = (out.cols, &grouping.offsets);
-        let experts = offsets.len().saturating_sub(1);
-        let fits = segments.is_power_of_two() && segments <= 8 && experts.is_multiple_of(segments) && experts > 0;
-        ensure(fits, || format!("{experts} experts can't be summed in {segments} segments"))?;
-        ensure(grouping.weights.len() == grouping.rows.len(), || "one weight for each pair".into())?;
+        let experts_each = grouping.check_sums(segments)?;
         ensure(pairs.cols == cols, || format!("pairs of {} in rows of {cols}", pairs.cols))?;
-        let most = grouping.rows.iter().max();
-        ensure(most.is_none_or(|r| (*r as usize) < n), || format!("a pair of row {most:?} of {n}"))?;
+        self.index.fill(&grouping.rows, n)?;
         let (from, to) = (pairs.full(grouping.rows.len())?, out.full(n)?);
-        // Pairs by row, ascending.
-        let mut starts = vec![0u32; n + 1];
-        grouping.rows.iter().for_each(|row| starts[*row as usize + 1] += 1);
-        (0..n).for_each(|row| starts[row + 1] += starts[row]);
-        let (mut next, mut of_row) = (starts.clone(), vec![0u32; grouping.rows.len()]);
-        for (pair, row) in grouping.rows.iter().enumerate() {
-            of_row[next[*row as usize] as usize] = pair as u32;
-            next[*row as usize] += 1;
-        }
-        let ends: Vec<u32> = (1..=segments).map(|s| offsets[s * (experts / segments)]).collect();
+        let ends: Vec<u32> = (1..=segments).map(|s| offsets[s * experts_each]).collect();
         let mut parcel = Parcel::default();
-        let (starts, of_row) = (parcel.add(&starts), parcel.add(&of_row));
+        let (starts, of_row) = (parcel.add(&self.index.starts), parcel.add(&self.index.pairs));
         let (ends, weights) = (parcel.add(&ends), parcel.add(&grouping.weights));
         let sent = self.scratch.send(&parcel)?;
         let args = CombineArgs {

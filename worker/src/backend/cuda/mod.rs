@@ -23,6 +23,7 @@ pub use attention::{Cache, Meta, RopeTable};
 pub use weights::Matrix;
 
 use crate::backend::Kind;
+use crate::backend::contract::{Index, ensure};
 use crate::backend::cpu::simd::pool::Pool;
 pub use driver::gpus;
 use driver::{Address, Driver};
@@ -86,6 +87,7 @@ pub struct CudaBackend {
     dtype: Dtype,
     pool: Pool,
     scratch: Scratch,
+    index: Index,
     /// Of all matrices and vectors made.
     weights_bytes: AtomicU64,
 }
@@ -111,7 +113,14 @@ impl CudaBackend {
         let refuse = |e| Fault::new(FaultKind::Internal, format!("no {} threads: {e}", config.threads));
         let pool = Pool::new(config.threads.max(1), 0).map_err(refuse)?;
         let scratch = Scratch::new(device.clone());
-        Ok(CudaBackend { device, dtype: config.dtype, pool, scratch, weights_bytes: AtomicU64::new(0) })
+        Ok(CudaBackend {
+            device,
+            dtype: config.dtype,
+            pool,
+            scratch,
+            index: Index::default(),
+            weights_bytes: AtomicU64::new(0),
+        })
     }
 
     pub fn dtype(&self) -> Dtype {
@@ -161,11 +170,6 @@ impl Buffer {
         ensure(self.dtype == Dtype::F32, || "a Full buffer is needed, an Input one was given".into())?;
         self.check(n)
     }
-}
-
-/// A call that breaks the contract: a bug of the engine.
-fn ensure(holds: bool, text: impl FnOnce() -> String) -> Result<(), Fault> {
-    if holds { Ok(()) } else { Err(Fault::new(FaultKind::Internal, text())) }
 }
 
 /// What a vector may add: its address, or none.

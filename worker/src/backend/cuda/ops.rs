@@ -3,7 +3,8 @@
 use super::driver::Address;
 use super::kernels::{ActivateArgs, AddArgs, CopyArgs, EmbedArgs, MatmulArgs, NormArgs, PANEL, ROWS, THREADS, WARPS};
 use super::scratch::Parcel;
-use super::{Buffer, Cache, CudaBackend, Matrix, Meta, RopeTable, Vector, address, ensure};
+use super::{Buffer, Cache, CudaBackend, Matrix, Meta, RopeTable, Vector, address};
+use crate::backend::contract::ensure;
 use crate::backend::cpu::weights as packing;
 use crate::backend::{
     Backend, GroupedShape, Grouping, HeadNorm, HostSlice, Kind, LatentShape, MatrixView, NormWeights, PerHead, Routing,

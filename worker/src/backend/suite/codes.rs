@@ -15,7 +15,7 @@ const STORED: usize = 512;
 const WINDOWS: [(usize, usize, usize, usize); 3] = [(0, ROWS, 0, STORED), (3, 20, 32, 96), (1, 7, 4, 200)];
 
 /// Offsets of a block's f16 numbers.
-fn halves_of(format: Format) -> &'static [usize] {
+pub fn halves_of(format: Format) -> &'static [usize] {
     match format {
         Format::Q4_1 | Format::Q5_1 | Format::Q4K | Format::Q5K => &[0, 2],
         Format::Q2K => &[80, 82],

@@ -9,6 +9,9 @@ mod codes;
 mod experts;
 mod rows;
 
+#[cfg(test)]
+pub(crate) use codes::halves_of;
+
 use crate::backend::{Backend, HostSlice, Kind, MatrixView};
 use half::bf16;
 use model::quant::{Dtype, Format};

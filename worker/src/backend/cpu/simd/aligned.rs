@@ -35,14 +35,15 @@ enum Memory {
         layout: Layout,
     },
     #[cfg(target_os = "linux")]
-    Mapping(#[allow(dead_code)] Mapping),
+    Mapping {
+        _pages: Mapping,
+    },
     /// So many bytes of a mapping that others share.
     #[cfg(target_os = "linux")]
     Part {
         start: NonNull<u8>,
         bytes: usize,
-        #[allow(dead_code)] // held, as all of its parts do
-        of: Arc<Mapping>,
+        _of: Arc<Mapping>,
     },
 }
 
@@ -102,12 +103,12 @@ impl<T: Pod> Aligned<T> {
         if bytes >= HUGE_PAGE {
             let bytes = bytes.checked_next_multiple_of(PAGE).ok_or_else(refuse)?;
             let mapping = map(bytes).ok_or_else(refuse)?;
-            return Ok(Aligned { start: mapping.start.cast(), len, memory: Memory::Mapping(mapping) });
+            return Ok(Aligned { start: mapping.start.cast(), len, memory: Memory::Mapping { _pages: mapping } });
         }
         #[cfg(target_os = "linux")]
         if bytes >= SHARED {
-            let (start, of) = part(bytes).ok_or_else(refuse)?;
-            return Ok(Aligned { start: start.cast(), len, memory: Memory::Part { start, bytes, of } });
+            let (start, _of) = part(bytes).ok_or_else(refuse)?;
+            return Ok(Aligned { start: start.cast(), len, memory: Memory::Part { start, bytes, _of } });
         }
         let layout = Layout::from_size_align(bytes, LINE).map_err(|_| refuse())?;
         // SAFETY: the layout is not empty.
@@ -174,7 +175,7 @@ impl<T: Pod> Drop for Aligned<T> {
             // SAFETY: allocated with this layout.
             Memory::Heap { start, layout } => unsafe { std::alloc::dealloc(start.as_ptr(), layout) },
             #[cfg(target_os = "linux")]
-            Memory::Mapping(_) => {}
+            Memory::Mapping { .. } => {}
             #[cfg(target_os = "linux")]
             Memory::Part { start, bytes, .. } => forget(start, bytes),
         }

@@ -9,7 +9,7 @@ use super::Level;
 use super::activations::{Activate, Gated};
 use super::chains::Tiles;
 use super::pack::{PANEL, Packed};
-use super::panel::{AMX_ROWS, Input, Source, TASK_ROWS, Task, at_one_distance, strip_rows, task_rows};
+use super::panel::{Input, Source, TASK_ROWS, Task, at_one_distance, by_expert, in_strips, strip_rows, task_rows};
 use super::pool::Pool;
 use super::shared::Shared;
 use model::plan::KernelFamily;
@@ -38,11 +38,9 @@ impl<A: Activate + Sync> Joined<'_, A> {
         let least = task_rows(self.family);
         let height = (strip_rows(self.family, w.cols) / 2 / least * least).max(least);
         let out = Shared::new(out);
-        self.pool.run(n.div_ceil(height) * panels, &|task| {
-            let (strip, panel) = (task / panels, task % panels);
-            let rows = strip * height..n.min((strip + 1) * height);
+        in_strips(self.pool, (n, height), panels, &|panel, rows| {
             // SAFETY: each task has its own panel and rows.
-            unsafe { self.panels(x, (w, bias), panel..panel + 1, rows, &out) };
+            unsafe { self.panels(x, (w, bias), panel, rows, &out) };
         });
     }
 
@@ -57,17 +55,10 @@ impl<A: Activate + Sync> Joined<'_, A> {
     ) {
         let Some(&first) = active.first() else { return };
         let all = w[first as usize].as_ref().rows / (2 * PANEL);
-        let gathers = x.picks.is_some() && offsets.last().is_some_and(|&p| p as usize > active.len() * AMX_ROWS);
-        // What is gathered for a task is worth several panels.
-        let each = if gathers { all.div_ceil(2) } else { 1 };
-        let groups = all.div_ceil(each);
         let out = Shared::new(out);
-        self.pool.run(active.len() * groups, &|task| {
-            let (expert, group) = (active[task / groups] as usize, task % groups);
-            let rows = offsets[expert] as usize..offsets[expert + 1] as usize;
-            let range = group * each..all.min((group + 1) * each);
+        by_expert(self.pool, (offsets, active), all, x.picks.is_some(), &|expert, panels, pairs| {
             // SAFETY: each task has its own panels of its own expert's pairs.
-            unsafe { self.panels(x, (w[expert].as_ref(), None), range, rows, &out) };
+            unsafe { self.panels(x, (w[expert].as_ref(), None), panels, pairs, &out) };
         });
     }
 

@@ -357,16 +357,45 @@ pub fn multiply<T: Input>(
 ) {
     let out = Shared::new(out);
     let target = Target { values: &out, start: 0, stride: w.rows };
-    let height = strip_rows(family, w.cols);
-    pool.run(n.div_ceil(height) * w.panels(), &|task| {
-        let (strip, panel) = (task / w.panels(), task % w.panels());
-        let rows = strip * height..n.min((strip + 1) * height);
+    in_strips(pool, (n, strip_rows(family, w.cols)), w.panels(), &|panel, rows| {
         // SAFETY: each task has its own panel and rows.
-        unsafe { panels(level, family, x, w, panel..panel + 1, bias, rows, target) };
+        unsafe { panels(level, family, x, w, panel, bias, rows, target) };
     });
 }
 
-/// `out[p] = x[p] w[e]^T` for the pairs `offsets[e]..offsets[e + 1]` of each expert in `active`; matrices alike.
+/// Gives each task a panel and up to `height` of a product's `n` rows.
+pub fn in_strips(
+    pool: &Pool,
+    (n, height): (usize, usize),
+    panels: usize,
+    task: &(dyn Fn(Range<usize>, Range<usize>) + Sync),
+) {
+    pool.run(n.div_ceil(height) * panels, &|number| {
+        let (strip, panel) = (number / panels, number % panels);
+        task(panel..panel + 1, strip * height..n.min((strip + 1) * height));
+    });
+}
+
+/// Gives each task an expert of `active`, some of its `panels`, and its pairs `offsets[e]..offsets[e + 1]`: what is gathered for a task
+/// is worth several panels.
+pub fn by_expert(
+    pool: &Pool,
+    (offsets, active): (&[u32], &[u32]),
+    panels: usize,
+    gathers: bool,
+    task: &(dyn Fn(usize, Range<usize>, Range<usize>) + Sync),
+) {
+    let many = offsets.last().is_some_and(|&pairs| pairs as usize > active.len() * AMX_ROWS);
+    let each = if gathers && many { panels.div_ceil(2) } else { 1 };
+    let groups = panels.div_ceil(each);
+    pool.run(active.len() * groups, &|number| {
+        let (expert, group) = (active[number / groups] as usize, number % groups);
+        let pairs = offsets[expert] as usize..offsets[expert + 1] as usize;
+        task(expert, group * each..panels.min((group + 1) * each), pairs);
+    });
+}
+
+/// `out[p] = x[p] w[e]^T` for the pairs of each expert in `active`; matrices alike.
 #[allow(clippy::too_many_arguments)] // the parts of one product
 pub fn multiply_experts<T: Input>(
     pool: &Pool,
@@ -381,19 +410,12 @@ pub fn multiply_experts<T: Input>(
     let Some(&first) = active.first() else { return };
     let (all, rows) = (w[first as usize].as_ref().panels(), w[first as usize].as_ref().rows);
     let out = Shared::new(out);
-    // What is gathered for a task is worth several panels.
-    let gathers = x.picks.is_some() && offsets.last().is_some_and(|&pairs| pairs as usize > active.len() * AMX_ROWS);
-    let each = if gathers { all.div_ceil(2) } else { 1 };
-    let groups = all.div_ceil(each);
-    pool.run(active.len() * groups, &|task| {
-        let (expert, group) = (active[task / groups] as usize, task % groups);
+    by_expert(pool, (offsets, active), all, x.picks.is_some(), &|expert, range, pairs| {
         let w = w[expert].as_ref();
         assert_eq!(w.rows, rows, "experts differ in shape");
         let target = Target { values: &out, start: 0, stride: rows };
-        let (start, end) = (offsets[expert] as usize, offsets[expert + 1] as usize);
-        let range = group * each..all.min((group + 1) * each);
         // SAFETY: each task has its own panels of its own expert's pairs.
-        unsafe { panels(level, family, x, w, range, None, start..end, target) };
+        unsafe { panels(level, family, x, w, range, None, pairs, target) };
     });
 }
 
