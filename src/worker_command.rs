@@ -6,7 +6,7 @@ use model::plan::WorkerId;
 use std::path::PathBuf;
 use worker::agent::driver::{Identity, Stop};
 use worker::config::{Backend, Config, host_name};
-use worker::hardware::Hardware;
+use worker::hardware::{Hardware, families};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -111,7 +111,7 @@ fn identity(config: &Config) -> Result<Identity> {
         name: WorkerId(config.name.clone()),
         build: crate::build(),
         host: host_name(),
-        families: hardware.families(),
+        families: families(config.backend),
         devices: vec![device; config.devices],
         hardware,
     })

@@ -31,11 +31,13 @@ enum What {
 
 /// Runs the chosen benchmark to its end. Fails when no request succeeded.
 pub fn run(args: Args) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let runtime = runtime.context("the runtime does not start")?;
+    let runtime = || {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+        runtime.context("the runtime does not start")
+    };
     match args.what {
-        What::Serve(args) => runtime.block_on(serve::serve(args)),
-        What::Offline(args) => runtime.block_on(offline::offline(*args)),
+        What::Serve(args) => runtime()?.block_on(serve::serve(args)),
+        What::Offline(args) => runtime()?.block_on(offline::offline(*args)),
         What::Collective(args) => collective::collective(&args),
     }
 }

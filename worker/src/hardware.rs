@@ -35,17 +35,9 @@ impl Hardware {
             Hardware::Cpu => memory_available() / 10 * 9,
         }
     }
-
-    /// The orders of sums that it can keep.
-    pub fn families(&self) -> Vec<KernelFamily> {
-        families(match self {
-            Hardware::Cpu => Backend::Cpu,
-            Hardware::Gpu(_) => Backend::Cuda,
-        })
-    }
 }
 
-/// Those of a backend.
+/// The orders of sums that a backend can keep on this host.
 pub fn families(backend: Backend) -> Vec<KernelFamily> {
     match backend {
         Backend::Cpu => cpu::families(),

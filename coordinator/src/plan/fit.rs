@@ -51,12 +51,7 @@ fn with_stages(ask: &Ask<'_>, mesh: &Mesh, memory: &[u64], stages: Vec<Range<usi
         None if ask.whole => ask.spec.positions_max,
         None => shortened(ask, mesh, memory, &stages),
     };
-    let mut limits = Limits {
-        model_len_max: longest,
-        step_tokens_max: policy.step_tokens_max,
-        step_sequences_max: policy.step_sequences_max,
-        blocks: 0,
-    };
+    let mut limits = limits(policy, longest);
     let mut bytes = rank_bytes(ask, mesh, &stages, &limits);
     let blocks = blocks(ask, mesh, memory, &bytes, longest)?;
     limits.blocks = blocks;
@@ -68,20 +63,20 @@ fn with_stages(ask: &Ask<'_>, mesh: &Mesh, memory: &[u64], stages: Vec<Range<usi
     Ok(Fit { stages, limits, bytes })
 }
 
+/// Bounds without a cache yet.
+fn limits(policy: &Policy, model_len_max: usize) -> Limits {
+    let Policy { step_tokens_max, step_sequences_max, .. } = *policy;
+    Limits { model_len_max, step_tokens_max, step_sequences_max, blocks: 0 }
+}
+
 /// The longest sequence that every rank has room for, tables of its positions and its cache: the model's own length, or whole blocks
 /// of a shorter one, down to the least that is served.
 fn shortened(ask: &Ask<'_>, mesh: &Mesh, memory: &[u64], stages: &[Range<usize>]) -> usize {
     let longest = ask.spec.positions_max;
     let fits = |length: usize| {
-        let blocks = length.div_ceil(BLOCK_TOKENS);
-        let limits = Limits {
-            model_len_max: length,
-            step_tokens_max: ask.policy.step_tokens_max,
-            step_sequences_max: ask.policy.step_sequences_max,
-            blocks,
-        };
-        let bytes = rank_bytes(ask, mesh, stages, &limits);
-        bytes.iter().zip(memory).all(|(need, has)| need.total(blocks as u64) <= *has)
+        let bytes = rank_bytes(ask, mesh, stages, &limits(ask.policy, length));
+        let blocks = length.div_ceil(BLOCK_TOKENS) as u64;
+        bytes.iter().zip(memory).all(|(need, has)| need.total(blocks) <= *has)
     };
     if fits(longest) {
         return longest;

@@ -22,7 +22,7 @@ use super::weights::Vocabulary;
 use crate::backend::{Backend, Kind, Routing};
 use model::fault::Fault;
 use model::plan::BLOCK_TOKENS;
-use model::step::{Guesses, SeqId};
+use model::step::{BlockId, Guesses, SeqId};
 
 /// A sequence as predictors know it.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -122,9 +122,7 @@ fn ahead(sequences: &mut Sequences, resolved: &Resolved, behind: &[Behind]) -> R
 struct Tip {
     /// What was drawn behind its chunk stands here.
     position: usize,
-    /// Positions that its blocks hold.
-    room: usize,
-    span: Sequence,
+    blocks: Vec<BlockId>,
     guesses: Guesses,
 }
 
@@ -188,16 +186,19 @@ impl<B: Backend> Foresight<'_, B> {
         let hidden = pass.hidden;
         let index = further.min(self.predictors.len() - 1);
         let predictor = &mut self.predictors[index];
-        // Those whose blocks have room at the position that the predictor's row takes; others are left where they are.
         let moved = further - index;
-        let goes_on = |tip: &&mut Tip| tip.guesses.tokens.len() == further && tip.position - 1 + moved < tip.room;
+        let len_max = head.sequences.limits().model_len_max;
         let (mut batch, mut ids, mut from, mut wanted) = (Batch::default(), Vec::new(), Vec::new(), Vec::new());
         let had = tips.iter_mut().filter(|tip| tip.guesses.tokens.len() == further);
         let mut going = Vec::new();
-        for (at, tip) in had.enumerate().filter(|(_, tip)| goes_on(tip)) {
+        for (at, tip) in had.enumerate() {
             let (row, start) = (ids.len(), tip.position - 1 + moved);
+            if start >= len_max.min(tip.blocks.len() * BLOCK_TOKENS) {
+                // There is no room for the predictor's row: it has the guesses that it has.
+                continue;
+            }
             batch.positions.push(start as u32);
-            batch.spans.push(Sequence { row, rows: 1, start, blocks: tip.span.blocks.clone() });
+            batch.spans.push(Sequence { row, rows: 1, start, blocks: tip.blocks.clone() });
             ids.push(tip.guesses.tokens[further - 1]);
             from.push(at as u32);
             wanted.push(guess_at(row, tip.guesses.seq, tip.position + 1 + further));
@@ -235,13 +236,11 @@ fn first_guesses<B: Backend>(
 ) -> Result<(Vec<Tip>, Option<(usize, B::Buffer)>), Fault> {
     let (mut tips, mut wanted) = (Vec::new(), Vec::new());
     let mut spans = ahead.batch.spans.iter().zip(&ahead.sequences);
-    let len_max = head.sequences.limits().model_len_max;
     for &Behind { seq, .. } in behind {
         let Some((span, _)) = spans.find(|(_, of)| **of == seq) else { continue };
         let position = span.start + span.rows;
         wanted.push(guess_at(span.row + span.rows - 1, seq, position + 1));
-        let room = (span.blocks.len() * BLOCK_TOKENS).min(len_max);
-        tips.push(Tip { position, room, span: span.clone(), guesses: Guesses { seq, tokens: Vec::new() } });
+        tips.push(Tip { position, blocks: span.blocks.clone(), guesses: Guesses { seq, tokens: Vec::new() } });
     }
     let tokens = head.guess(pass, &predictor.norm, &wanted, x)?;
     for (tip, token) in tips.iter_mut().zip(tokens) {
@@ -334,7 +333,7 @@ fn pick<B: Backend>(
 mod tests {
     use super::*;
     use model::plan::Limits;
-    use model::step::{Begin, BlockId, Chunk, LaneBatch, Sampling};
+    use model::step::{Begin, Chunk, LaneBatch, Sampling};
 
     const LIMITS: Limits = Limits { model_len_max: 100, step_tokens_max: 50, step_sequences_max: 2, blocks: 4 };
 
@@ -347,8 +346,8 @@ mod tests {
             let blocks = blocks.iter().map(|&b| BlockId(b)).collect();
             Chunk { seq: SeqId(seq), start, tokens: tokens.to_vec(), blocks, sample: true, drafts }
         };
-        let (begun, chunks_) = (begun.iter().map(begin).collect(), chunks.iter().map(chunk).collect());
-        let lane = LaneBatch { begun, chunks: chunks_, ..LaneBatch::default() };
+        let begun = begun.iter().map(begin).collect();
+        let lane = LaneBatch { begun, chunks: chunks.iter().map(chunk).collect(), ..LaneBatch::default() };
         let resolved = sequences.resolve(&lane, false).unwrap();
         let behind =
             |&(seq, .., drawn): &Told<'_>| drawn.map(|(guessed, token)| Behind { seq: SeqId(seq), guessed, token });

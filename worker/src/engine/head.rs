@@ -42,11 +42,7 @@ impl<'a, B: Backend> Head<'a, B> {
         if self.leader {
             self.foretold(resolved, &mut scores)?;
         }
-        let (mut plain, mut whole) = (Vec::new(), Vec::new());
-        for (index, wanted) in resolved.wanted.iter().enumerate() {
-            let list = if self.is_plain(wanted)? { &mut plain } else { &mut whole };
-            list.push((index, wanted));
-        }
+        let (plain, whole) = self.split(&resolved.wanted)?;
         let mut samples: Vec<(usize, Sample)> = Vec::new();
         for tile in plain.chunks(TILE_ROWS) {
             let tokens = self.likeliest(pass, self.norm(), tile, x)?;
@@ -119,11 +115,7 @@ impl<'a, B: Backend> Head<'a, B> {
         x: &B::Buffer,
     ) -> Result<Vec<u32>, Fault> {
         let mut tokens = vec![0; wanted.len()];
-        let (mut plain, mut whole) = (Vec::new(), Vec::new());
-        for (index, wanted) in wanted.iter().enumerate() {
-            let list = if self.is_plain(wanted)? { &mut plain } else { &mut whole };
-            list.push((index, wanted));
-        }
+        let (plain, whole) = self.split(wanted)?;
         for tile in plain.chunks(TILE_ROWS) {
             let found = self.likeliest(pass, norm, tile, x)?;
             tile.iter().zip(found).for_each(|(&(index, _), token)| tokens[index] = token);
@@ -162,6 +154,20 @@ impl<'a, B: Backend> Head<'a, B> {
             counting.extend(own.iter().take(guessed + 1).cloned());
         }
         Ok(counting)
+    }
+
+    /// Those of which the likeliest token is all that is asked, and those that need their whole row, by number.
+    #[allow(clippy::type_complexity)] // two of a kind
+    fn split<'w>(
+        &mut self,
+        wanted: &'w [Wanted],
+    ) -> Result<(Vec<(usize, &'w Wanted)>, Vec<(usize, &'w Wanted)>), Fault> {
+        let (mut plain, mut whole) = (Vec::new(), Vec::new());
+        for (index, wanted) in wanted.iter().enumerate() {
+            let list = if self.is_plain(wanted)? { &mut plain } else { &mut whole };
+            list.push((index, wanted));
+        }
+        Ok((plain, whole))
     }
 
     fn is_plain(&mut self, wanted: &Wanted) -> Result<bool, Fault> {

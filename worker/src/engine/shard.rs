@@ -102,20 +102,27 @@ impl Shelves {
         threads: usize,
     ) -> Result<(), Fault> {
         let setting = setting(&checkpoint.identity(), plan);
-        let Some(generation) = with_shelf!(self, shelf => shelf.generation(&setting)) else { return Ok(()) };
         match &self.0 {
             Place::Cpu(shelf) => {
-                let backend = CpuBackend::new(CpuConfig { dtype: plan.dtype, family: plan.family, threads, spin: 0 })?;
-                let preparation = Preparation { spec, plan, rank, checkpoint, shelf };
-                super::prepare(&backend, &preparation, || shelf.generation(&setting) == Some(generation))
+                let config = CpuConfig { dtype: plan.dtype, family: plan.family, threads, spin: 0 };
+                prepare(|| CpuBackend::new(config), &Preparation { spec, plan, rank, checkpoint, shelf }, &setting)
             }
             Place::Gpu(device, shelf) => {
-                let backend = CudaBackend::new(device.clone(), &CudaConfig { dtype: plan.dtype, threads })?;
-                let preparation = Preparation { spec, plan, rank, checkpoint, shelf };
-                super::prepare(&backend, &preparation, || shelf.generation(&setting) == Some(generation))
+                let config = CudaConfig { dtype: plan.dtype, threads };
+                let backend = || CudaBackend::new(device.clone(), &config);
+                prepare(backend, &Preparation { spec, plan, rank, checkpoint, shelf }, &setting)
             }
         }
     }
+}
+
+fn prepare<B: Backend>(
+    backend: impl FnOnce() -> Result<B, Fault>,
+    preparation: &Preparation<'_, B::Matrix>,
+    setting: &Setting,
+) -> Result<(), Fault> {
+    let Some(generation) = preparation.shelf.generation(setting) else { return Ok(()) };
+    super::prepare(&backend()?, preparation, || preparation.shelf.generation(setting) == Some(generation))
 }
 
 fn setting(identity: &[u8], plan: &Plan) -> Setting {
