@@ -415,17 +415,17 @@ impl<'a> Connecting<'a> {
     }
 }
 
-fn encode(offer: &Offer) -> [u8; 16] {
+pub(super) fn encode(offer: &Offer) -> [u8; 16] {
     (u128::from(offer.process) | u128::from(offer.descriptor) << 32 | u128::from(offer.mark) << 64).to_le_bytes()
 }
 
-fn decode(bytes: &[u8; 16]) -> Offer {
+pub(super) fn decode(bytes: &[u8; 16]) -> Offer {
     let word = u128::from_le_bytes(*bytes);
     Offer { process: word as u32, descriptor: (word >> 32) as u32, mark: (word >> 64) as u64 }
 }
 
 /// A number that another process does not draw as well.
-fn random() -> u64 {
+pub(super) fn random() -> u64 {
     use std::hash::{BuildHasher, Hasher};
     std::collections::hash_map::RandomState::new().build_hasher().finish()
 }

@@ -5,6 +5,8 @@
 //! local    threads of one process              shared memory, private to it
 //! memfd    processes of one host               shared memory without a name: gone with its last process
 //! tcp      processes of several hosts          a full mesh of sockets, under TLS where the worker has certificates
+//! nccl     devices, one rank each               NVIDIA's library, on buffers of the devices ([`device`])
+//! staged   devices, any number of ranks each    copies around one of the others
 //! ```
 //!
 //! Over the same door one worker lends another its model's files ([`weights`]).
@@ -18,12 +20,14 @@ mod authority;
 pub mod checked;
 pub mod connect;
 mod credentials;
+pub mod device;
 mod door;
 mod hello;
 mod inbox;
 mod link;
 pub mod local;
 pub mod memfd;
+pub mod nccl;
 pub mod refused;
 mod region;
 mod ring;
@@ -31,6 +35,7 @@ mod session;
 pub mod shared;
 mod sockets;
 pub mod solo;
+pub mod staged;
 #[cfg(test)]
 mod suite;
 pub mod tcp;

@@ -5,7 +5,7 @@ use super::{Abort, Collective};
 use model::fault::Fault;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What a rank does.
 const RESTS: u8 = 0;
@@ -74,6 +74,21 @@ impl Stopwatch {
         let computing = self.now().saturating_sub(self.since.load(Ordering::Relaxed));
         self.computing_ns.fetch_add(computing, Ordering::Relaxed);
         self.entered.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// What a look at a device's queue shows: whether it is within a collective, how many it has entered since the look before,
+    /// and how long ago that was. Takes the place of [`Timed`] where the queue enters collectives while the rank's thread is
+    /// ahead of it; looks that are many and even add up to the same times.
+    pub fn look(&self, within: bool, entered: u64, since: Duration) {
+        if self.doing.load(Ordering::Relaxed) == RESTS {
+            return;
+        }
+        self.entered.fetch_add(entered, Ordering::Relaxed);
+        self.waits.fetch_add(entered, Ordering::Relaxed);
+        if !within {
+            self.computing_ns.fetch_add(since.as_nanos() as u64, Ordering::Relaxed);
+        }
+        self.doing.store(if within { WAITS } else { COMPUTES }, Ordering::Relaxed);
     }
 
     /// Counted collectives entered, and nanoseconds computed before them.
@@ -150,7 +165,6 @@ mod tests {
     use super::*;
     use crate::collective::local;
     use crate::collective::suite::{Members, contract};
-    use std::time::Duration;
 
     fn members(size: usize) -> Members {
         let timed = |member| Box::new(Timed::counting(member, Arc::default())) as Box<dyn Collective>;
@@ -158,6 +172,18 @@ mod tests {
     }
 
     contract!(members);
+
+    #[test]
+    fn looks_at_a_queue_add_up_while_the_rank_is_at_work() {
+        let (watch, look) = (Stopwatch::default(), Duration::from_millis(1));
+        watch.look(false, 3, look);
+        assert_eq!(watch.read(), (0, 0), "it rests");
+        watch.begin();
+        for turn in 0..10 {
+            watch.look(turn % 5 == 4, u64::from(turn % 5 == 4), look);
+        }
+        assert_eq!((watch.read(), watch.waits()), ((2, 8_000_000), Some(2)));
+    }
 
     #[test]
     fn who_computes_longer_is_told_apart_though_all_wait_equally_long() {
