@@ -22,7 +22,7 @@
 namespace {
 
 enum Code { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
-            INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, LAUNCH_FAILED = 719, UNKNOWN = 999 };
+            INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, LAUNCH_FAILED = 719, UNKNOWN = 999 };
 
 struct Module {
     void *library;
@@ -96,13 +96,26 @@ int complain(int code, const char *text) {
     return code;
 }
 
+// Does what is on a stream, until something of it waits for another process.
 int drain(Stream *stream) {
     while (!stream->work.empty() && state().sticky == SUCCESS) {
-        auto work = std::move(stream->work.front());
+        int code = stream->work.front()();
+        if (code == NOT_READY) return code;
         stream->work.pop_front();
-        state().sticky = work();
+        state().sticky = code;
     }
     return state().sticky;
+}
+
+// The same to the end. Others may call meanwhile, as to abort what is waited for.
+int wait(Stream *stream, std::unique_lock<std::mutex> &guard) {
+    int code;
+    while ((code = drain(stream)) == NOT_READY) {
+        guard.unlock();
+        usleep(50);
+        guard.lock();
+    }
+    return code;
 }
 
 int launch(Function *function, const unsigned grid[3], unsigned threads, size_t shared, const std::string &args) {
@@ -124,7 +137,7 @@ int launch(Function *function, const unsigned grid[3], unsigned threads, size_t 
 }  // namespace
 
 #define ENTER(name)                                   \
-    std::lock_guard<std::mutex> guard(state().lock);  \
+    std::unique_lock<std::mutex> guard(state().lock); \
     if (int code = enter(name)) return code
 
 #define CURRENT() \
@@ -165,11 +178,37 @@ FAKE int cuDeviceGetAttribute(int *value, int attribute, int) {
     ENTER("cuDeviceGetAttribute");
     switch (attribute) {
         case 16: *value = 8; return SUCCESS;            // multiprocessors
+        case 32: *value = 1; return SUCCESS;            // memory corrects errors
         case 75: *value = 9; return SUCCESS;            // compute capability
         case 76: *value = 0; return SUCCESS;
         case 97: *value = 227 << 10; return SUCCESS;    // shared memory of a block that asks for it
         default: return complain(INVALID_VALUE, "an attribute that it does not know");
     }
+}
+
+FAKE int cuDeviceGetUuid_v2(unsigned char *id, int device) {
+    ENTER("cuDeviceGetUuid_v2");
+    memset(id, device + 1, 16);
+    return SUCCESS;
+}
+
+FAKE int cuDeviceTotalMem_v2(size_t *bytes, int) {
+    ENTER("cuDeviceTotalMem_v2");
+    *bytes = memory();
+    return SUCCESS;
+}
+
+// As on a host with two switches that don't reach each other.
+FAKE int cuDeviceCanAccessPeer(int *can, int one, int other) {
+    ENTER("cuDeviceCanAccessPeer");
+    *can = one / 4 == other / 4;
+    return SUCCESS;
+}
+
+FAKE int cuDeviceGetP2PAttribute(int *value, int, int one, int other) {
+    ENTER("cuDeviceGetP2PAttribute");
+    *value = one / 4 == other / 4;
+    return SUCCESS;
 }
 
 FAKE int cuDevicePrimaryCtxRetain(void **context, int device) {
@@ -261,7 +300,7 @@ FAKE int cuMemcpyDtoHAsync_v2(void *to, uintptr_t from, size_t bytes, Stream *st
     CURRENT();
     if (!within(state().device, from, bytes)) return complain(INVALID_VALUE, "a copy from memory that is not the device's");
     stream->work.push_back([=] { return memcpy(to, reinterpret_cast<void *>(from), bytes), int(SUCCESS); });
-    return within(state().host, reinterpret_cast<uintptr_t>(to), bytes) ? int(SUCCESS) : drain(stream);
+    return within(state().host, reinterpret_cast<uintptr_t>(to), bytes) ? int(SUCCESS) : wait(stream, guard);
 }
 
 FAKE int cuMemsetD8Async(uintptr_t at, unsigned char value, size_t bytes, Stream *stream) {
@@ -281,12 +320,31 @@ FAKE int cuStreamCreate(Stream **out, unsigned) {
 
 FAKE int cuStreamSynchronize(Stream *stream) {
     ENTER("cuStreamSynchronize");
+    return wait(stream, guard);
+}
+
+FAKE int cuStreamQuery(Stream *stream) {
+    ENTER("cuStreamQuery");
     return drain(stream);
+}
+
+FAKE int cuStreamWriteValue32_v2(Stream *stream, uintptr_t at, unsigned value, unsigned) {
+    ENTER("cuStreamWriteValue32_v2");
+    if (!within(state().host, at, 4) && !within(state().device, at, 4)) return complain(INVALID_VALUE, "a value to memory that is nobody's");
+    stream->work.push_back([=] { return __atomic_store_n(reinterpret_cast<unsigned *>(at), value, __ATOMIC_RELEASE), int(SUCCESS); });
+    return SUCCESS;
+}
+
+// For the other fake libraries: work that says NOT_READY until it is done.
+FAKE int fake_push(Stream *stream, int (*work)(void *), void *context) {
+    ENTER("fake_push");
+    stream->work.push_back([=] { return work(context); });
+    return SUCCESS;
 }
 
 FAKE int cuStreamDestroy_v2(Stream *stream) {
     ENTER("cuStreamDestroy_v2");
-    drain(stream);
+    wait(stream, guard);
     delete stream;
     return SUCCESS;
 }

@@ -45,9 +45,20 @@ impl Stack {
 
     /// Runs this program's test `test` again, in a process that finds the fake libraries; [`case`] tells it what is asked.
     pub fn again(&self, test: &str, case: &str, settings: &[(&str, &str)]) -> Result<Output> {
+        Ok(self.command(test, case)?.envs(settings.iter().copied()).output()?)
+    }
+
+    /// What [`Stack::again`] runs.
+    pub fn command(&self, test: &str, case: &str) -> Result<Command> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["--exact", "--nocapture", test]).env(CASE, case).envs(settings.iter().copied());
-        Ok(self.around(&mut command).output()?)
+        command.args(["--exact", "--nocapture", test]).env(CASE, case);
+        self.around(&mut command);
+        Ok(command)
+    }
+
+    /// Where it is, and where its processes may write.
+    pub fn folder(&self) -> &Path {
+        &self.folder
     }
 }
 
