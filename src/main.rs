@@ -14,6 +14,7 @@ mod drain;
 mod hub;
 mod keys;
 mod plan;
+mod preflight;
 mod progress;
 mod quickstart;
 mod serve;
@@ -45,6 +46,8 @@ enum Command {
     Worker(worker_command::Args),
     /// Show how a model would be cut over devices, without any device
     Plan(plan::Args),
+    /// Say what this host can do and what is missing, each in one line
+    Preflight(preflight::Args),
     /// Show a running cluster: members, epoch, mesh, memory, load
     Status(status::Args),
     /// Compare a running cluster with a one-rank reference: weights, tokens and log-probabilities
@@ -78,6 +81,7 @@ fn main() -> ExitCode {
         Command::Coordinator(args) => coordinator_command::run(args),
         Command::Worker(args) => worker_command::run(args),
         Command::Plan(args) => plan::run(args),
+        Command::Preflight(args) => preflight::run(args),
         Command::Status(args) => status::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Drain(args) => drain::run(args),

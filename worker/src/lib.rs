@@ -9,3 +9,4 @@ pub mod hardware;
 pub mod health;
 pub mod load;
 mod metrics;
+pub mod preflight;
