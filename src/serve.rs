@@ -126,7 +126,7 @@ impl Options {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let threads = self.threads.unwrap_or(cores);
         if self.backend == Backend::Cuda {
-            let gpus = worker::backend::cuda::gpus()?;
+            let gpus = worker::cuda::gpus()?;
             anyhow::ensure!(workers == ranks, "--workers {workers}: with GPUs, one for each of {ranks} ranks");
             anyhow::ensure!(ranks <= gpus, "{ranks} ranks ask for as many GPUs, the host has {gpus}");
         }

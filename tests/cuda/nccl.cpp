@@ -8,6 +8,7 @@
 //     hang    the call stays in progress    slow    it takes 50 ms, and every later call too
 //     async   an error behind the call      fail    an error of the call
 //     init    (N = 0) connecting never ends for the rank          early   (N = 0) the process is killed while it connects
+//   FAKE_NCCL_ONCE      a file that the first fault makes: where it is, none happens
 #include "fake.h"
 
 #include <dlfcn.h>
@@ -115,6 +116,13 @@ int complain(int code, const char *text) {
     return code;
 }
 
+bool first() {
+    const char *path = getenv("FAKE_NCCL_ONCE");
+    int file = path ? open(path, O_CREAT | O_EXCL | O_CLOEXEC, 0600) : -1;
+    if (file >= 0) close(file);
+    return !path || file >= 0;
+}
+
 // A shrunk communicator has none.
 bool fault(const char *what, int rank, unsigned n, int generation = 0) {
     const char *plan = generation ? nullptr : getenv("FAKE_NCCL_FAULT");
@@ -122,7 +130,7 @@ bool fault(const char *what, int rank, unsigned n, int generation = 0) {
         char which[16];
         int of;
         unsigned at;
-        if (sscanf(plan, "%15[a-z]:%d:%u", which, &of, &at) == 3 && !strcmp(which, what) && of == rank && at == n) return true;
+        if (sscanf(plan, "%15[a-z]:%d:%u", which, &of, &at) == 3 && !strcmp(which, what) && of == rank && at == n) return first();
         plan = strchr(plan, ',');
         plan += plan != nullptr;
     }

@@ -81,6 +81,34 @@ fn a_gpu_answers_as_the_cpu_to_the_last_bit_and_its_death_changes_nothing() -> R
     Ok(())
 }
 
+#[test]
+fn a_fault_between_gpus_is_recovered_from_and_changes_nothing() -> Result<()> {
+    let Some(stack) = stack() else { return Ok(()) };
+    let name = "gpt_oss";
+    let on_cpu = Served::start(PROGRAM, &golden(name), &["--dtype", "f32"])?;
+    let expected = sampled(&on_cpu, name)?;
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("faults-{}", std::process::id()));
+    std::fs::create_dir_all(&folder)?;
+    // Without the library, or with one too old, their hosts exchange: no call of it can fail.
+    for (index, (fault, version, happens)) in [
+        ("async:1:60", "23203", true),
+        ("fail:0:60", "23203", true),
+        ("die:1:60", "23203", true),
+        ("fail:0:1", "21400", false),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let once = folder.join(index.to_string());
+        let mut command = command(stack, name, &["--dtype", "f32", "--tp", "2"]);
+        command.envs([("FAKE_NCCL_FAULT", fault), ("FAKE_NCCL_VERSION", version)]).env("FAKE_NCCL_ONCE", &once);
+        let served = Served::of(command, String::new())?.serving()?;
+        ensure!(sampled(&served, name)? == expected, "{fault} of NCCL {version}");
+        ensure!(once.exists() == happens, "{fault} of NCCL {version}: happened: {}", once.exists());
+    }
+    Ok(std::fs::remove_dir_all(&folder)?)
+}
+
 /// It ends by itself, and says so.
 fn refused(mut command: Command, said: &str) -> Result<()> {
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use worker::collective::device::Devices;
 use worker::collective::{Collective, local};
 use worker::engine::comm::Communicators;
 use worker::engine::shard::{ShardConfig, Shelves, load_cpu};
@@ -285,7 +286,7 @@ fn communicators(mesh: &Mesh) -> Result<BTreeMap<RankId, Communicators>> {
         .map(|(rank, members)| {
             let [tensor, lane, pipe] =
                 <[_; 3]>::try_from(members).map_err(|m| anyhow!("rank {} has {} seats", rank.0, m.len()))?;
-            Ok((rank, Communicators { tensor, lane, pipe }))
+            Ok((rank, Communicators { tensor, lane, pipe, devices: Devices::default() }))
         })
         .collect()
 }

@@ -201,7 +201,7 @@ fn faulty(case: &str) {
     let linger = if case.starts_with("shrink") || case == "kept" { NEVER } else { Duration::ZERO };
     let deadline = if ["joins", "absent"].contains(&case) { STALL } else { NEVER };
     let stall = if ["stops", "hangs", "shrink a hung one"].contains(&case) { STALL } else { NEVER };
-    let options = Options { deadline, stall, linger, stopwatch: stopwatch.clone() };
+    let options = Options { deadline, stall, linger, stopwatch: stopwatch.clone(), counts: true };
     let outcome = match (case, me) {
         ("absent", 2) => return,
         ("one gpu", _) => CudaQueue::open(0).and_then(|queue| {

@@ -39,6 +39,7 @@ const RULES: [Rule; 10] = [
         within: &[],
         home: &[
             "worker/src/backend/cpu/simd/",
+            "worker/src/cuda.rs",
             "worker/src/backend/cuda/driver.rs",
             "worker/src/backend/cuda/compile.rs",
             "worker/src/collective/",

@@ -82,7 +82,12 @@ fn main() {
         predictors: 0,
     };
     let one = || local::members(1).expect("a group of one").remove(0);
-    let communicators = Communicators { tensor: Box::new(one()), lane: Box::new(one()), pipe: Box::new(one()) };
+    let communicators = Communicators {
+        tensor: Box::new(one()),
+        lane: Box::new(one()),
+        pipe: Box::new(one()),
+        devices: Default::default(),
+    };
     let (before, start) = (status("RssAnon"), Instant::now());
     let config = ShardConfig {
         spec,

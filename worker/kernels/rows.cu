@@ -121,6 +121,33 @@ DEVICE void copy(const CopyArgs &args) {
     store(static_cast<To *>(args.out) + row * args.out_stride + column, x);
 }
 
+struct SumPartsArgs {
+    const float *parts;  // one behind the other
+    float *out;
+    u64 values;          // of a part
+    u32 count;           // a power of two
+};
+
+// The balanced tree over `N` parts' values at `at`.
+template <u32 N>
+DEVICE float tree(const float *at, u64 values) {
+    if constexpr (N == 1) return *at;
+    else return tree<N / 2>(at, values) + tree<N / 2>(at + values * (N / 2), values);
+}
+
+KERNEL(THREADS, sum_parts, SumPartsArgs) {
+    const u64 at = u64(block_x()) * THREADS + thread();
+    if (at >= args.values) return;
+    const float *x = args.parts + at;
+    switch (args.count) {
+        case 2: args.out[at] = tree<2>(x, args.values); break;
+        case 4: args.out[at] = tree<4>(x, args.values); break;
+        case 8: args.out[at] = tree<8>(x, args.values); break;
+        case 16: args.out[at] = tree<16>(x, args.values); break;
+        default: args.out[at] = *x;
+    }
+}
+
 KERNEL(THREADS, copy_f32, CopyArgs) { copy<float, float>(args); }
 KERNEL(THREADS, copy_bf16, CopyArgs) { copy<bf16, bf16>(args); }
 KERNEL(THREADS, round_bf16, CopyArgs) { copy<float, bf16>(args); }

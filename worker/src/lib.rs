@@ -4,6 +4,7 @@ pub mod agent;
 pub mod backend;
 pub mod collective;
 pub mod config;
+pub mod cuda;
 pub mod engine;
 pub mod hardware;
 pub mod health;

@@ -1,5 +1,6 @@
 //! The device threads of one epoch: each rank is one OS thread that connects, loads its shard and runs steps in order.
 
+use super::devices;
 use super::model::Model;
 use crate::collective::connect::{Communicators, DataPlane, Options};
 use crate::collective::timed::{Stopwatch, Timed};
@@ -344,7 +345,7 @@ fn guard(
 fn run_rank(
     opened: &Opened<'_>,
     rank: RankId,
-    communicators: Communicators,
+    mut communicators: Communicators,
     orders: channel::Receiver<Order>,
     loaded: channel::Sender<()>,
 ) -> Result<(), Fault> {
@@ -357,10 +358,20 @@ fn run_rank(
         setting.bytes_total.fetch_add(total - total_before, Ordering::Relaxed);
     };
     let watch = setting.watches[&rank].clone();
+    if let Some(device) = setting.shelves.device() {
+        let remember = |handle: &_| setting.plane.remember(setting.plan.epoch, handle);
+        devices::connect(device, &mut communicators, &watch, &remember)?;
+    }
+    let Communicators { tensor, lane, pipe, devices } = communicators;
     let communicators = Communicators {
-        tensor: Box::new(Timed::counting(communicators.tensor, watch.clone())),
-        lane: Box::new(Timed::passing(communicators.lane, watch.clone())),
-        pipe: Box::new(Timed::passing(communicators.pipe, watch.clone())),
+        // Where devices sum by themselves, their queue tells the time before it.
+        tensor: match devices.tensor.is_some() {
+            true => Box::new(Timed::passing(tensor, watch.clone())),
+            false => Box::new(Timed::counting(tensor, watch.clone())),
+        },
+        lane: Box::new(Timed::passing(lane, watch.clone())),
+        pipe: Box::new(Timed::passing(pipe, watch.clone())),
+        devices,
     };
     let mut shard = load_shard(ShardConfig {
         spec: opened.spec.clone(),

@@ -62,6 +62,26 @@ pub fn check_router(router: &Router, experts: usize, active: usize, corrections:
     ensure(groups.kept * (experts / groups.count) >= active, || format!("{groups:?} keep fewer than {active}"))
 }
 
+/// Parts that can be summed at once, at most.
+const PARTS_MAX: usize = 16;
+
+/// So many parts have a balanced sum.
+pub fn check_parts(parts: usize) -> Result<(), Fault> {
+    let fits = parts.is_power_of_two() && parts <= PARTS_MAX;
+    ensure(fits, || format!("{parts} parts have no balanced sum: a power of two is needed, {PARTS_MAX} at most"))
+}
+
+/// The balanced sum of the terms' values at `at`; a power of two of terms.
+pub fn tree(terms: &[&[f32]], at: usize) -> f32 {
+    match terms {
+        [one] => one[at],
+        _ => {
+            let (left, right) = terms.split_at(terms.len() / 2);
+            tree(left, at) + tree(right, at)
+        }
+    }
+}
+
 impl Grouping {
     /// Its pairs are those of so many experts.
     pub fn check(&self, experts: usize) -> Result<(), Fault> {

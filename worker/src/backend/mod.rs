@@ -4,11 +4,12 @@
 //! Numerics every backend keeps (ARCHITECTURE.md, "One answer"): a row's result depends on that row alone, sums run in
 //! one fixed order, and inputs of multiplications are rounded once to the compute dtype.
 
-mod contract;
+pub(crate) mod contract;
 pub mod cpu;
 pub mod cuda;
 pub mod suite;
 
+use crate::collective::device::Address;
 use crate::engine::batch::Batch;
 use crate::load::beside::Beside;
 use model::catalog::Fused;
@@ -284,6 +285,36 @@ pub trait Backend: Sized + Send + 'static {
         n: usize,
         out: &mut Self::Buffer,
     ) -> Result<(), Fault>;
+
+    /// Where the first `rows` rows of a Full buffer lie in the memory of a device, for those who exchange them without the host. `None`
+    /// where they lie in the host's.
+    fn address(&self, _buffer: &Self::Buffer, _rows: usize) -> Result<Option<Address>, Fault> {
+        Ok(None)
+    }
+    /// The balanced sum of `parts` times `rows` rows, one part behind the other in `all`, to the front of `out`: Full, equally wide.
+    fn sum_parts(
+        &mut self,
+        all: &mut Self::Buffer,
+        parts: usize,
+        rows: usize,
+        out: &mut Self::Buffer,
+    ) -> Result<(), Fault> {
+        contract::check_parts(parts)?;
+        let all = match self.host(all, rows * parts)? {
+            HostSlice::F32(all) => all.to_vec(),
+            HostSlice::Bf16(_) => return Err(contract::wrong("parts of a sum are f32")),
+        };
+        let values = all.len() / parts;
+        let terms: Vec<&[f32]> = all.chunks_exact(values.max(1)).collect();
+        match self.host(out, rows)? {
+            HostSlice::F32(out) if out.len() == values => {
+                out.iter_mut().enumerate().for_each(|(at, out)| *out = contract::tree(&terms, at));
+            }
+            HostSlice::F32(out) => return Err(contract::wrong(format!("{} sums of {values} values", out.len()))),
+            HostSlice::Bf16(_) => return Err(contract::wrong("sums are f32")),
+        }
+        self.host_done(out, rows)
+    }
 
     /// Copies `rows` of Full `x` to the front of `out`.
     fn select(&mut self, x: &Self::Buffer, rows: &[u32], out: &mut Self::Buffer) -> Result<(), Fault>;

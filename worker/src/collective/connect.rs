@@ -5,6 +5,7 @@
 
 use super::checked::Checked;
 use super::credentials::Credentials;
+use super::device::Devices;
 use super::door::Door;
 use super::hello::{Answer, CommunicatorId, Hello, Key, Kind, Purpose, fingerprint};
 use super::link::Link;
@@ -46,6 +47,8 @@ pub struct Communicators {
     pub lane: Box<dyn Collective>,
     /// [`model::Mesh::pipe_group`]: activations between stages.
     pub pipe: Box<dyn Collective>,
+    /// Between the devices of the same members, where these reach each other.
+    pub devices: Devices,
 }
 
 /// How to connect.
@@ -124,6 +127,7 @@ impl DataPlane {
             tensor: take(rank, Kind::Tensor),
             lane: take(rank, Kind::Lane),
             pipe: take(rank, Kind::Pipe),
+            devices: Devices::default(),
         };
         Ok(member.ranks.iter().map(|rank| (*rank, communicators(*rank))).collect())
     }
@@ -159,7 +163,8 @@ impl DataPlane {
         ended.iter().for_each(|handle| handle.abort());
     }
 
-    fn remember(&self, epoch: Epoch, handle: &Arc<dyn Abort>) {
+    /// What is to end with `epoch`, at the latest; whoever holds the rank holds it.
+    pub fn remember(&self, epoch: Epoch, handle: &Arc<dyn Abort>) {
         let mut built = self.lock();
         built.retain(|(_, handle)| handle.strong_count() > 0);
         built.push((epoch, Arc::downgrade(handle)));

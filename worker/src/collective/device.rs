@@ -71,7 +71,7 @@ pub trait DeviceCollective: Send {
     fn gather(&mut self, mine: Address, bytes: usize, all: Address) -> Result<(), Fault>;
 
     /// Sends bytes `sent[r]` of `from` to each member `r` and puts what `r` sent here into `received[r]` of `to`. The lengths
-    /// that two members name to each other are equal; they may differ between pairs and be zero. Ranges of one list do not
+    /// that two members name to each other are equal; they may differ between pairs and be zero. Ranges that receive do not
     /// overlap, and neither do the two memories. What a graph records has lengths of full capacity, the counts within.
     fn exchange(
         &mut self,
@@ -96,4 +96,18 @@ pub trait DeviceCollective: Send {
 
     /// Wakes and fails every pending and later call on all members, from any thread, and returns at once.
     fn abort_handle(&self) -> Arc<dyn Abort>;
+}
+
+/// A rank's groups whose devices reach each other without the host.
+#[derive(Default)]
+pub struct Devices {
+    pub tensor: Option<Box<dyn DeviceCollective>>,
+    pub pipe: Option<Box<dyn DeviceCollective>>,
+}
+
+impl Devices {
+    /// [`DeviceCollective::settle`] of each.
+    pub fn settle(&mut self) -> Result<(), Fault> {
+        [&mut self.tensor, &mut self.pipe].into_iter().flatten().try_for_each(|members| members.settle())
+    }
 }

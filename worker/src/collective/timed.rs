@@ -4,7 +4,7 @@
 use super::{Abort, Collective};
 use model::fault::Fault;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// What a rank does.
@@ -21,6 +21,8 @@ pub struct Stopwatch {
     entered: AtomicU64,
     computing_ns: AtomicU64,
     doing: AtomicU8,
+    /// Whether a device's queue is within a collective: one that counts, one that is only passed.
+    within: [AtomicBool; 2],
     /// Collectives entered, counted or not.
     waits: AtomicU64,
 }
@@ -34,6 +36,7 @@ impl Default for Stopwatch {
             entered: zero(),
             computing_ns: zero(),
             doing: AtomicU8::new(RESTS),
+            within: Default::default(),
             waits: zero(),
         }
     }
@@ -62,12 +65,20 @@ impl Stopwatch {
 
     /// Whether the rank is at work on a step by itself, and not within a collective.
     pub fn computes(&self) -> bool {
-        self.doing.load(Ordering::Relaxed) == COMPUTES
+        self.doing.load(Ordering::Relaxed) == COMPUTES && !self.queue_waits()
+    }
+
+    fn queue_waits(&self) -> bool {
+        self.within.iter().any(|within| within.load(Ordering::Relaxed))
     }
 
     /// How often it has entered a collective, while it is in one.
     pub fn waits(&self) -> Option<u64> {
-        (self.doing.load(Ordering::Relaxed) == WAITS).then(|| self.waits.load(Ordering::Relaxed))
+        let waits = match self.doing.load(Ordering::Relaxed) {
+            RESTS => false,
+            doing => doing == WAITS || self.queue_waits(),
+        };
+        waits.then(|| self.waits.load(Ordering::Relaxed))
     }
 
     fn entered(&self) {
@@ -78,17 +89,21 @@ impl Stopwatch {
 
     /// What a look at a device's queue shows: whether it is within a collective, how many it has entered since the look before,
     /// and how long ago that was. Takes the place of [`Timed`] where the queue enters collectives while the rank's thread is
-    /// ahead of it; looks that are many and even add up to the same times.
-    pub fn look(&self, within: bool, entered: u64, since: Duration) {
-        if self.doing.load(Ordering::Relaxed) == RESTS {
+    /// ahead of it; looks that are many and even add up to the same times. `counts`: as [`Timed::counting`], of which there is one
+    /// a stopwatch, or as [`Timed::passing`].
+    pub fn look(&self, counts: bool, within: bool, entered: u64, since: Duration) {
+        let rests = self.doing.load(Ordering::Relaxed) == RESTS;
+        self.within[usize::from(!counts)].store(within && !rests, Ordering::Relaxed);
+        if rests {
             return;
         }
-        self.entered.fetch_add(entered, Ordering::Relaxed);
         self.waits.fetch_add(entered, Ordering::Relaxed);
-        if !within {
-            self.computing_ns.fetch_add(since.as_nanos() as u64, Ordering::Relaxed);
+        if counts {
+            self.entered.fetch_add(entered, Ordering::Relaxed);
+            if self.computes() {
+                self.computing_ns.fetch_add(since.as_nanos() as u64, Ordering::Relaxed);
+            }
         }
-        self.doing.store(if within { WAITS } else { COMPUTES }, Ordering::Relaxed);
     }
 
     /// Counted collectives entered, and nanoseconds computed before them.
@@ -176,13 +191,24 @@ mod tests {
     #[test]
     fn looks_at_a_queue_add_up_while_the_rank_is_at_work() {
         let (watch, look) = (Stopwatch::default(), Duration::from_millis(1));
-        watch.look(false, 3, look);
+        watch.look(true, false, 3, look);
         assert_eq!(watch.read(), (0, 0), "it rests");
         watch.begin();
         for turn in 0..10 {
-            watch.look(turn % 5 == 4, u64::from(turn % 5 == 4), look);
+            watch.look(true, turn % 5 == 4, u64::from(turn % 5 == 4), look);
         }
         assert_eq!((watch.read(), watch.waits()), ((2, 8_000_000), Some(2)));
+        watch.look(false, true, 1, look);
+        watch.look(true, false, 0, look);
+        assert_eq!(
+            (watch.read(), watch.waits()),
+            ((2, 8_000_000), Some(3)),
+            "what is passed is waited in, and does not count"
+        );
+        assert!(!watch.computes());
+        watch.rest();
+        watch.look(false, true, 1, look);
+        assert_eq!((watch.computes(), watch.waits()), (false, None));
     }
 
     #[test]

@@ -163,7 +163,7 @@ impl<B: Backend> Attention<B> {
                 let mut squares = pass.take(width, Kind::Full)?;
                 let mine = (columns.query, columns.key);
                 pass.backend.head_squares(&self.shape, qkv, mine, rows, &mut squares)?;
-                comm::sum(pass.backend, &mut *pass.communicators.tensor, &mut squares, rows)?;
+                comm::sum(pass, &mut squares, (rows, width))?;
                 let norm = Some(HeadNorm::Whole { query, key, eps: *eps, squares: &squares, heads });
                 pass.backend.grouped_prepare(&self.shape, qkv, norm, rope, scale, pass.meta, cache)?;
                 pass.give(width, Kind::Full, squares);

@@ -238,6 +238,8 @@ impl<B: Backend> Engine<B> {
         let lane = feed::fed(lane, &mut self.sequences, self.communicators.tensor.as_mut())?;
         let resolved = self.sequences.resolve(&lane, self.trace.is_some())?;
         let answer = self.forward(&resolved)?;
+        // Only now are numbers that came from other devices known to be right.
+        self.communicators.devices.settle()?;
         Ok(answer.filter(|_| self.place.slice == 0))
     }
 
@@ -260,7 +262,7 @@ impl<B: Backend> Engine<B> {
                 replace(&mut pass, norm, &mut x)?;
             }
         } else if rows > 0 {
-            receive(&mut pass, self.place.stage - 1, &mut x)?;
+            comm::receive(&mut pass, self.place.stage - 1, &mut x, (rows, hidden))?;
         }
         let mut normed = pass.take(hidden, Kind::Input)?;
         for (index, (layer, cache)) in self.layers.iter().zip(&mut self.caches).enumerate() {
@@ -273,7 +275,7 @@ impl<B: Backend> Engine<B> {
         pass.give(hidden, Kind::Input, normed);
         if !last {
             if rows > 0 {
-                send(&mut pass, self.place.stage + 1, &mut x)?;
+                comm::send(&mut pass, self.place.stage + 1, &mut x, (rows, hidden))?;
             }
             pass.give(hidden, Kind::Full, x);
             return Ok(None);
@@ -294,31 +296,9 @@ impl<B: Backend> Engine<B> {
     }
 }
 
-/// Sends the residual rows to the next stage.
-fn send<B: Backend>(pass: &mut Pass<'_, B>, to: usize, x: &mut B::Buffer) -> Result<(), Fault> {
-    let rows = pass.rows;
-    let bytes = comm::bytes(pass.backend, x, rows)?;
-    pass.communicators.pipe.send(to, bytes)
-}
-
-/// Receives them from the stage before.
-fn receive<B: Backend>(pass: &mut Pass<'_, B>, from: usize, x: &mut B::Buffer) -> Result<(), Fault> {
-    let rows = pass.rows;
-    let mut message = Vec::new();
-    pass.communicators.pipe.receive(from, &mut message)?;
-    let target = comm::bytes(pass.backend, x, rows)?;
-    if message.len() != target.len() {
-        let (got, wanted) = (message.len(), target.len());
-        let text = format!("stage {from} sent {got} bytes of residual rows, {rows} rows are {wanted}");
-        return Err(Fault::new(FaultKind::Diverged, text));
-    }
-    target.copy_from_slice(&message);
-    pass.backend.host_done(x, rows)
-}
-
 /// The communicators are those of the rank's place.
 fn check_members(communicators: &Communicators, mesh: &Mesh, place: Place) -> Result<(), Fault> {
-    let Communicators { tensor, lane, pipe } = communicators;
+    let Communicators { tensor, lane, pipe, devices: _ } = communicators;
     let axes = [
         ("tensor", tensor, place.slice, mesh.tensor),
         ("lane", lane, place.lane, mesh.data),

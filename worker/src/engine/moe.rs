@@ -203,7 +203,7 @@ impl<B: Backend> Mixture<B> {
             comm::full(pass.backend, sum, pass.rows)?[..pass.rows * self.hidden].fill(0.0);
             pass.backend.host_done(sum, pass.rows)?;
         }
-        comm::sum(pass.backend, &mut *pass.communicators.tensor, sum, pass.rows)
+        comm::sum(pass, sum, (pass.rows, self.hidden))
     }
 }
 
@@ -236,8 +236,7 @@ impl<B: Backend> Experts<B> {
             pass.backend.pair_matmul(&active, &self.down, grouping, &mut out)?;
             pass.pool.give(self.channels, Kind::Input, pairs, active);
         }
-        let tensor = &mut *pass.communicators.tensor;
-        comm::sum_part(pass.backend, tensor, self.slices.clone(), &mut out, pairs)?;
+        comm::sum_part(pass, self.slices.clone(), &mut out, (pairs, self.hidden))?;
         if let Some(biases) = &self.biases {
             pass.backend.add_expert_bias(&mut out, &biases.down, grouping)?;
         }

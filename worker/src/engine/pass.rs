@@ -2,7 +2,6 @@
 
 use super::comm::{self, Communicators};
 use crate::backend::{Backend, Kind};
-use crate::collective::Collective;
 use model::fault::{Fault, FaultKind};
 
 /// One forward pass over `rows` rows.
@@ -30,8 +29,7 @@ impl<B: Backend> Pass<'_, B> {
     pub fn matmul_sum(&mut self, x: &B::Buffer, w: &B::Matrix, cols: usize) -> Result<B::Buffer, Fault> {
         let mut y = self.take(cols, Kind::Full)?;
         self.backend.matmul(x, w, None, self.rows, &mut y)?;
-        let tensor: &mut dyn Collective = &mut *self.communicators.tensor;
-        comm::sum(self.backend, tensor, &mut y, self.rows)?;
+        comm::sum(self, &mut y, (self.rows, cols))?;
         Ok(y)
     }
 

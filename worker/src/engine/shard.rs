@@ -71,6 +71,14 @@ impl Shelves {
         })
     }
 
+    /// What the matrices are on, where that is no CPU.
+    pub fn device(&self) -> Option<&Arc<Device>> {
+        match &self.0 {
+            Place::Cpu(_) => None,
+            Place::Gpu(device, _) => Some(device),
+        }
+    }
+
     /// Drops what `ranks` of `plan` do not need of the model with this identity. `spec` has the plan's predictors.
     pub fn keep(&self, identity: &[u8], spec: &ModelSpec, plan: &Plan, ranks: &[RankId]) {
         with_shelf!(self, shelf => shelf.keep(&setting(identity, plan), &shelf::needed(spec, plan, ranks)));

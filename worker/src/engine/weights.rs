@@ -103,7 +103,7 @@ impl<B: Backend> Vocabulary<B> {
         let rows = pass.rows;
         pass.backend.embed(self.embedding(), self.embedded.start as u32, ids, x)?;
         if pass.communicators.tensor.size() > 1 {
-            comm::sum(pass.backend, &mut *pass.communicators.tensor, x, rows)?;
+            comm::sum(pass, x, (rows, pass.hidden))?;
         } else {
             // A sum over ranks turns a stored -0 into +0, so one rank must too.
             comm::full(pass.backend, x, rows)?.iter_mut().for_each(|v| *v += 0.0);

@@ -2,13 +2,12 @@
 
 use super::{Line, binary};
 use crate::collective::nccl::Library as Nccl;
+use crate::cuda;
 use cudarc::driver::sys::{self as driver, CUdevice_P2PAttribute_enum as Peer, CUdevice_attribute_enum as Attribute};
 use cudarc::nvrtc::sys as nvrtc;
 use libloading::Library;
+use model::fault::Fault;
 use std::ffi::{CStr, c_char, c_int};
-
-/// The oldest driver that serves, as it counts versions; the backend refuses the same.
-const DRIVER_LEAST: c_int = 12_000;
 
 /// The oldest architecture that kernels are compiled for.
 const CAPABILITY_LEAST: c_int = 80;
@@ -30,44 +29,23 @@ pub fn lines() -> Vec<Line> {
     lines
 }
 
-fn dotted(version: c_int) -> String {
-    format!("{}.{}", version / 1000, version % 1000 / 10)
+fn check(call: &str, result: driver::CUresult) -> Result<(), Line> {
+    cuda::check(call, result).map_err(lacks)
 }
 
-fn check(call: &str, result: driver::CUresult) -> Result<(), Line> {
-    if result == driver::CUresult::CUDA_SUCCESS {
-        return Ok(());
-    }
-    let mut name = std::ptr::null();
-    // SAFETY: the driver is there, since it answered; writes to a live variable.
-    let known = unsafe { driver::cuGetErrorName(result, &mut name) };
-    let text = match known == driver::CUresult::CUDA_SUCCESS && !name.is_null() {
-        // SAFETY: a constant of the driver's own.
-        true => unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned(),
-        false => format!("error {}", result as u32),
-    };
-    Err(Line::lacks("cuda", format!("{call}: {text}")))
+fn lacks(fault: Fault) -> Line {
+    Line::lacks("cuda", fault.text)
 }
 
 fn driver_version() -> Result<Line, Line> {
-    // SAFETY: asks the loader alone.
-    if !unsafe { driver::is_culib_present() } {
-        return Err(Line::lacks("cuda", "no CUDA driver (libcuda.so) on this host"));
-    }
-    let mut version = 0;
-    // SAFETY: the library is there; writes to a live variable. A version may be asked before anything is set up.
-    check("cuDriverGetVersion", unsafe { driver::cuDriverGetVersion(&mut version) })?;
-    if version < DRIVER_LEAST {
-        let text = format!("the driver is for CUDA {}, {} is needed", dotted(version), dotted(DRIVER_LEAST));
-        return Err(Line::lacks("cuda", text));
-    }
+    let version = cuda::version().map_err(lacks)?;
     // `NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  ...`
     let module = std::fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
     let module = module.lines().next().and_then(|line| {
         line.split_whitespace().find(|word| word.contains('.') && word.starts_with(|c: char| c.is_ascii_digit()))
     });
     let module = module.map(|version| format!(", kernel module {version}")).unwrap_or_default();
-    Ok(Line::has("driver", format!("CUDA {}{module}", dotted(version))))
+    Ok(Line::has("driver", format!("CUDA {}{module}", cuda::dotted(version))))
 }
 
 fn nvrtc_version() -> Line {
@@ -114,11 +92,7 @@ fn attribute(device: c_int, which: Attribute) -> Result<c_int, Line> {
 }
 
 fn gpus() -> Result<Vec<Line>, Line> {
-    let mut count = 0;
-    // SAFETY: the library is there; writes to a live variable.
-    check("cuInit", unsafe { driver::cuInit(0) })?;
-    // SAFETY: the same.
-    check("cuDeviceGetCount", unsafe { driver::cuDeviceGetCount(&mut count) })?;
+    let count = cuda::gpus().map_err(lacks)? as c_int;
     if count == 0 {
         return Err(Line::lacks("cuda", "the driver sees no GPU"));
     }

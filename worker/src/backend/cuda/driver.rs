@@ -3,21 +3,20 @@
 //!
 //! Safe as far as addresses go: whoever launches a kernel names memory that lives until the stream has passed.
 
+use crate::collective::nccl::CudaQueue;
+use crate::cuda::{Context, check};
 use cudarc::driver::sys;
 use model::fault::{Fault, FaultKind};
-use std::ffi::{CStr, CString, c_void};
+use std::ffi::{CStr, CString, c_char, c_void};
 use std::ptr::{null_mut, without_provenance_mut};
+use std::sync::Arc;
 
 /// An address of the device's memory.
 pub type Address = u64;
 
-/// The oldest driver whose functions are all there, as it counts versions.
-const DRIVER_LEAST: i32 = 12_000;
-
 /// A context on a device, current on whichever thread calls, and its stream.
 pub struct Driver {
-    device: sys::CUdevice,
-    context: sys::CUcontext,
+    context: Arc<Context>,
     stream: sys::CUstream,
     /// `Fake GPU`, as the driver calls it.
     pub name: String,
@@ -39,83 +38,41 @@ unsafe impl Send for Kernel {}
 // SAFETY: the same.
 unsafe impl Sync for Kernel {}
 
-fn check(call: &str, result: sys::CUresult) -> Result<(), Fault> {
-    if result == sys::CUresult::CUDA_SUCCESS {
-        return Ok(());
-    }
-    let mut name = std::ptr::null();
-    // SAFETY: the driver is there, since it answered; a name that it gives is a constant of its own.
-    let known = unsafe { sys::cuGetErrorName(result, &mut name) };
-    let text = match known == sys::CUresult::CUDA_SUCCESS && !name.is_null() {
-        true => unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned(),
-        false => format!("error {}", result as u32),
-    };
-    let kind = match result {
-        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => FaultKind::OutOfMemory,
-        sys::CUresult::CUDA_ERROR_NO_DEVICE | sys::CUresult::CUDA_ERROR_INVALID_DEVICE => FaultKind::Incompatible,
-        _ => FaultKind::Internal,
-    };
-    Err(Fault::new(kind, format!("{call}: {text}")))
-}
-
-fn refuse<T>(text: String) -> Result<T, Fault> {
-    Err(Fault::new(FaultKind::Incompatible, text))
-}
-
-/// How many GPUs the host has, if it has a driver that can be used.
-pub fn gpus() -> Result<usize, Fault> {
-    // SAFETY: asks the loader alone.
-    if !unsafe { sys::is_culib_present() } {
-        return refuse("no CUDA driver (libcuda.so) on this host".into());
-    }
-    let (mut version, mut count) = (0, 0);
-    // SAFETY: the library is there; every pointer is to a live variable of the type that the call writes.
-    unsafe {
-        check("cuInit", sys::cuInit(0))?;
-        check("cuDriverGetVersion", sys::cuDriverGetVersion(&mut version))?;
-        if version < DRIVER_LEAST {
-            let of = |v: i32| format!("{}.{}", v / 1000, v % 1000 / 10);
-            return refuse(format!("the driver is for CUDA {}, {} is needed", of(version), of(DRIVER_LEAST)));
-        }
-        check("cuDeviceGetCount", sys::cuDeviceGetCount(&mut count))?;
-    }
-    Ok(count as usize)
-}
-
 impl Driver {
     /// Opens GPU `ordinal`.
     pub fn open(ordinal: usize) -> Result<Driver, Fault> {
-        let (count, mut device) = (gpus()?, 0);
-        if ordinal >= count {
-            return refuse(format!("GPU {ordinal} is asked for, the host has {count}"));
-        }
-        // SAFETY: the library is there; every pointer is to a live variable of the type that the call writes.
-        unsafe {
-            check("cuDeviceGet", sys::cuDeviceGet(&mut device, ordinal as i32))?;
-            let mut name = [0 as std::ffi::c_char; 128];
+        let context = Arc::new(Context::retain(ordinal)?);
+        let device = context.device;
+        let mut name = [0 as c_char; 128];
+        // SAFETY: the library is there; the driver writes a text that ends with a zero, within the room.
+        let name = unsafe {
             check("cuDeviceGetName", sys::cuDeviceGetName(name.as_mut_ptr(), 127, device))?;
-            let attribute = |which| {
-                let mut value = 0;
-                check("cuDeviceGetAttribute", sys::cuDeviceGetAttribute(&mut value, which, device)).map(|()| value)
-            };
-            use sys::CUdevice_attribute_enum as Attribute;
-            let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-            let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-            let (mut context, mut stream) = (null_mut(), null_mut());
-            check("cuDevicePrimaryCtxRetain", sys::cuDevicePrimaryCtxRetain(&mut context, device))?;
-            let name = CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned();
-            let mut driver = Driver { device, context, stream, name, capability: (major * 10 + minor) as u32 };
-            driver.enter()?;
-            // Without the old stream's hidden waits.
-            check("cuStreamCreate", sys::cuStreamCreate(&mut stream, 1))?;
-            driver.stream = stream;
-            Ok(driver)
-        }
+            CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned()
+        };
+        let attribute = |which| {
+            let mut value = 0;
+            // SAFETY: writes to a live variable.
+            check("cuDeviceGetAttribute", unsafe { sys::cuDeviceGetAttribute(&mut value, which, device) })
+                .map(|()| value)
+        };
+        use sys::CUdevice_attribute_enum as Attribute;
+        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        context.enter()?;
+        let mut stream = null_mut();
+        // SAFETY: writes to a live variable. Without the old stream's hidden waits.
+        check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut stream, 1) })?;
+        Ok(Driver { context, stream, name, capability: (major * 10 + minor) as u32 })
     }
 
     fn enter(&self) -> Result<(), Fault> {
-        // SAFETY: the context is retained until this is dropped.
-        check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.context) })
+        self.context.enter()
+    }
+
+    /// The stream, for collectives that go behind its kernels.
+    pub fn queue(self: &Arc<Driver>) -> Result<CudaQueue, Fault> {
+        // SAFETY: the stream is one of the context's and lives as long as the driver.
+        unsafe { CudaQueue::over(&self.context, self.stream.cast(), self.clone()) }
     }
 
     /// Bytes free and bytes in all.
@@ -239,12 +196,9 @@ impl Driver {
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        // SAFETY: nobody holds the device any more. What fails now, failed before.
-        unsafe {
-            if self.enter().is_ok() && !self.stream.is_null() {
-                sys::cuStreamDestroy_v2(self.stream);
-            }
-            sys::cuDevicePrimaryCtxRelease_v2(self.device);
+        if self.enter().is_ok() {
+            // SAFETY: nobody holds the device any more. What fails now, failed before.
+            unsafe { sys::cuStreamDestroy_v2(self.stream) };
         }
     }
 }

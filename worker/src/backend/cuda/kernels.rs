@@ -21,6 +21,7 @@ pub type Pair = [Kernel; 2];
 pub struct Kernels {
     pub norm: Pair,
     pub add: Kernel,
+    pub sum_parts: Kernel,
     pub activate: Pair,
     pub copy: Pair,
     pub round: Pair,
@@ -40,7 +41,17 @@ impl Kernels {
         let load = |source: Text, names: &[&str]| driver.load(&compile(&source, &HEADERS, driver.capability)?, names);
         let rows = load(
             text("rows.cu", include_str!("../../../kernels/rows.cu")),
-            &["norm_f32", "norm_bf16", "add", "activate_f32", "activate_bf16", "copy_f32", "copy_bf16", "round_bf16"],
+            &[
+                "norm_f32",
+                "norm_bf16",
+                "add",
+                "activate_f32",
+                "activate_bf16",
+                "copy_f32",
+                "copy_bf16",
+                "round_bf16",
+                "sum_parts",
+            ],
         )?;
         let products = load(
             text("matmul.cu", include_str!("../../../kernels/matmul.cu")),
@@ -57,6 +68,7 @@ impl Kernels {
             activate: [rows[3], rows[4]],
             copy: [rows[5], rows[6]],
             round: [rows[5], rows[7]],
+            sum_parts: rows[8],
             matmul: [products[0], products[1]],
             embed: products[2],
             head_squares: attention[0],
@@ -124,6 +136,15 @@ pub struct CopyArgs {
     pub cols: u32,
     pub x_stride: u32,
     pub out_stride: u32,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct SumPartsArgs {
+    pub parts: Address,
+    pub out: Address,
+    pub values: u64,
+    pub count: u32,
 }
 
 #[derive(Clone, Copy)]

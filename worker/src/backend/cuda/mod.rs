@@ -25,7 +25,7 @@ pub use weights::Matrix;
 use crate::backend::Kind;
 use crate::backend::contract::{Index, ensure};
 use crate::backend::cpu::simd::pool::Pool;
-pub use driver::gpus;
+use crate::collective::nccl::CudaQueue;
 use driver::{Address, Driver};
 use half::bf16;
 use kernels::Kernels;
@@ -59,6 +59,11 @@ impl Device {
 
     pub fn name(&self) -> &str {
         &self.driver.name
+    }
+
+    /// What goes on it is behind everything that backends of this device did before.
+    pub fn queue(&self) -> Result<CudaQueue, Fault> {
+        self.driver.queue()
     }
 
     /// What was reserved.

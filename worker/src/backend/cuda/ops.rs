@@ -1,10 +1,12 @@
 //! [`Backend`] for CUDA: checks at the door, then kernels.
 
 use super::driver::Address;
-use super::kernels::{ActivateArgs, AddArgs, CopyArgs, EmbedArgs, MatmulArgs, NormArgs, PANEL, ROWS, THREADS, WARPS};
+use super::kernels::{
+    ActivateArgs, AddArgs, CopyArgs, EmbedArgs, MatmulArgs, NormArgs, PANEL, ROWS, SumPartsArgs, THREADS, WARPS,
+};
 use super::scratch::Parcel;
 use super::{Buffer, Cache, CudaBackend, Matrix, Meta, RopeTable, Vector, address};
-use crate::backend::contract::ensure;
+use crate::backend::contract::{check_parts, ensure};
 use crate::backend::cpu::weights as packing;
 use crate::backend::{
     Backend, GroupedShape, Grouping, HeadNorm, HostSlice, Kind, LatentShape, MatrixView, NormWeights, PerHead, Routing,
@@ -318,6 +320,19 @@ impl Backend for CudaBackend {
         out: &mut Buffer,
     ) -> Result<(), Fault> {
         self.join(pairs, grouping, segments, n, out)
+    }
+
+    fn address(&self, buffer: &Buffer, rows: usize) -> Result<Option<Address>, Fault> {
+        buffer.full(rows).map(Some)
+    }
+
+    fn sum_parts(&mut self, all: &mut Buffer, parts: usize, rows: usize, out: &mut Buffer) -> Result<(), Fault> {
+        check_parts(parts)?;
+        ensure(all.cols == out.cols, || format!("rows of {} summed to rows of {}", all.cols, out.cols))?;
+        let values = rows * out.cols;
+        let (from, out) = (all.full(rows * parts)?, out.full(rows)?);
+        let args = SumPartsArgs { parts: from, out, values: values as u64, count: parts as u32 };
+        self.device.driver.launch(self.device.kernels.sum_parts, flat(values), THREADS, 0, &args)
     }
 
     fn select(&mut self, x: &Buffer, rows: &[u32], out: &mut Buffer) -> Result<(), Fault> {

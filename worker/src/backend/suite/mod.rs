@@ -31,6 +31,7 @@ pub fn run<B: Backend>(dtype: Dtype, make: &mut dyn FnMut() -> B) -> Transcript 
         rows::embed(&mut case);
         rows::norms(&mut case);
         rows::sums(&mut case);
+        rows::parts(&mut case);
         rows::activations(&mut case);
         rows::products_and_activations(&mut case);
         attention::squares(&mut case);

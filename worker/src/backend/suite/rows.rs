@@ -206,6 +206,24 @@ pub fn sums<B: Backend>(case: &mut Case<B>) {
     }
 }
 
+/// Parts of a sum over ranks: the tree's bits, whatever else lies behind.
+pub fn parts<B: Backend>(case: &mut Case<B>) {
+    for (parts, rows, cols) in [(1, 2, 5), (2, 1, 130), (4, 3, 33), (8, 2, 64), (16, 1, 7)] {
+        let values = rows * cols;
+        let x = case.random.values((parts * rows + 1) * cols);
+        let (mut all, mut out) = (case.buffer(&x, cols, Kind::Full), case.buffer(&x, cols, Kind::Full));
+        case.backend.sum_parts(&mut all, parts, rows, &mut out).expect("a sum of parts");
+        let mut terms: Vec<Vec<f32>> = x[..parts * values].chunks(values).map(<[f32]>::to_vec).collect();
+        while terms.len() > 1 {
+            let pairs = terms.chunks(2);
+            terms = pairs.map(|pair| pair[0].iter().zip(&pair[1]).map(|(a, b)| a + b).collect()).collect();
+        }
+        let got = case.read(&mut out, rows + 1);
+        same_bits("sum_parts", &got, &[&terms[0][..], &x[values..values + cols]].concat());
+        assert!(case.backend.sum_parts(&mut all, 3, 1, &mut out).is_err(), "three have no balanced sum");
+    }
+}
+
 const CLAMPED: Activation = Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 };
 
 /// What an activation makes of one gate and one up, or of a value without a gate.

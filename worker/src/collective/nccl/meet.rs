@@ -36,12 +36,18 @@ impl Drop for Guard {
 
 /// What a rank says first.
 struct Hello {
+    /// Zero where it has none.
     version: Version,
     device: [u8; 16],
+    /// Or why it has no library.
     host: String,
 }
 
 impl Hello {
+    fn of(library: &Library, device: [u8; 16]) -> Hello {
+        Hello { version: library.version(), device, host: neighbourhood() }
+    }
+
     fn encode(&self) -> Vec<u8> {
         [&self.version.0.to_le_bytes()[..], &self.device, self.host.as_bytes()].concat()
     }
@@ -54,25 +60,42 @@ impl Hello {
     }
 }
 
+/// Why these ranks can't be connected, in the same words on all of them: one has no library, or another version of it, or two are on
+/// one device. `None` where they can.
+pub fn obstacle(
+    library: &Result<Arc<Library>, Fault>,
+    host: &mut dyn Collective,
+    device: [u8; 16],
+) -> Result<Option<String>, Fault> {
+    let mine = match library {
+        Ok(library) => Hello::of(library, device),
+        Err(fault) => Hello { version: Version(0), device, host: fault.text.clone() },
+    };
+    Ok(agree(&hear(host, &mine)?).err())
+}
+
+/// What everyone says.
+fn hear(host: &mut dyn Collective, mine: &Hello) -> Result<Vec<Hello>, Fault> {
+    let mut said = Vec::new();
+    host.gather(&mine.encode(), &mut said)?;
+    let heard = |(rank, bytes): (usize, &Vec<u8>)| {
+        let odd = || format!("rank {rank} says {} bytes that are no NCCL rank's", bytes.len());
+        Hello::decode(bytes).ok_or_else(|| Fault::new(FaultKind::Incompatible, odd()))
+    };
+    said.iter().enumerate().map(heard).collect()
+}
+
 /// The id of a new communicator and this rank's seat, once every rank fits to every other.
 pub fn meet(library: &Arc<Library>, host: &mut dyn Collective, device: [u8; 16]) -> Result<(UniqueId, Seat), Fault> {
     let (rank, size) = (host.rank(), host.size());
-    let mut said = Vec::new();
-    let mine = Hello { version: library.version(), device, host: neighbourhood() };
-    host.gather(&mine.encode(), &mut said)?;
-    let wrong = |text: String| Fault::new(FaultKind::Incompatible, text);
-    let heard = |(rank, bytes): (usize, &Vec<u8>)| {
-        Hello::decode(bytes)
-            .ok_or_else(|| wrong(format!("rank {rank} says {} bytes that are no NCCL rank's", bytes.len())))
-    };
-    let all: Vec<Hello> = said.iter().enumerate().map(heard).collect::<Result<_, _>>()?;
-    agree(&all).map_err(wrong)?;
+    let all = hear(host, &Hello::of(library, device))?;
+    agree(&all).map_err(|text| Fault::new(FaultKind::Incompatible, text))?;
 
     // The first rank of each host makes its board, the first of all the id.
     let first = |rank: usize| all.iter().position(|hello| hello.host == all[rank].host).unwrap_or(rank);
     let made = (first(rank) == rank).then(|| Board::create(size, mark(rank))).transpose();
     let id = (rank == 0).then(|| library.unique_id()).transpose();
-    let mut words = Vec::new();
+    let (mut words, mut said) = (Vec::new(), Vec::new());
     if let (Ok(made), Ok(id)) = (&made, &id) {
         words.extend(made.as_ref().map(|(_, offer)| connect::encode(offer)).unwrap_or_default());
         words.extend(id.iter().flat_map(|id| id.0));
@@ -114,6 +137,9 @@ fn mark(rank: usize) -> u64 {
 /// The library's own errors for these name no rank.
 fn agree(all: &[Hello]) -> Result<(), String> {
     for (rank, hello) in all.iter().enumerate() {
+        if hello.version == Version(0) {
+            return Err(format!("rank {rank}: {}", hello.host));
+        }
         if hello.version != all[0].version {
             return Err(format!("rank 0 has NCCL {}, rank {rank} has {}", all[0].version, hello.version));
         }
@@ -142,6 +168,8 @@ mod tests {
         assert_eq!(text, "rank 0 has NCCL 2.32.3, rank 1 has 2.27.7");
         let text = agree(&[hello(23203, 7, "b/2"), hello(23203, 0, "a/1"), hello(23203, 0, "a/1")]).unwrap_err();
         assert_eq!(text, "ranks 1 and 2 are on one GPU of host a: NCCL needs one for each");
+        let text = agree(&[hello(23203, 0, "a/1"), hello(0, 1, "no NCCL")]).unwrap_err();
+        assert_eq!(text, "rank 1: no NCCL");
         assert!(Hello::decode(&[0; 19]).is_none());
     }
 }

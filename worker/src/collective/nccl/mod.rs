@@ -26,6 +26,7 @@ use super::{Abort, Collective};
 use board::{Seat, State};
 use comm::{Comm, Patience};
 use library::{BYTES, FLOAT32, Functions, Handle, SUM, Stream};
+pub use meet::obstacle;
 use meet::{Guard, meet};
 use model::fault::{Fault, FaultKind};
 use std::ffi::{c_int, c_void};
@@ -46,12 +47,14 @@ pub struct Options {
     pub linger: Duration,
     /// Told what the queue is at.
     pub stopwatch: Arc<Stopwatch>,
+    /// Whether the time before its calls counts, as in [`Stopwatch::look`].
+    pub counts: bool,
 }
 
 impl Default for Options {
     fn default() -> Options {
         let (deadline, stall) = (Duration::from_secs(60), Duration::from_secs(30));
-        Options { deadline, stall, linger: Duration::ZERO, stopwatch: Arc::default() }
+        Options { deadline, stall, linger: Duration::ZERO, stopwatch: Arc::default(), counts: true }
     }
 }
 
@@ -312,15 +315,13 @@ impl<Q: Queue + 'static> DeviceCollective for Nccl<Q> {
     }
 
     fn abort_handle(&self) -> Arc<dyn Abort> {
-        Arc::new(Handhold(self.member.link.clone()))
+        self.member.link.clone()
     }
 }
 
-struct Handhold(Arc<Link>);
-
-impl Abort for Handhold {
+impl Abort for Link {
     fn abort(&self) {
-        self.0.end(Fault::new(FaultKind::Aborted, format!("{}: aborted", self.0.comm.who())));
+        self.end(Fault::new(FaultKind::Aborted, format!("{}: aborted", self.comm.who())));
     }
 }
 

@@ -1,59 +1,17 @@
 //! A [`Queue`] on a GPU: a stream of its device's primary context, pinned memory, and a word that the stream writes.
 
 use crate::collective::device::{Address, Queue, Word};
+use crate::cuda::{Context, check};
 use cudarc::driver::sys;
 use model::fault::{Fault, FaultKind};
-use std::ffi::{CStr, c_void};
+use std::any::Any;
+use std::ffi::c_void;
 use std::ptr::null_mut;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Staging memory grows in steps of so many bytes.
 const STEP: usize = 1 << 20;
-
-fn check(call: &str, result: sys::CUresult) -> Result<(), Fault> {
-    if result == sys::CUresult::CUDA_SUCCESS {
-        return Ok(());
-    }
-    let mut name = std::ptr::null();
-    // SAFETY: the driver is there, since it answered; writes to a live variable.
-    let known = unsafe { sys::cuGetErrorName(result, &mut name) };
-    let text = match known == sys::CUresult::CUDA_SUCCESS && !name.is_null() {
-        // SAFETY: a constant of the driver's own.
-        true => unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned(),
-        false => format!("error {}", result as u32),
-    };
-    let kind = match result {
-        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => FaultKind::OutOfMemory,
-        _ => FaultKind::Internal,
-    };
-    Err(Fault::new(kind, format!("{call}: {text}")))
-}
-
-/// Retains a device's primary context, which a backend on the same device shares.
-struct Context {
-    device: sys::CUdevice,
-    context: sys::CUcontext,
-}
-
-// SAFETY: contexts may be made current on any thread.
-unsafe impl Send for Context {}
-// SAFETY: the same; the driver locks.
-unsafe impl Sync for Context {}
-
-impl Context {
-    fn enter(&self) -> Result<(), Fault> {
-        // SAFETY: retained until this is dropped.
-        check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.context) })
-    }
-}
-
-impl Drop for Context {
-    fn drop(&mut self) {
-        // SAFETY: nothing of this module uses it any more. What fails now, failed before.
-        unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
-    }
-}
 
 /// Host memory that the device reads and writes itself.
 struct Pinned {
@@ -102,7 +60,8 @@ impl Drop for Pinned {
 pub struct CudaQueue {
     context: Arc<Context>,
     stream: sys::CUstream,
-    owned: bool,
+    /// Of a stream that is not the queue's own.
+    keeper: Option<Arc<dyn Any + Send + Sync>>,
     word: Arc<Pinned>,
     staging: Option<Pinned>,
 }
@@ -113,27 +72,34 @@ unsafe impl Send for CudaQueue {}
 impl CudaQueue {
     /// A stream of its own on GPU `ordinal`.
     pub fn open(ordinal: usize) -> Result<CudaQueue, Fault> {
-        let context = retain(ordinal)?;
+        let context = Arc::new(Context::retain(ordinal)?);
         context.enter()?;
         let mut stream = null_mut();
         // SAFETY: writes to a live variable. Without the old stream's hidden waits.
         check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut stream, 1) })?;
-        CudaQueue::of(context, stream, true)
+        CudaQueue::of(context, stream, None)
     }
 
-    /// A backend's stream, behind whose kernels the collectives shall be.
+    /// A backend's stream, behind whose kernels the collectives shall be. `keeper` is what the stream lives by.
     ///
     /// # Safety
-    /// `stream` is a stream of the primary context of GPU `ordinal` and outlives the queue.
-    pub unsafe fn over(ordinal: usize, stream: *mut c_void) -> Result<CudaQueue, Fault> {
-        let context = retain(ordinal)?;
+    /// `stream` is a stream of `context` and lives as long as `keeper`.
+    pub unsafe fn over(
+        context: &Arc<Context>,
+        stream: *mut c_void,
+        keeper: Arc<dyn Any + Send + Sync>,
+    ) -> Result<CudaQueue, Fault> {
         context.enter()?;
-        CudaQueue::of(context, stream.cast(), false)
+        CudaQueue::of(context.clone(), stream.cast(), Some(keeper))
     }
 
-    fn of(context: Arc<Context>, stream: sys::CUstream, owned: bool) -> Result<CudaQueue, Fault> {
+    fn of(
+        context: Arc<Context>,
+        stream: sys::CUstream,
+        keeper: Option<Arc<dyn Any + Send + Sync>>,
+    ) -> Result<CudaQueue, Fault> {
         let word = Arc::new(Pinned::new(&context, size_of::<u32>())?);
-        Ok(CudaQueue { context, stream, owned, word, staging: None })
+        Ok(CudaQueue { context, stream, keeper, word, staging: None })
     }
 
     fn wait(&self) -> Result<(), Fault> {
@@ -172,26 +138,6 @@ impl Drop for DeviceMemory {
             unsafe { sys::cuMemFree_v2(self.at) };
         }
     }
-}
-
-fn retain(ordinal: usize) -> Result<Arc<Context>, Fault> {
-    let refuse = |text: String| Err(Fault::new(FaultKind::Incompatible, text));
-    // SAFETY: asks the loader alone.
-    if !unsafe { sys::is_culib_present() } {
-        return refuse("no CUDA driver (libcuda.so) on this host".into());
-    }
-    let (mut count, mut device, mut context) = (0, 0, null_mut());
-    // SAFETY: the library is there; every pointer is to a live variable of the type that the call writes.
-    unsafe {
-        check("cuInit", sys::cuInit(0))?;
-        check("cuDeviceGetCount", sys::cuDeviceGetCount(&mut count))?;
-        if ordinal >= count as usize {
-            return refuse(format!("GPU {ordinal} is asked for, the host has {count}"));
-        }
-        check("cuDeviceGet", sys::cuDeviceGet(&mut device, ordinal as i32))?;
-        check("cuDevicePrimaryCtxRetain", sys::cuDevicePrimaryCtxRetain(&mut context, device))?;
-    }
-    Ok(Arc::new(Context { device, context }))
 }
 
 impl Queue for CudaQueue {
@@ -269,7 +215,7 @@ impl Drop for CudaQueue {
         if self.enter().is_ok() {
             // What the queue still does, it does with memory that goes now. What fails, failed before.
             let _ = self.wait();
-            if self.owned {
+            if self.keeper.is_none() {
                 // SAFETY: made by `open`, destroyed once.
                 unsafe { sys::cuStreamDestroy_v2(self.stream) };
             }

@@ -27,6 +27,7 @@ pub struct Link {
     pub seat: Seat,
     pub word: Arc<dyn Word>,
     pub stopwatch: Arc<Stopwatch>,
+    pub counts: bool,
     pub stall: Duration,
     pub linger: Duration,
     /// The mark behind the last call that was put on the queue.
@@ -43,6 +44,7 @@ impl Link {
             seat,
             word,
             stopwatch: options.stopwatch.clone(),
+            counts: options.counts,
             stall: options.stall,
             linger: options.linger,
             issued,
@@ -169,7 +171,7 @@ impl Looks {
     fn take(&mut self, link: &Link) {
         let (mark, now) = (link.word.read(), Instant::now());
         let entered = u64::from((mark / 2).abs_diff(self.mark / 2));
-        link.stopwatch.look(is_within(mark), entered, now - self.at);
+        link.stopwatch.look(link.counts, is_within(mark), entered, now - self.at);
         self.at = now;
         link.seat.set_mark(mark);
         if mark != self.mark {
