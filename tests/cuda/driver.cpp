@@ -1,5 +1,6 @@
 // A CUDA driver without a GPU: host memory stands for device memory, kernels are shared objects that g++ built (`nvrtc.cpp`), and
-// nothing that was put on a stream happens before somebody waits for it. Only what the worker calls is here.
+// nothing that was put on a stream happens before somebody waits for it, or nobody has called anything for a while: a device does go
+// on by itself, and other ranks may wait for it. Only what the worker calls is here.
 //
 //   FAKE_CUDA_DEVICES   how many GPUs there are (1)              FAKE_CUDA_SCHEDULE  forward, reverse, random:SEED, ahead:WARP
 //   FAKE_CUDA_MEMORY    bytes of each (1 GiB)                    FAKE_CUDA_COPIES    early or late
@@ -15,7 +16,9 @@
 #include <functional>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
+#include <thread>
 
 #include "shim/fibers.h"
 
@@ -45,6 +48,8 @@ struct State {
     size_t used = 0;
     int sticky = SUCCESS;  // what a kernel broke stays broken
     std::map<std::string, unsigned> calls;
+    unsigned long calls_all = 0;
+    std::set<Stream *> streams;
 };
 
 State &state() {
@@ -67,6 +72,7 @@ int enter(const char *name) {
     static bool once = (atexit(write_calls), true);
     (void)once;
     unsigned count = ++state().calls[name];
+    state().calls_all++;
     const char *plan = getenv("FAKE_CUDA_FAIL");
     char which[64];
     unsigned at, code = UNKNOWN;
@@ -105,6 +111,17 @@ int drain(Stream *stream) {
         state().sticky = code;
     }
     return state().sticky;
+}
+
+// What goes on by itself while the program does other things.
+void go_on() {
+    for (unsigned long seen = 0;;) {
+        usleep(5000);
+        std::lock_guard<std::mutex> guard(state().lock);
+        if (state().calls_all == seen)
+            for (Stream *stream : state().streams) drain(stream);
+        seen = state().calls_all;
+    }
 }
 
 // The same to the end. Others may call meanwhile, as to abort what is waited for.
@@ -315,6 +332,9 @@ FAKE int cuStreamCreate(Stream **out, unsigned) {
     ENTER("cuStreamCreate");
     CURRENT();
     *out = new Stream;
+    state().streams.insert(*out);
+    static bool once = (std::thread(go_on).detach(), true);
+    (void)once;
     return SUCCESS;
 }
 
@@ -345,6 +365,7 @@ FAKE int fake_push(Stream *stream, int (*work)(void *), void *context) {
 FAKE int cuStreamDestroy_v2(Stream *stream) {
     ENTER("cuStreamDestroy_v2");
     wait(stream, guard);
+    state().streams.erase(stream);
     delete stream;
     return SUCCESS;
 }

@@ -6,15 +6,21 @@
 use conclave_tests::gpp::{Stack, case};
 use conclave_tests::ranks::{Ended, Seat, run};
 use model::fault::{Fault, FaultKind};
+use model::quant::Dtype;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
-use worker::collective::Collective;
-use worker::collective::device::{Address, DeviceCollective};
+use worker::backend::cuda::{CudaBackend, CudaConfig, Device};
+use worker::backend::{Backend, Kind};
+use worker::collective::device::{Address, DeviceCollective, Devices};
 use worker::collective::nccl::{CudaQueue, DeviceMemory, Library, Nccl, Options};
 use worker::collective::staged::Staged;
 use worker::collective::timed::Stopwatch;
+use worker::collective::{Collective, local};
+use worker::engine::batch::Batch;
+use worker::engine::comm::{self, Communicators};
+use worker::engine::pass::{Pass, Pool};
 
 /// Of each rank's device.
 const ROOM: usize = 4 << 20;
@@ -192,6 +198,64 @@ fn nccl_and_its_twin_keep_one_contract() {
     }
 }
 
+/// An engine's sums over the devices of all ranks and of the first or the last half of them, in one piece and in slices.
+fn sums() {
+    let mut seat = Seat::take().unwrap();
+    let (me, size) = (seat.rank, seat.size);
+    let device = Device::open(me, Some(256 << 20)).unwrap();
+    let mut backend = CudaBackend::new(device.clone(), &CudaConfig { dtype: Dtype::F32, threads: 1 }).unwrap();
+    let options = Options { stall: NEVER, ..Options::default() };
+    let members = Nccl::connect(&Library::open().unwrap(), &mut seat.host, device.queue().unwrap(), &options).unwrap();
+    let alone = || Box::new(local::members(1).unwrap().remove(0));
+    let devices = Devices { tensor: Some(Box::new(members)), ..Devices::default() };
+    let mut communicators = Communicators { tensor: Box::new(seat.host), lane: alone(), pipe: alone(), devices };
+    let (mut pool, meta) = (Pool::default(), backend.meta(&Batch::default()).unwrap());
+    let value =
+        |rank: usize, at: usize| [1e8f32, 1.0, -1e8, 0.1, 3e-5][(at * 7 + rank * 3) % 5] * (at % 91 + rank) as f32;
+    let half = size / 2;
+    let parts = [0..size, if me < half { 0..half } else { half..size }];
+    for (rows, cols) in [(0, 8), (1, 40), (7, 129), (4099, 65), (263, 1024)] {
+        for part in &parts {
+            let mut buffer = backend.buffer(rows.max(1), cols, Kind::Full).unwrap();
+            let mut terms: Vec<Vec<f32>> =
+                part.clone().map(|rank| (0..rows * cols).map(|at| value(rank, at)).collect()).collect();
+            comm::full(&mut backend, &mut buffer, rows).unwrap().copy_from_slice(&terms[me - part.start]);
+            backend.host_done(&mut buffer, rows).unwrap();
+            let mut pass = Pass {
+                backend: &mut backend,
+                communicators: &mut communicators,
+                pool: &mut pool,
+                meta: &meta,
+                rows,
+                hidden: cols,
+            };
+            comm::sum_part(&mut pass, part.clone(), &mut buffer, (rows, cols)).unwrap();
+            communicators.devices.settle().unwrap();
+            while terms.len() > 1 {
+                terms =
+                    terms.chunks(2).map(|pair| pair[0].iter().zip(&pair[1]).map(|(a, b)| a + b).collect()).collect();
+            }
+            let got = comm::full(&mut backend, &mut buffer, rows).unwrap();
+            let differs = got.iter().zip(&terms[0]).position(|(got, want)| got.to_bits() != want.to_bits());
+            assert!(differs.is_none(), "rank {me}, {rows} x {cols} over {part:?}: value {differs:?}");
+        }
+    }
+}
+
+#[test]
+fn devices_sum_in_the_canonical_order() {
+    const SELF: &str = "devices_sum_in_the_canonical_order";
+    if case().is_some() {
+        return sums();
+    }
+    let Some(stack) = stack() else { return };
+    for size in [2, 4, 8] {
+        for ended in run(stack, (SELF, "sums"), size, &plain, &[]).unwrap() {
+            assert!(ended.code == Some(0), "{size}: {}", ended.said);
+        }
+    }
+}
+
 /// What a rank of the tests of faults does, and how it may end.
 fn faulty(case: &str) {
     let seat = Seat::take().unwrap();
@@ -201,7 +265,7 @@ fn faulty(case: &str) {
     let linger = if case.starts_with("shrink") || case == "kept" { NEVER } else { Duration::ZERO };
     let deadline = if ["joins", "absent"].contains(&case) { STALL } else { NEVER };
     let stall = if ["stops", "hangs", "shrink a hung one"].contains(&case) { STALL } else { NEVER };
-    let options = Options { deadline, stall, linger, stopwatch: stopwatch.clone(), counts: true };
+    let options = Options { deadline, stall, linger, stopwatch: stopwatch.clone(), ..Options::default() };
     let outcome = match (case, me) {
         ("absent", 2) => return,
         ("one gpu", _) => CudaQueue::open(0).and_then(|queue| {
@@ -296,7 +360,9 @@ fn what_happens_to_one_rank_is_a_clear_fault_on_all() {
         all_fail(case, &others(case, "die:2:5", &[2]), &[RankLost, Aborted], &["rank 2 (process "]);
     }
     let behind = ["rank 2 is at work behind call 4", "rank 2 is in call 5", "nccl at rank 2 of 4: putting call 5"];
-    all_fail("stops", &others("stops", "stop:2:5", &[2]), &[Timeout, Aborted], &behind);
+    // A thread of a process that is to stand still may come a little further.
+    let further = [&behind[..], &["rank 2 is at work behind call 5"]].concat();
+    all_fail("stops", &others("stops", "stop:2:5", &[2]), &[Timeout, Aborted], &further);
     all_fail("hangs", &others("hangs", "hang:2:5", &[]), &[Timeout, Aborted], &behind);
     all_fail(
         "fails",

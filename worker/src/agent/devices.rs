@@ -3,7 +3,8 @@
 
 use crate::backend::cuda::Device;
 use crate::collective::connect::Communicators;
-use crate::collective::device::{DeviceCollective, Queue};
+use crate::collective::device::{DeviceCollective, Devices, Queue};
+use crate::collective::hello::Kind;
 use crate::collective::nccl::{Library, Nccl, Options, obstacle};
 use crate::collective::timed::Stopwatch;
 use crate::collective::{Abort, Collective};
@@ -19,7 +20,7 @@ pub fn connect(
     remember: &dyn Fn(&Arc<dyn Abort>),
 ) -> Result<(), Fault> {
     let library = Library::open();
-    let members = |host: &mut dyn Collective, counts: bool| -> Result<Option<Box<dyn DeviceCollective>>, Fault> {
+    let members = |host: &mut dyn Collective, kind: Kind| -> Result<Option<Box<dyn DeviceCollective>>, Fault> {
         if host.size() == 1 {
             return Ok(None);
         }
@@ -30,13 +31,17 @@ pub fn connect(
             tracing::warn!("{} GPUs exchange through host memory: {why}", host.size());
             return Ok(None);
         };
-        let options = Options { stopwatch: stopwatch.clone(), counts, ..Options::default() };
+        let options = Options { stopwatch: stopwatch.clone(), kind, ..Options::default() };
         let members = Nccl::connect(library, host, queue, &options)?;
         remember(&members.abort_handle());
         tracing::info!("{} GPUs exchange by NCCL {}", host.size(), library.version());
         Ok(Some(Box::new(members)))
     };
-    communicators.devices.tensor = members(&mut *communicators.tensor, true)?;
-    communicators.devices.pipe = members(&mut *communicators.pipe, false)?;
+    let Communicators { tensor, lane, pipe, .. } = communicators;
+    communicators.devices = Devices {
+        tensor: members(&mut **tensor, Kind::Tensor)?,
+        lane: members(&mut **lane, Kind::Lane)?,
+        pipe: members(&mut **pipe, Kind::Pipe)?,
+    };
     Ok(())
 }

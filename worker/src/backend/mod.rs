@@ -9,7 +9,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod suite;
 
-use crate::collective::device::Address;
+use crate::collective::device::DeviceRows;
 use crate::engine::batch::Batch;
 use crate::load::beside::Beside;
 use model::catalog::Fused;
@@ -286,9 +286,9 @@ pub trait Backend: Sized + Send + 'static {
         out: &mut Self::Buffer,
     ) -> Result<(), Fault>;
 
-    /// Where the first `rows` rows of a Full buffer lie in the memory of a device, for those who exchange them without the host. `None`
+    /// Where the first `rows` rows of a buffer lie in the memory of a device, for those who exchange them without the host. `None`
     /// where they lie in the host's.
-    fn address(&self, _buffer: &Self::Buffer, _rows: usize) -> Result<Option<Address>, Fault> {
+    fn on_device(&self, _buffer: &Self::Buffer, _rows: usize) -> Result<Option<DeviceRows>, Fault> {
         Ok(None)
     }
     /// The balanced sum of `parts` times `rows` rows, one part behind the other in `all`, to the front of `out`: Full, equally wide.
@@ -316,7 +316,7 @@ pub trait Backend: Sized + Send + 'static {
         self.host_done(out, rows)
     }
 
-    /// Copies `rows` of Full `x` to the front of `out`.
+    /// Copies `rows` of `x` to the front of `out`: of one kind, equally wide.
     fn select(&mut self, x: &Self::Buffer, rows: &[u32], out: &mut Self::Buffer) -> Result<(), Fault>;
 }
 

@@ -21,6 +21,14 @@ use std::sync::Arc;
 /// An address of a device's memory.
 pub type Address = u64;
 
+/// Rows that lie behind each other in a device's memory.
+#[derive(Debug, Clone, Copy)]
+pub struct DeviceRows {
+    pub at: Address,
+    /// Bytes of one.
+    pub width: usize,
+}
+
 /// A word that a queue writes when it gets there and any thread may read.
 pub trait Word: Send + Sync {
     fn read(&self) -> u32;
@@ -102,12 +110,16 @@ pub trait DeviceCollective: Send {
 #[derive(Default)]
 pub struct Devices {
     pub tensor: Option<Box<dyn DeviceCollective>>,
+    pub lane: Option<Box<dyn DeviceCollective>>,
     pub pipe: Option<Box<dyn DeviceCollective>>,
 }
 
 impl Devices {
     /// [`DeviceCollective::settle`] of each.
     pub fn settle(&mut self) -> Result<(), Fault> {
-        [&mut self.tensor, &mut self.pipe].into_iter().flatten().try_for_each(|members| members.settle())
+        [&mut self.tensor, &mut self.lane, &mut self.pipe]
+            .into_iter()
+            .flatten()
+            .try_for_each(|members| members.settle())
     }
 }

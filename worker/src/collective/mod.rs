@@ -22,7 +22,7 @@ pub mod connect;
 mod credentials;
 pub mod device;
 mod door;
-mod hello;
+pub mod hello;
 mod inbox;
 mod link;
 pub mod local;

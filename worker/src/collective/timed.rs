@@ -1,6 +1,7 @@
 //! What a rank computes before it enters a collective. Inside one all members wait for the last, so that a step takes equally
 //! long on all of them; the time before tells who it is that the others wait for.
 
+use super::hello::Kind;
 use super::{Abort, Collective};
 use model::fault::Fault;
 use std::sync::Arc;
@@ -21,8 +22,8 @@ pub struct Stopwatch {
     entered: AtomicU64,
     computing_ns: AtomicU64,
     doing: AtomicU8,
-    /// Whether a device's queue is within a collective: one that counts, one that is only passed.
-    within: [AtomicBool; 2],
+    /// Whether the device's queue is within a collective of each kind.
+    within: [AtomicBool; 3],
     /// Collectives entered, counted or not.
     waits: AtomicU64,
 }
@@ -89,16 +90,16 @@ impl Stopwatch {
 
     /// What a look at a device's queue shows: whether it is within a collective, how many it has entered since the look before,
     /// and how long ago that was. Takes the place of [`Timed`] where the queue enters collectives while the rank's thread is
-    /// ahead of it; looks that are many and even add up to the same times. `counts`: as [`Timed::counting`], of which there is one
-    /// a stopwatch, or as [`Timed::passing`].
-    pub fn look(&self, counts: bool, within: bool, entered: u64, since: Duration) {
+    /// ahead of it; looks that are many and even add up to the same times. Those of the tensor group count, as
+    /// [`Timed::counting`], the others are passed.
+    pub fn look(&self, kind: Kind, within: bool, entered: u64, since: Duration) {
         let rests = self.doing.load(Ordering::Relaxed) == RESTS;
-        self.within[usize::from(!counts)].store(within && !rests, Ordering::Relaxed);
+        self.within[kind as usize].store(within && !rests, Ordering::Relaxed);
         if rests {
             return;
         }
         self.waits.fetch_add(entered, Ordering::Relaxed);
-        if counts {
+        if kind == Kind::Tensor {
             self.entered.fetch_add(entered, Ordering::Relaxed);
             if self.computes() {
                 self.computing_ns.fetch_add(since.as_nanos() as u64, Ordering::Relaxed);
@@ -191,15 +192,15 @@ mod tests {
     #[test]
     fn looks_at_a_queue_add_up_while_the_rank_is_at_work() {
         let (watch, look) = (Stopwatch::default(), Duration::from_millis(1));
-        watch.look(true, false, 3, look);
+        watch.look(Kind::Tensor, false, 3, look);
         assert_eq!(watch.read(), (0, 0), "it rests");
         watch.begin();
         for turn in 0..10 {
-            watch.look(true, turn % 5 == 4, u64::from(turn % 5 == 4), look);
+            watch.look(Kind::Tensor, turn % 5 == 4, u64::from(turn % 5 == 4), look);
         }
         assert_eq!((watch.read(), watch.waits()), ((2, 8_000_000), Some(2)));
-        watch.look(false, true, 1, look);
-        watch.look(true, false, 0, look);
+        watch.look(Kind::Pipe, true, 1, look);
+        watch.look(Kind::Tensor, false, 0, look);
         assert_eq!(
             (watch.read(), watch.waits()),
             ((2, 8_000_000), Some(3)),
@@ -207,7 +208,7 @@ mod tests {
         );
         assert!(!watch.computes());
         watch.rest();
-        watch.look(false, true, 1, look);
+        watch.look(Kind::Lane, true, 1, look);
         assert_eq!((watch.computes(), watch.waits()), (false, None));
     }
 

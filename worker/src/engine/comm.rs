@@ -4,7 +4,7 @@ use super::pass::Pass;
 use crate::backend::contract::tree;
 use crate::backend::{Backend, HostSlice, Kind};
 pub use crate::collective::connect::Communicators;
-use crate::collective::device::Address;
+use crate::collective::device::DeviceRows;
 use model::fault::{Fault, FaultKind};
 use std::ops::Range;
 
@@ -97,17 +97,17 @@ fn sum_on_devices<B: Backend>(
     buffer: &mut B::Buffer,
     (rows, cols): (usize, usize),
 ) -> Result<(), Fault> {
-    let (parts, width) = (part.len(), cols * size_of::<f32>());
+    let parts = part.len();
+    let DeviceRows { at: mine, width } = on_device(pass.backend, buffer, rows)?;
     let members = pass.communicators.devices.tensor.as_deref_mut().expect("asked by the caller");
     let (me, size) = (members.rank(), members.size());
-    let mine = address(pass.backend, buffer, rows)?;
     let of = |ranges: &dyn Fn(usize) -> Range<usize>| -> Vec<Range<usize>> {
         (0..size).map(|rank| if part.contains(&rank) { ranges(rank - part.start) } else { 0..0 }).collect()
     };
     let bytes = rows * width;
     if parts == 2 || bytes <= WHOLE_MAX {
         let mut all = pass.pool.take(pass.backend, rows * parts, cols, Kind::Full)?;
-        let to = address(pass.backend, &all, rows * parts)?;
+        let to = on_device(pass.backend, &all, rows * parts)?.at;
         match parts == size {
             true => members.gather(mine, bytes, to)?,
             false => members.exchange(mine, &of(&|_| 0..bytes), to, &of(&|from| from * bytes..(from + 1) * bytes))?,
@@ -122,57 +122,49 @@ fn sum_on_devices<B: Backend>(
     let (own_rows, own) = (own.len() / width, own.len());
     let room = parts * rows.div_ceil(parts);
     let mut all = pass.pool.take(pass.backend, room, cols, Kind::Full)?;
-    let to = address(pass.backend, &all, room)?;
+    let to = on_device(pass.backend, &all, room)?.at;
     members.exchange(mine, &of(&slice), to, &of(&|from| from * own..(from + 1) * own))?;
     let mut sums = pass.pool.take(pass.backend, rows.div_ceil(parts), cols, Kind::Full)?;
     pass.backend.sum_parts(&mut all, parts, own_rows, &mut sums)?;
-    let from = address(pass.backend, &sums, own_rows)?;
+    let from = on_device(pass.backend, &sums, own_rows)?.at;
     members.exchange(from, &of(&|_| 0..own), mine, &of(&slice))?;
     pass.pool.give(cols, Kind::Full, rows.div_ceil(parts), sums);
     pass.pool.give(cols, Kind::Full, room, all);
     Ok(())
 }
 
-/// Where a buffer lies on the device.
-fn address<B: Backend>(backend: &B, buffer: &B::Buffer, rows: usize) -> Result<Address, Fault> {
+/// Where a buffer's rows lie on the device.
+pub fn on_device<B: Backend>(backend: &B, buffer: &B::Buffer, rows: usize) -> Result<DeviceRows, Fault> {
     let none = || Fault::new(FaultKind::Internal, "devices' collectives for a backend without a device");
-    backend.address(buffer, rows)?.ok_or_else(none)
+    backend.on_device(buffer, rows)?.ok_or_else(none)
 }
 
-/// Sends `rows` rows of a Full buffer to another stage.
-pub fn send<B: Backend>(
-    pass: &mut Pass<'_, B>,
-    to: usize,
-    buffer: &mut B::Buffer,
-    (rows, cols): (usize, usize),
-) -> Result<(), Fault> {
+/// Sends the pass's residual rows to another stage.
+pub fn send<B: Backend>(pass: &mut Pass<'_, B>, to: usize, x: &mut B::Buffer) -> Result<(), Fault> {
+    let rows = pass.rows;
     if let Some(members) = &mut pass.communicators.devices.pipe {
-        let at = address(pass.backend, buffer, rows)?;
-        return members.send(to, at, rows * cols * size_of::<f32>());
+        let DeviceRows { at, width } = on_device(pass.backend, x, rows)?;
+        return members.send(to, at, rows * width);
     }
-    let bytes = bytes(pass.backend, buffer, rows)?;
+    let bytes = bytes(pass.backend, x, rows)?;
     pass.communicators.pipe.send(to, bytes)
 }
 
 /// Receives them from the stage before.
-pub fn receive<B: Backend>(
-    pass: &mut Pass<'_, B>,
-    from: usize,
-    buffer: &mut B::Buffer,
-    (rows, cols): (usize, usize),
-) -> Result<(), Fault> {
+pub fn receive<B: Backend>(pass: &mut Pass<'_, B>, from: usize, x: &mut B::Buffer) -> Result<(), Fault> {
+    let rows = pass.rows;
     if let Some(members) = &mut pass.communicators.devices.pipe {
-        let at = address(pass.backend, buffer, rows)?;
-        return members.receive(from, at, rows * cols * size_of::<f32>());
+        let DeviceRows { at, width } = on_device(pass.backend, x, rows)?;
+        return members.receive(from, at, rows * width);
     }
     let mut message = Vec::new();
     pass.communicators.pipe.receive(from, &mut message)?;
-    let target = bytes(pass.backend, buffer, rows)?;
+    let target = bytes(pass.backend, x, rows)?;
     if message.len() != target.len() {
         let (got, wanted) = (message.len(), target.len());
         let text = format!("stage {from} sent {got} bytes of residual rows, {rows} rows are {wanted}");
         return Err(Fault::new(FaultKind::Diverged, text));
     }
     target.copy_from_slice(&message);
-    pass.backend.host_done(buffer, rows)
+    pass.backend.host_done(x, rows)
 }

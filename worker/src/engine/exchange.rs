@@ -6,6 +6,10 @@
 //!             and, where experts' inputs are weighed, the weight of each pair before the rows
 //! back:       one f32 row a pair, in the order asked
 //! ```
+//!
+//! Where the lanes' devices reach each other, rows travel from device to device ([`devices`]), and the rest by the hosts.
+
+mod devices;
 
 use super::comm;
 use super::moe::{Experts, Share};
@@ -22,6 +26,9 @@ pub fn run<B: Backend>(
     grouping: &Grouping,
     normed: &mut B::Buffer,
 ) -> Result<B::Buffer, Fault> {
+    if pass.communicators.devices.lane.is_some() {
+        return devices::run(pass, experts, share, grouping, normed);
+    }
     let rows = pass.rows;
     let input = comm::bytes(pass.backend, normed, rows)?;
     let width = input.len().checked_div(rows).unwrap_or(0);
@@ -67,13 +74,19 @@ struct Form {
     weighed: bool,
 }
 
-/// What lane `lane` is sent. A row that visits several of its experts travels once.
+/// The rows that lane `lane` is sent, ascending. One that visits several of its experts travels once.
+fn rows_of(grouping: &Grouping, lane: usize, form: Form) -> Vec<u32> {
+    let mut rows = grouping.rows[pairs_of(grouping, lane, form.experts)].to_vec();
+    rows.sort_unstable();
+    rows.dedup();
+    rows
+}
+
+/// What lane `lane` is sent; `width` bytes of each of its rows.
 fn pack(grouping: &Grouping, lane: usize, form: Form, input: &[u8], width: usize) -> Vec<u8> {
     let each = form.experts;
     let pairs = &grouping.rows[pairs_of(grouping, lane, each)];
-    let mut rows: Vec<u32> = pairs.to_vec();
-    rows.sort_unstable();
-    rows.dedup();
+    let rows = rows_of(grouping, lane, form);
     let mut part = Vec::with_capacity(4 * (1 + each + 2 * pairs.len()) + rows.len() * width);
     let mut word = |v: u32| part.extend_from_slice(&v.to_le_bytes());
     word(rows.len() as u32);
@@ -152,7 +165,7 @@ fn answer<B: Backend>(
     let answers = order.iter().map(|places| {
         let mut bytes = Vec::with_capacity(places.len() * experts.hidden * 4);
         for &p in places {
-            bytes.extend_from_slice(bytemuck::cast_slice(&values[p * experts.hidden..][..experts.hidden]));
+            bytes.extend_from_slice(bytemuck::cast_slice(&values[p as usize * experts.hidden..][..experts.hidden]));
         }
         bytes
     });
@@ -163,16 +176,16 @@ fn answer<B: Backend>(
 }
 
 /// One grouping over all lanes' pairs, lanes in order within an expert, and the place of each lane's pairs in it.
-fn merge(asked: &[Asked<'_>], experts: usize) -> (Grouping, Vec<Vec<usize>>) {
+fn merge(asked: &[Asked<'_>], experts: usize) -> (Grouping, Vec<Vec<u32>>) {
     let mut grouping = Grouping { offsets: vec![0], ..Grouping::default() };
-    let mut order: Vec<Vec<usize>> = asked.iter().map(|a| Vec::with_capacity(a.pairs.len())).collect();
+    let mut order: Vec<Vec<u32>> = asked.iter().map(|a| Vec::with_capacity(a.pairs.len())).collect();
     let mut taken = vec![0; asked.len()];
     for e in 0..experts {
         let mut first = 0;
         for (lane, a) in asked.iter().enumerate() {
             let n = a.counts[e] as usize;
             for pair in taken[lane]..taken[lane] + n {
-                order[lane].push(grouping.rows.len());
+                order[lane].push(grouping.rows.len() as u32);
                 grouping.rows.push(first + a.pairs[pair]);
                 grouping.weights.push(a.weights[pair]);
             }

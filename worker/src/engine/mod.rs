@@ -22,7 +22,7 @@ mod layer;
 pub mod math;
 mod mlp;
 mod moe;
-mod pass;
+pub mod pass;
 mod predict;
 pub mod random;
 pub mod sample;
@@ -262,7 +262,7 @@ impl<B: Backend> Engine<B> {
                 replace(&mut pass, norm, &mut x)?;
             }
         } else if rows > 0 {
-            comm::receive(&mut pass, self.place.stage - 1, &mut x, (rows, hidden))?;
+            comm::receive(&mut pass, self.place.stage - 1, &mut x)?;
         }
         let mut normed = pass.take(hidden, Kind::Input)?;
         for (index, (layer, cache)) in self.layers.iter().zip(&mut self.caches).enumerate() {
@@ -275,7 +275,7 @@ impl<B: Backend> Engine<B> {
         pass.give(hidden, Kind::Input, normed);
         if !last {
             if rows > 0 {
-                comm::send(&mut pass, self.place.stage + 1, &mut x, (rows, hidden))?;
+                comm::send(&mut pass, self.place.stage + 1, &mut x)?;
             }
             pass.give(hidden, Kind::Full, x);
             return Ok(None);

@@ -164,6 +164,13 @@ fn check_scales<'a>(scales: Option<&'a Vector>, meta: &Meta) -> Result<Option<&'
     Ok(scales)
 }
 
+/// Copies `rows` of `x`, `cols` wide.
+fn pick<T: Copy + Send + Sync>(pool: &super::simd::pool::Pool, x: &[T], (rows, cols): (&[u32], usize), out: &mut [T]) {
+    pool.rows(&mut out[..rows.len() * cols], cols, rows.len(), grain(cols), &|row, out| {
+        out.copy_from_slice(&x[rows[row] as usize * cols..][..cols]);
+    });
+}
+
 /// A norm that fits the heads of `n` rows.
 fn head_norm<'a>(
     shape: &GroupedShape,
@@ -566,10 +573,13 @@ impl Backend for CpuBackend {
     fn select(&mut self, x: &Buffer, rows: &[u32], out: &mut Buffer) -> Result<(), Fault> {
         let cols = x.cols;
         ensure(out.cols == cols, || format!("rows of {cols} into rows of {}", out.cols))?;
-        let x = x.full(rows.iter().max().map_or(0, |r| *r as usize + 1))?;
-        self.pool.rows(out.full_mut(rows.len())?, cols, rows.len(), grain(cols), &|row, out| {
-            out.copy_from_slice(&x[rows[row] as usize * cols..][..cols]);
-        });
+        x.check(rows.iter().max().map_or(0, |r| *r as usize + 1))?;
+        out.check(rows.len())?;
+        match (&x.data, &mut out.data) {
+            (Data::F32(x), Data::F32(out)) => pick(&self.pool, x, (rows, cols), out),
+            (Data::Bf16(x), Data::Bf16(out)) => pick(&self.pool, x, (rows, cols), out),
+            _ => return Err(wrong("rows of one kind into rows of another")),
+        }
         Ok(())
     }
 }

@@ -11,6 +11,7 @@ use crate::backend::cpu::weights as packing;
 use crate::backend::{
     Backend, GroupedShape, Grouping, HeadNorm, HostSlice, Kind, LatentShape, MatrixView, NormWeights, PerHead, Routing,
 };
+use crate::collective::device::DeviceRows;
 use crate::engine::batch::Batch;
 use half::bf16;
 use model::fault::{Fault, FaultKind};
@@ -322,8 +323,8 @@ impl Backend for CudaBackend {
         self.join(pairs, grouping, segments, n, out)
     }
 
-    fn address(&self, buffer: &Buffer, rows: usize) -> Result<Option<Address>, Fault> {
-        buffer.full(rows).map(Some)
+    fn on_device(&self, buffer: &Buffer, rows: usize) -> Result<Option<DeviceRows>, Fault> {
+        Ok(Some(DeviceRows { at: buffer.check(rows)?, width: buffer.cols * buffer.dtype.bytes() }))
     }
 
     fn sum_parts(&mut self, all: &mut Buffer, parts: usize, rows: usize, out: &mut Buffer) -> Result<(), Fault> {
@@ -337,15 +338,18 @@ impl Backend for CudaBackend {
 
     fn select(&mut self, x: &Buffer, rows: &[u32], out: &mut Buffer) -> Result<(), Fault> {
         let (cols, values) = (x.cols, rows.len() * x.cols);
-        ensure(out.cols == cols, || format!("rows of {cols} into rows of {}", out.cols))?;
-        let x = x.full(rows.iter().max().map_or(0, |r| *r as usize + 1))?;
-        let out = out.full(rows.len())?;
+        ensure(out.cols == cols && out.dtype == x.dtype, || {
+            format!("rows of {cols} {:?} into rows of {} {:?}", x.dtype, out.cols, out.dtype)
+        })?;
+        let kernel = self.device.kernels.copy[usize::from(x.dtype == Dtype::Bf16)];
+        let x = x.check(rows.iter().max().map_or(0, |r| *r as usize + 1))?;
+        let out = out.check(rows.len())?;
         let mut parcel = Parcel::default();
         let picked = parcel.add(rows);
         let rows = self.scratch.send(&parcel)?(picked);
         let stride = cols as u32;
         let (x_stride, out_stride) = (stride, stride);
         let args = CopyArgs { x, out, rows, weights: 0, values: values as u64, cols: stride, x_stride, out_stride };
-        self.device.driver.launch(self.device.kernels.copy[0], flat(values), THREADS, 0, &args)
+        self.device.driver.launch(kernel, flat(values), THREADS, 0, &args)
     }
 }

@@ -203,6 +203,11 @@ pub fn sums<B: Backend>(case: &mut Case<B>) {
         case.backend.select(&sum, &[n as u32 - 1, 0], &mut chosen).expect("rows");
         let (got, sum) = (case.read(&mut chosen, 2), case.read(&mut sum, n));
         same_bits("select", &got, &[&sum[(n - 1) * cols..], &sum[..cols]].concat());
+
+        let (mut x, mut chosen) = (case.buffer(&x, cols, Kind::Input), case.empty(2, cols, Kind::Input));
+        case.backend.select(&x, &[n as u32 - 1, 0], &mut chosen).expect("rows");
+        let (got, x) = (case.read(&mut chosen, 2), case.read(&mut x, n));
+        same_bits("select of inputs", &got, &[&x[(n - 1) * cols..], &x[..cols]].concat());
     }
 }
 

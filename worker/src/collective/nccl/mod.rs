@@ -21,6 +21,7 @@ pub use library::{Library, Version};
 pub use queue::{CudaQueue, DeviceMemory};
 
 use super::device::{Address, DeviceCollective, Queue};
+use super::hello::Kind;
 use super::timed::Stopwatch;
 use super::{Abort, Collective};
 use board::{Seat, State};
@@ -47,14 +48,14 @@ pub struct Options {
     pub linger: Duration,
     /// Told what the queue is at.
     pub stopwatch: Arc<Stopwatch>,
-    /// Whether the time before its calls counts, as in [`Stopwatch::look`].
-    pub counts: bool,
+    /// Which of the rank's groups this is: a process's groups connect one after the other, in one order.
+    pub kind: Kind,
 }
 
 impl Default for Options {
     fn default() -> Options {
         let (deadline, stall) = (Duration::from_secs(60), Duration::from_secs(30));
-        Options { deadline, stall, linger: Duration::ZERO, stopwatch: Arc::default(), counts: true }
+        Options { deadline, stall, linger: Duration::ZERO, stopwatch: Arc::default(), kind: Kind::Tensor }
     }
 }
 

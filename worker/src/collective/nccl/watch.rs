@@ -5,6 +5,7 @@
 use super::board::{Process, Seat, State, is_within};
 use super::comm::Comm;
 use crate::collective::device::Word;
+use crate::collective::hello::Kind;
 use crate::collective::timed::Stopwatch;
 use model::fault::{Fault, FaultKind};
 use std::sync::Arc;
@@ -27,7 +28,7 @@ pub struct Link {
     pub seat: Seat,
     pub word: Arc<dyn Word>,
     pub stopwatch: Arc<Stopwatch>,
-    pub counts: bool,
+    pub kind: Kind,
     pub stall: Duration,
     pub linger: Duration,
     /// The mark behind the last call that was put on the queue.
@@ -44,7 +45,7 @@ impl Link {
             seat,
             word,
             stopwatch: options.stopwatch.clone(),
-            counts: options.counts,
+            kind: options.kind,
             stall: options.stall,
             linger: options.linger,
             issued,
@@ -171,7 +172,9 @@ impl Looks {
     fn take(&mut self, link: &Link) {
         let (mark, now) = (link.word.read(), Instant::now());
         let entered = u64::from((mark / 2).abs_diff(self.mark / 2));
-        link.stopwatch.look(link.counts, is_within(mark), entered, now - self.at);
+        // While the rank still puts the call there, the others wait for this one.
+        let put = link.issued.load(Ordering::Acquire).wrapping_sub(mark) as i32 > 0;
+        link.stopwatch.look(link.kind, is_within(mark) && put, entered, now - self.at);
         self.at = now;
         link.seat.set_mark(mark);
         if mark != self.mark {
