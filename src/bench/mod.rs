@@ -9,6 +9,7 @@ mod record;
 mod report;
 mod serve;
 mod sse;
+mod step;
 
 use anyhow::{Context, Result};
 
@@ -25,6 +26,8 @@ enum What {
     Serve(serve::Args),
     /// Serve a model for the length of one load, all of it at once
     Offline(Box<offline::Args>),
+    /// Measure one rank's forward passes against the roofs of what it computes on
+    Step(step::Args),
     /// Measure sums and messages between ranks of this host
     Collective(collective::Args),
 }
@@ -38,6 +41,7 @@ pub fn run(args: Args) -> Result<()> {
     match args.what {
         What::Serve(args) => runtime()?.block_on(serve::serve(args)),
         What::Offline(args) => runtime()?.block_on(offline::offline(*args)),
+        What::Step(args) => step::step(&args),
         What::Collective(args) => collective::collective(&args),
     }
 }

@@ -320,6 +320,16 @@ FAKE int cuMemcpyDtoHAsync_v2(void *to, uintptr_t from, size_t bytes, Stream *st
     return within(state().host, reinterpret_cast<uintptr_t>(to), bytes) ? int(SUCCESS) : wait(stream, guard);
 }
 
+FAKE int cuMemcpyDtoDAsync_v2(uintptr_t to, uintptr_t from, size_t bytes, Stream *stream) {
+    ENTER("cuMemcpyDtoDAsync_v2");
+    CURRENT();
+    if (!within(state().device, to, bytes) || !within(state().device, from, bytes)) {
+        return complain(INVALID_VALUE, "a copy of memory that is not the device's");
+    }
+    stream->work.push_back([=] { return memmove(reinterpret_cast<void *>(to), reinterpret_cast<void *>(from), bytes), int(SUCCESS); });
+    return SUCCESS;
+}
+
 FAKE int cuMemsetD8Async(uintptr_t at, unsigned char value, size_t bytes, Stream *stream) {
     ENTER("cuMemsetD8Async");
     CURRENT();

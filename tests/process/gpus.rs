@@ -109,6 +109,27 @@ fn a_fault_between_gpus_is_recovered_from_and_changes_nothing() -> Result<()> {
     Ok(std::fs::remove_dir_all(&folder)?)
 }
 
+#[test]
+fn steps_of_a_gpu_are_measured() -> Result<()> {
+    let Some(stack) = stack() else { return Ok(()) };
+    let mut command = Command::new(PROGRAM);
+    command.args(["bench", "step", "--backend", "cuda", "--context", "20", "--sequences", "2", "--prefill", "3"]);
+    let json = stack.folder().join(format!("steps-{}", std::process::id()));
+    let output = stack.around(&mut command).arg("--json").arg(&json).arg(golden("qwen3_moe")).output()?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    ensure!(
+        output.status.success() && said.contains("which copies"),
+        "{said}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let rows: Value = serde_json::from_slice(&std::fs::read(&json)?)?;
+    std::fs::remove_file(&json)?;
+    let tokens: Vec<_> = rows.as_array().context("rows")?.iter().map(|row| (&row["what"], &row["tokens"])).collect();
+    ensure!(tokens == [(&json!("decode"), &json!(2)), (&json!("prefill"), &json!(3))], "{rows}");
+    ensure!(rows[0]["p50_ms"].as_f64() > Some(0.0) && rows[0]["of_memory_roof"].as_f64() > Some(0.0), "{rows}");
+    Ok(())
+}
+
 /// It ends by itself, and says so.
 fn refused(mut command: Command, said: &str) -> Result<()> {
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;

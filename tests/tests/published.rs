@@ -69,7 +69,11 @@ fn parameters_are_those_published() {
     assert_eq!(files, listed, "every config has its published figures");
     let mut wrong = Vec::new();
     for (name, total, active) in PUBLISHED {
-        let found = parameters::count(&source(name).spec);
+        let spec = source(name).spec;
+        let found = parameters::count(&spec);
+        assert_eq!(parameters::met(&spec, 1), found.active, "{name}: what one token meets");
+        let (few, many) = (parameters::met(&spec, 8), parameters::met(&spec, 1 << 20));
+        assert!(found.active <= few && few <= many && many <= found.total, "{name}: {few} and {many} of {found:?}");
         for (what, found, wanted) in [("total", found.total, total), ("active", found.active, active)] {
             let found = found as f64 / 1e9;
             if (found / wanted - 1.0).abs() > 0.0101 {

@@ -6,71 +6,24 @@ use model::plan::KernelFamily;
 use model::quant::{Dtype, Format};
 use model::spec::{Activation, CacheKind, Norm, Span};
 use model::step::BlockId;
-use std::hint::black_box;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
-use worker::backend::cpu::simd::aligned::Aligned;
+use worker::backend::cpu::simd::Level;
 use worker::backend::cpu::simd::pool::Pool;
-use worker::backend::cpu::simd::{Level, roof};
 use worker::backend::cpu::{CpuBackend, CpuConfig, Matrix};
 use worker::backend::{Backend, GroupedShape, Grouping, Kind, LatentShape, MatrixView, NormWeights, PerHead};
 use worker::engine::batch::{Batch, Sequence};
+use worker::roofs::{Roofs, median};
 
-const REPEATS: usize = 9;
-
-/// Median seconds of a call, after one to warm up.
-fn median(mut call: impl FnMut()) -> f64 {
-    call();
-    let mut times: Vec<f64> = (0..REPEATS)
-        .map(|_| {
-            let start = Instant::now();
-            call();
-            start.elapsed().as_secs_f64()
-        })
-        .collect();
-    times.sort_by(f64::total_cmp);
-    times[REPEATS / 2]
-}
-
-struct Roofs {
-    bytes: f64,
-    flops: f64,
-}
-
-impl Roofs {
-    fn measure(threads: usize, level: Level) -> Roofs {
-        let pool = Pool::new(threads, 20_000).expect("threads");
-        let words = Aligned::<u32>::zeroed(128 << 20).expect("memory");
-        let mut words = words;
-        words.fill(0x3f80_3f80);
-        let sink = AtomicU64::new(0);
-        let part = words.len() / (threads * 8);
-        let seconds = median(|| {
-            pool.run(threads * 8, &|i| {
-                let sum = level.run(roof::Read(&words[i * part..][..part]));
-                sink.fetch_add(sum.to_bits() as u64, Ordering::Relaxed);
-            })
-        });
-        let bytes = words.len() as f64 * 4.0 / seconds;
-        let rounds = 2_000_000;
-        let seconds = median(|| {
-            pool.run(threads, &|_| {
-                black_box(level.run(roof::Dot { rounds: black_box(rounds), pair: black_box(0x3c00_3c00) }));
-            })
-        });
-        Roofs { bytes, flops: (rounds * roof::Dot::FLOPS * threads) as f64 / seconds }
-    }
-
-    fn report(&self, name: &str, seconds: f64, bytes: f64, flops: f64) {
-        println!(
-            "{name:44} {:10.1} us  {:7.1} GB/s {:4.0}%  {:8.1} GFLOP/s {:4.0}%",
-            seconds * 1e6,
-            bytes / seconds / 1e9,
-            100.0 * bytes / seconds / self.bytes,
-            flops / seconds / 1e9,
-            100.0 * flops / seconds / self.flops
-        );
-    }
+/// Prints what a call of so many seconds came to, against the host's roofs.
+fn report(roofs: &Roofs, name: &str, seconds: f64, bytes: f64, flops: f64) {
+    println!(
+        "{name:44} {:10.1} us  {:7.1} GB/s {:4.0}%  {:8.1} GFLOP/s {:4.0}%",
+        seconds * 1e6,
+        bytes / seconds / 1e9,
+        100.0 * bytes / seconds / roofs.bytes,
+        flops / seconds / 1e9,
+        100.0 * flops / seconds / roofs.flops.unwrap_or(f64::NAN)
+    );
 }
 
 struct Host {
@@ -92,8 +45,9 @@ fn main() {
         let level = *level;
         let config = CpuConfig { dtype, family, threads, spin: 20_000 };
         let backend = CpuBackend::with_level(config, level).expect("a backend");
-        let roofs = Roofs::measure(threads, level);
-        let (bytes, flops) = (roofs.bytes / 1e9, roofs.flops / 1e9);
+        let pool = Pool::new(threads, 20_000).expect("threads");
+        let roofs = Roofs::of_cpu(&pool, level, family).expect("roofs");
+        let (bytes, flops) = (roofs.bytes / 1e9, roofs.flops.unwrap_or(f64::NAN) / 1e9);
         println!(
             "\n{level:?}, {dtype}, {family:?}, {threads} threads: {bytes:.1} GB/s, {flops:.0} GFLOP/s of bf16 pairs"
         );
@@ -143,7 +97,7 @@ impl Host {
                 }) / used as f64;
                 let values = (outputs * inputs) as f64;
                 let name = format!("matmul {n} x {inputs} -> {outputs}");
-                self.roofs.report(&name, seconds, values * 2.0, values * 2.0 * n as f64);
+                report(&self.roofs, &name, seconds, values * 2.0, values * 2.0 * n as f64);
             }
         }
     }
@@ -168,7 +122,7 @@ impl Host {
                 }) / used as f64;
                 let values = (outputs * inputs) as f64;
                 let name = format!("{format:?} {n}: {:.2} G weights/s", values / seconds / 1e9);
-                self.roofs.report(&name, seconds, w[0].bytes() as f64, values * 2.0 * n as f64);
+                report(&self.roofs, &name, seconds, w[0].bytes() as f64, values * 2.0 * n as f64);
             }
         }
     }
@@ -205,7 +159,7 @@ impl Host {
             let values = (outputs * inputs) as f64;
             let flops = values * 2.0 * (layers * grouping.rows.len()) as f64;
             let name = format!("{used} experts, {n} rows x {inputs} in {segments} -> {outputs}");
-            self.roofs.report(&name, seconds, values * 2.0 * used as f64, flops);
+            report(&self.roofs, &name, seconds, values * 2.0 * used as f64, flops);
         }
     }
 
@@ -242,9 +196,9 @@ impl Host {
             let seen = (0..rows).map(|r| start + r + 1).sum::<usize>() * sequences;
             let bytes = (sequences * (start + rows) * 2 * kv_heads * head_dim) as f64 * self.element;
             let name = format!("attention {sequences} x {rows} rows at {start}");
-            self.roofs.report(&name, seconds, bytes, (seen * heads * head_dim * 4) as f64);
+            report(&self.roofs, &name, seconds, bytes, (seen * heads * head_dim * 4) as f64);
             let moved = (n * width) as f64 * 4.0;
-            self.roofs.report("  its prepare", prepare, moved, 0.0);
+            report(&self.roofs, "  its prepare", prepare, moved, 0.0);
         }
     }
 
@@ -280,7 +234,7 @@ impl Host {
             let seen = (0..rows).map(|r| start + r + 1).sum::<usize>() * sequences;
             let bytes = (sequences * (start + rows) * 576) as f64 * self.element + 4.0 * 16.0 * 65536.0;
             let flops = (seen * shape.heads * (576 + 512) * 2 + n * 16 * 4 * 65536) as f64;
-            self.roofs.report(&format!("latent {sequences} x {rows} rows at {start}"), seconds, bytes, flops);
+            report(&self.roofs, &format!("latent {sequences} x {rows} rows at {start}"), seconds, bytes, flops);
         }
     }
 
@@ -296,11 +250,12 @@ impl Host {
             let mut input = b.buffer(n, cols, Kind::Input).expect("a buffer");
             let values = (n * cols) as f64;
             let seconds = median(|| b.norm(&x, &norm, n, &mut input).expect("norms"));
-            self.roofs.report(&format!("norm {n} x {cols}"), seconds, values * (4.0 + self.element), values * 4.0);
+            report(&self.roofs, &format!("norm {n} x {cols}"), seconds, values * (4.0 + self.element), values * 4.0);
             let seconds = median(|| b.add(&mut x, &y, None, n).expect("sums"));
-            self.roofs.report(&format!("add {n} x {cols}"), seconds, values * 12.0, values);
+            report(&self.roofs, &format!("add {n} x {cols}"), seconds, values * 12.0, values);
             let seconds = median(|| b.activate(&x, Activation::Silu, n, &mut half).expect("activations"));
-            self.roofs.report(
+            report(
+                &self.roofs,
                 &format!("silu {n} x {cols}"),
                 seconds,
                 values * (4.0 + self.element / 2.0),

@@ -11,3 +11,4 @@ pub mod health;
 pub mod load;
 mod metrics;
 pub mod preflight;
+pub mod roofs;

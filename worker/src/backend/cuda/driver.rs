@@ -130,6 +130,13 @@ impl Driver {
         self.wait()
     }
 
+    /// Copies within the device.
+    pub fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), Fault> {
+        self.enter()?;
+        // SAFETY: the driver refuses what is not the device's.
+        check("cuMemcpyDtoD", unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream) })
+    }
+
     pub fn clear(&self, at: Address, bytes: usize) -> Result<(), Fault> {
         if bytes == 0 {
             return Ok(());

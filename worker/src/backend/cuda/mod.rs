@@ -66,6 +66,12 @@ impl Device {
         self.driver.queue()
     }
 
+    /// A call that copies `bytes` of its memory within it and waits.
+    pub fn copy(&self, bytes: usize) -> Result<impl Fn() -> Result<(), Fault>, Fault> {
+        let (from, to) = (self.memory.piece(bytes)?, self.memory.piece(bytes)?);
+        Ok(move || self.driver.copy(from.at, to.at, bytes).and_then(|()| self.driver.wait()))
+    }
+
     /// What was reserved.
     pub fn memory_bytes(&self) -> usize {
         self.memory.bytes()
