@@ -228,8 +228,8 @@ pub async fn serve<F: Future<Output = Result<After>>>(
     let node = TcpListener::bind("127.0.0.1:0").await.context("no free port on loopback")?;
     let (api_address, node_address) = (api.local_addr()?, node.local_addr()?);
     let coordinator = coordinator::run::start(config, api, node, crate::build())?;
-    let workers = Workers::start(layout.workers, &layout.share, node_address, &token)?;
     let view = coordinator.view();
+    let workers = Workers::start(layout.workers, &layout.share, (node_address, &view), &token)?;
     let life = async {
         progress::until_serving(view.clone()).await?;
         let plan = view.borrow().plan.clone();

@@ -2,10 +2,12 @@
 //! read end of a pipe whose other end only we hold.
 
 use anyhow::{Context, Result};
+use coordinator::api::view::ClusterView;
 use std::net::SocketAddr;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 use tokio::process::{Child, Command};
+use tokio::sync::watch;
 use worker::config::Backend;
 
 /// What each worker is given.
@@ -28,15 +30,25 @@ const SHORT_LIVES_MAX: u32 = 5;
 /// Time for a worker to end by itself when asked.
 const GRACE: Duration = Duration::from_secs(3);
 
-/// Keeps `count` workers running until dropped; a worker that dies is started again.
+/// A process that lives, and whose worker is a member no more and joins no more within this time, hangs: stopped, or in a driver that
+/// does not answer.
+const ABSENT_MAX: Duration = Duration::from_secs(8);
+
+/// Keeps `count` workers running until dropped; a worker that dies or hangs is started again.
 pub struct Workers {
     tasks: Vec<tokio::task::JoinHandle<()>>,
-    stop: tokio::sync::watch::Sender<bool>,
+    stop: watch::Sender<bool>,
 }
 
 impl Workers {
-    pub fn start(count: usize, share: &Share, coordinator: SocketAddr, token: &str) -> Result<Workers> {
-        let (stop, _) = tokio::sync::watch::channel(false);
+    /// `view` tells who is a member of the coordinator at `coordinator`.
+    pub fn start(
+        count: usize,
+        share: &Share,
+        (coordinator, view): (SocketAddr, &watch::Receiver<ClusterView>),
+        token: &str,
+    ) -> Result<Workers> {
+        let (stop, _) = watch::channel(false);
         let program = std::env::current_exe().context("this program's own path is unknown")?;
         let tasks = (0..count)
             .map(|index| {
@@ -46,6 +58,7 @@ impl Workers {
                     name: format!("worker-{index}"),
                     share: share.clone(),
                     coordinator,
+                    view: view.clone(),
                     token: token.into(),
                 };
                 tokio::spawn(keeper.keep(stop.subscribe()))
@@ -69,11 +82,12 @@ struct Keeper {
     name: String,
     share: Share,
     coordinator: SocketAddr,
+    view: watch::Receiver<ClusterView>,
     token: String,
 }
 
 impl Keeper {
-    async fn keep(self, mut stop: tokio::sync::watch::Receiver<bool>) {
+    async fn keep(self, mut stop: watch::Receiver<bool>) {
         let mut short_lives = 0;
         loop {
             let began = Instant::now();
@@ -89,6 +103,12 @@ impl Keeper {
             let status = tokio::select! {
                 _ = stop.changed() => None,
                 status = child.wait() => Some(status),
+                () = self.hangs() => {
+                    tracing::warn!("{} hangs: no member for {ABSENT_MAX:?}, and its process lives", self.name);
+                    // What fails is that it has just ended.
+                    let _ = child.start_kill();
+                    Some(child.wait().await)
+                }
             };
             drop(lifeline);
             let Some(status) = status else { return end(child).await };
@@ -106,6 +126,22 @@ impl Keeper {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(50 << short_lives)).await;
+        }
+    }
+
+    /// Completes once the worker was a member, is no more, and stays away.
+    async fn hangs(&self) {
+        let mut view = self.view.clone();
+        let is_member = |view: &ClusterView| view.members.iter().any(|member| member.id == self.name);
+        loop {
+            let joined = view.wait_for(is_member).await.is_ok();
+            if !joined || view.wait_for(|view| !is_member(view)).await.is_err() {
+                // The coordinator ends, and its workers with it.
+                return std::future::pending().await;
+            }
+            if tokio::time::timeout(ABSENT_MAX, view.wait_for(is_member)).await.is_err() {
+                return;
+            }
         }
     }
 

@@ -22,11 +22,11 @@ fn stack() -> Option<&'static Stack> {
     STACK.get_or_init(|| Stack::build(&folder, "workers on GPUs are").unwrap_or_else(|e| panic!("{e:#}"))).as_ref()
 }
 
-/// `conclave serve` of a golden on four GPUs.
+/// `conclave serve` of a golden on eight GPUs.
 fn command(stack: &Stack, name: &str, flags: &[&str]) -> Command {
     let mut command = Command::new(PROGRAM);
     command.arg("serve").arg(golden(name)).args(["--listen", "127.0.0.1:0", "--backend", "cuda"]).args(flags);
-    stack.around(&mut command).envs([("FAKE_CUDA_MEMORY", MEMORY), ("FAKE_CUDA_DEVICES", "4")]);
+    stack.around(&mut command).envs([("FAKE_CUDA_MEMORY", MEMORY), ("FAKE_CUDA_DEVICES", "8")]);
     command
 }
 
@@ -37,9 +37,10 @@ fn served(stack: &Stack, name: &str, flags: &[&str]) -> Result<Served> {
 #[test]
 fn every_family_answers_as_its_reference() -> Result<()> {
     let Some(stack) = stack() else { return Ok(()) };
-    let meshes: [(&str, &[&str]); 3] = [
+    let meshes: [(&str, &[&str]); 4] = [
         ("llama2_70b", &["--tp", "4"]),
         ("qwen3_moe", &["--tp", "2", "--dp", "2", "--ep", "4"]),
+        ("glm45", &["--tp", "2", "--dp", "2", "--pp", "2", "--ep", "4"]),
         ("deepseek_v3", &["--tp", "2", "--pp", "2", "--ep", "2", "--num-speculative-tokens", "2"]),
     ];
     // The others take turns.
@@ -94,6 +95,9 @@ fn a_fault_between_gpus_is_recovered_from_and_changes_nothing() -> Result<()> {
         ("async:1:60", "23203", true),
         ("fail:0:60", "23203", true),
         ("die:1:60", "23203", true),
+        ("stop:1:60", "23203", true),
+        ("hang:0:60", "23203", true),
+        ("slow:1:60", "23203", true),
         ("fail:0:1", "21400", false),
     ]
     .into_iter()
@@ -145,7 +149,7 @@ fn refused(mut command: Command, said: &str) -> Result<()> {
 fn what_a_host_lacks_is_said_before_anything_is_loaded() -> Result<()> {
     let Some(stack) = stack() else { return Ok(()) };
     let name = "qwen3";
-    refused(command(stack, name, &["--tp", "8"]), "8 ranks ask for as many GPUs, the host has 4")?;
+    refused(command(stack, name, &["--tp", "16"]), "16 ranks ask for as many GPUs, the host has 8")?;
     refused(command(stack, name, &["--tp", "2", "--workers", "1"]), "--workers 1: with GPUs, one for each of 2 ranks")?;
     let mut none = command(stack, name, &[]);
     none.env("FAKE_CUDA_DEVICES", "0");

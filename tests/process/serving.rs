@@ -188,8 +188,9 @@ fn health_says_why_it_is_not_ready_and_then_that_it_is() -> Result<()> {
     }
     let metrics = String::from_utf8(served.get("/metrics")?.body)?;
     ensure!(metrics.contains("conclave_num_requests_running"), "{metrics}");
-    for worker in served.workers()? {
-        kill(worker, "STOP")?;
+    let stopped = served.workers()?;
+    for worker in &stopped {
+        kill(*worker, "STOP")?;
     }
     // A stopped worker is silent: not ready, with the reason.
     let mut said = Value::Null;
@@ -200,6 +201,13 @@ fn health_says_why_it_is_not_ready_and_then_that_it_is() -> Result<()> {
         })
     })?;
     ensure!(said.to_string().contains("silent"), "{said}");
+    // Who stays away though its process lives is replaced.
+    until("another worker serves", || served.get("/readyz").is_ok_and(|a| a.status == 200))?;
+    let now = served.workers()?;
+    ensure!(
+        now.len() == stopped.len() && now.iter().all(|worker| !stopped.contains(worker)),
+        "{stopped:?}, then {now:?}"
+    );
     Ok(())
 }
 

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! engine ── host slices ─────> Collective         threads, shared memory, TCP
-//!        └─ device addresses > DeviceCollective ─ Nccl            the library, on the device's queue (Fast: its own order)
-//!                                               └ Staged<C>       pinned copies around any Collective (Canonical bits)
+//!        └─ device addresses > DeviceCollective ─ Nccl            the library, on the device's queue
+//!                                               └ Staged<C>       pinned copies around any Collective
 //! ```
 //! Calls are put on the rank's [`Queue`] behind what is there and return before they are done, so that the host runs ahead and a
 //! graph can record them. What went wrong is a fault of a later call, at the latest of [`DeviceCollective::settle`]: **numbers
@@ -72,7 +72,8 @@ pub trait DeviceCollective: Send {
     /// What calls are put on.
     fn queue(&mut self) -> &mut dyn Queue;
 
-    /// Replaces `count` f32 numbers at `at` on every member by the sum over members.
+    /// Replaces `count` f32 numbers at `at` on every member by the sum over members, in an order of whoever adds: for what is not
+    /// promised to the bit, as benchmarks. An engine adds what `gather` and `exchange` bring.
     fn sum(&mut self, at: Address, count: usize) -> Result<(), Fault>;
 
     /// `bytes` of every member, in rank order, to `all`, which has room for all of them; the same number on all members.

@@ -54,7 +54,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Options {
-        let (deadline, stall) = (Duration::from_secs(60), Duration::from_secs(30));
+        let (deadline, stall) = (Duration::from_secs(60), Duration::from_secs(10));
         Options { deadline, stall, linger: Duration::ZERO, stopwatch: Arc::default(), kind: Kind::Tensor }
     }
 }
