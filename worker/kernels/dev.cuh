@@ -12,8 +12,8 @@
 #define SHARED_DYNAMIC(type, name)                        \
     extern __shared__ __align__(16) unsigned char dev_dynamic[]; \
     type *const name = reinterpret_cast<type *>(dev_dynamic)
-#define KERNEL(threads, name, Args) \
-    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args args)
+#define KERNEL_AMONG(together, threads, name, Args) \
+    extern "C" __global__ void __launch_bounds__(threads, (together) / (threads)) name(const __grid_constant__ Args args)
 #define UNROLL _Pragma("unroll")
 
 #else
@@ -24,16 +24,20 @@
     static const char name##_site = 0; \
     type *const name = static_cast<type *>(shim::shared(&name##_site, sizeof(type) * (count)))
 #define SHARED_DYNAMIC(type, name) type *const name = static_cast<type *>(shim::dynamic_shared())
-#define KERNEL(threads, name, Args)                                                                              \
-    static void name(const Args &args);                                                                          \
-    static void name##_body(const void *args) { name(*static_cast<const Args *>(args)); }                       \
-    extern "C" {                                                                                                 \
+#define KERNEL_AMONG(together, threads, name, Args)                                                                     \
+    static void name(const Args &args);                                                                                 \
+    static void name##_body(const void *args) { name(*static_cast<const Args *>(args)); }                               \
+    extern "C" {                                                                                                        \
     __attribute__((visibility("default"))) shim::Entry shim_entry_##name = {#name, sizeof(Args), threads, name##_body}; \
-    }                                                                                                            \
+    }                                                                                                                   \
     static void name(const Args &args)
 #define UNROLL
 
 #endif
+
+// An entry whose registers suffice for `together` threads on a multiprocessor at once: left to itself, a compiler spills some to
+// hold more threads.
+#define KERNEL(threads, name, Args) KERNEL_AMONG(1024, threads, name, Args)
 
 namespace dev {
 

@@ -107,6 +107,8 @@ template <class T>
 DEVICE void matmul(const MatmulArgs &args) {
     SHARED(float, xs, ROWS * CHUNK);
     SHARED(float, totals, ROWS);
+    // Touched once a segment: not worth 32 registers.
+    SHARED(order::Tree, trees, ROWS * PANEL);
     Tile tile;
     if (args.tiles) {
         tile = args.tiles[block_y()];
@@ -120,24 +122,24 @@ DEVICE void matmul(const MatmulArgs &args) {
     at.panel = block_x();
     at.width = width_of(w, at.panel);
     at.lane = thread();
-    order::Tree trees[ROWS] = {};
+    order::Tree *const own = trees + at.lane;
     for (u32 segment = 0; segment < w.segments; segment++) {
         float acc[ROWS];
         UNROLL for (u32 r = 0; r < ROWS; r++) acc[r] = 0.0f;
         if (w.form == HALVES) plain<T, false>(args, w, tile, at, segment, xs, acc);
         else if (w.form == FLOATS) plain<T, true>(args, w, tile, at, segment, xs, acc);
         else coded<T>(args, w, tile, at, segment, xs, totals, acc);
-        UNROLL for (u32 r = 0; r < ROWS; r++) order::join(trees[r], segment, acc[r]);
+        UNROLL for (u32 r = 0; r < ROWS; r++) order::join(own[r * PANEL], segment, acc[r]);
     }
     const u32 column = at.panel * PANEL + at.lane;
     if (column >= w.rows) return;
     float *out = args.out + u64(block_z()) * args.out_step + column;
     UNROLL for (u32 r = 0; r < ROWS; r++)
-        if (r < tile.count) out[u64(tile.first + r) * args.out_stride] = args.bias ? trees[r].whole + args.bias[column] : trees[r].whole;
+        if (r < tile.count) out[u64(tile.first + r) * args.out_stride] = args.bias ? own[r * PANEL].whole + args.bias[column] : own[r * PANEL].whole;
 }
 
-KERNEL(PANEL, matmul_f32, MatmulArgs) { matmul<float>(args); }
-KERNEL(PANEL, matmul_bf16, MatmulArgs) { matmul<bf16>(args); }
+KERNEL_AMONG(640, PANEL, matmul_f32, MatmulArgs) { matmul<float>(args); }
+KERNEL_AMONG(640, PANEL, matmul_bf16, MatmulArgs) { matmul<bf16>(args); }
 
 struct EmbedArgs {
     const Weight *table;

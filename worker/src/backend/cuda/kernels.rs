@@ -1,18 +1,9 @@
 //! The kernels of `worker/kernels` by name, and the structs that they take: field for field those of the `.cu` files.
 
-use super::compile::{Text, compile};
+use super::compile::compile;
 use super::driver::{Address, Driver, Kernel};
+use super::texts::SOURCES;
 use model::fault::Fault;
-
-const fn text(name: &'static str, text: &'static str) -> Text {
-    Text { name, text }
-}
-
-const HEADERS: [Text; 3] = [
-    text("dev.cuh", include_str!("../../../kernels/dev.cuh")),
-    text("order.cuh", include_str!("../../../kernels/order.cuh")),
-    text("weights.cuh", include_str!("../../../kernels/weights.cuh")),
-];
 
 /// For f32 and for bf16 inputs.
 pub type Pair = [Kernel; 2];
@@ -38,9 +29,10 @@ pub struct Kernels {
 impl Kernels {
     /// Compiles and loads them for this device.
     pub fn load(driver: &Driver) -> Result<Kernels, Fault> {
-        let load = |source: Text, names: &[&str]| driver.load(&compile(&source, &HEADERS, driver.capability)?, names);
+        let [rows, products, attention, experts] = &SOURCES;
+        let load = |source, names: &[&str]| driver.load(&compile(source, driver.capability)?.image, names);
         let rows = load(
-            text("rows.cu", include_str!("../../../kernels/rows.cu")),
+            rows,
             &[
                 "norm_f32",
                 "norm_bf16",
@@ -53,15 +45,12 @@ impl Kernels {
                 "sum_parts",
             ],
         )?;
-        let products = load(
-            text("matmul.cu", include_str!("../../../kernels/matmul.cu")),
-            &["matmul_f32", "matmul_bf16", "embed"],
-        )?;
+        let products = load(products, &["matmul_f32", "matmul_bf16", "embed"])?;
         let attention = load(
-            text("attention.cu", include_str!("../../../kernels/attention.cu")),
+            attention,
             &["head_squares", "prepare_f32", "prepare_bf16", "latent_f32", "latent_bf16", "attend_f32", "attend_bf16"],
         )?;
-        let experts = load(text("experts.cu", include_str!("../../../kernels/experts.cu")), &["route", "combine"])?;
+        let experts = load(experts, &["route", "combine"])?;
         Ok(Kernels {
             norm: [rows[0], rows[1]],
             add: rows[2],

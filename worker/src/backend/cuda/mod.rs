@@ -17,9 +17,11 @@ mod kernels;
 mod memory;
 mod ops;
 mod scratch;
+pub mod texts;
 mod weights;
 
 pub use attention::{Cache, Meta, RopeTable};
+pub use compile::{Compiled, compile};
 pub use weights::Matrix;
 
 use crate::backend::Kind;

@@ -1,0 +1,40 @@
+//! The texts of the kernels, and what they are compiled with.
+
+/// A file of text, by its name.
+pub struct Text {
+    pub name: &'static str,
+    pub text: &'static str,
+}
+
+const fn text(name: &'static str, text: &'static str) -> Text {
+    Text { name, text }
+}
+
+/// Each becomes one image.
+pub const SOURCES: [Text; 4] = [
+    text("rows.cu", include_str!("../../../kernels/rows.cu")),
+    text("matmul.cu", include_str!("../../../kernels/matmul.cu")),
+    text("attention.cu", include_str!("../../../kernels/attention.cu")),
+    text("experts.cu", include_str!("../../../kernels/experts.cu")),
+];
+
+/// What sources include.
+pub const HEADERS: [Text; 3] = [
+    text("dev.cuh", include_str!("../../../kernels/dev.cuh")),
+    text("order.cuh", include_str!("../../../kernels/order.cuh")),
+    text("weights.cuh", include_str!("../../../kernels/weights.cuh")),
+];
+
+/// What keeps every architecture's arithmetic alike: nothing is fused that the kernels do not fuse, subnormal numbers are zero,
+/// quotients and roots are rounded once. The last one changes no code: the log says what each kernel takes of a GPU.
+pub const OPTIONS: [&str; 6] =
+    ["--std=c++17", "--fmad=false", "--ftz=true", "--prec-div=true", "--prec-sqrt=true", "--ptxas-options=-v"];
+
+/// Compute capabilities that kernels are held to; 90 is a Hopper.
+pub const CAPABILITIES: [u32; 5] = [80, 89, 90, 100, 120];
+
+/// `sm_90a`. Some capabilities have code of their own beside the common one, which runs on no other.
+pub fn architecture(capability: u32) -> String {
+    let own = if matches!(capability, 90 | 100 | 103 | 120) { "a" } else { "" };
+    format!("sm_{capability}{own}")
+}
