@@ -5,7 +5,7 @@
 //   FAKE_CUDA_DEVICES   how many GPUs there are (1)              FAKE_CUDA_SCHEDULE  forward, reverse, random:SEED, ahead:WARP
 //   FAKE_CUDA_MEMORY    bytes of each (1 GiB)                    FAKE_CUDA_COPIES    early or late
 //   FAKE_CUDA_FAIL      NAME:N:CODE, the N-th call of NAME fails  FAKE_CUDA_VERSION   the driver's (13000)
-//   FAKE_CUDA_CALLS     a file to which counts of calls go in the end
+//   FAKE_CUDA_CALLS     a file to which counts of calls go in the end    FAKE_CUDA_CAPABILITY  90 for a Hopper (90)
 #include "fake.h"
 
 #include <dlfcn.h>
@@ -25,7 +25,7 @@
 namespace {
 
 enum Code { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
-            INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, LAUNCH_FAILED = 719, UNKNOWN = 999 };
+            INVALID_CONTEXT = 201, NO_BINARY = 209, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, LAUNCH_FAILED = 719, UNKNOWN = 999 };
 
 struct Module {
     void *library;
@@ -88,6 +88,19 @@ size_t memory() {
 int devices() {
     const char *count = getenv("FAKE_CUDA_DEVICES");
     return count ? atoi(count) : 1;
+}
+
+unsigned capability() {
+    const char *set = getenv("FAKE_CUDA_CAPABILITY");
+    return set ? atoi(set) : 90;
+}
+
+// Whether this GPU runs code for `architecture`: common code is for later GPUs of its generation too, 90a for one alone.
+bool runs(const char *architecture) {
+    char own = 0;
+    unsigned code = 0;
+    sscanf(architecture, "%u%c", &code, &own);
+    return own ? code == capability() : code / 10 == capability() / 10 && code <= capability();
 }
 
 bool within(const std::map<uintptr_t, size_t> &ranges, uintptr_t at, size_t bytes) {
@@ -196,8 +209,8 @@ FAKE int cuDeviceGetAttribute(int *value, int attribute, int) {
     switch (attribute) {
         case 16: *value = 8; return SUCCESS;            // multiprocessors
         case 32: *value = 1; return SUCCESS;            // memory corrects errors
-        case 75: *value = 9; return SUCCESS;            // compute capability
-        case 76: *value = 0; return SUCCESS;
+        case 75: *value = capability() / 10; return SUCCESS;
+        case 76: *value = capability() % 10; return SUCCESS;
         case 97: *value = 227 << 10; return SUCCESS;    // shared memory of a block that asks for it
         default: return complain(INVALID_VALUE, "an attribute that it does not know");
     }
@@ -383,8 +396,9 @@ FAKE int cuStreamDestroy_v2(Stream *stream) {
 FAKE int cuModuleLoadData(Module **out, const void *image) {
     ENTER("cuModuleLoadData");
     CURRENT();
-    char path[1024];
-    if (sscanf(static_cast<const char *>(image), FAKE_IMAGE, path) != 1) return INVALID_IMAGE;
+    char path[1024], architecture[16];
+    if (sscanf(static_cast<const char *>(image), FAKE_IMAGE, architecture, path) != 2) return INVALID_IMAGE;
+    if (!runs(architecture)) return NO_BINARY;
     void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     if (!library) return complain(INVALID_IMAGE, dlerror());
     void *run = dlsym(library, "shim_run");
@@ -444,6 +458,7 @@ FAKE int cuGetErrorName(int code, const char **name) {
         case NO_DEVICE: *name = "CUDA_ERROR_NO_DEVICE"; break;
         case INVALID_DEVICE: *name = "CUDA_ERROR_INVALID_DEVICE"; break;
         case INVALID_IMAGE: *name = "CUDA_ERROR_INVALID_IMAGE"; break;
+        case NO_BINARY: *name = "CUDA_ERROR_NO_BINARY_FOR_GPU"; break;
         case INVALID_CONTEXT: *name = "CUDA_ERROR_INVALID_CONTEXT"; break;
         case NOT_FOUND: *name = "CUDA_ERROR_NOT_FOUND"; break;
         case LAUNCH_FAILED: *name = "CUDA_ERROR_LAUNCH_FAILED"; break;

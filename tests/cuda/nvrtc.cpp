@@ -38,7 +38,7 @@ uint64_t hash(const std::string &text, uint64_t from = 0xcbf29ce484222325ull) {
     return from;
 }
 
-int compile(Program *program) {
+int compile(Program *program, const std::string &architecture) {
     const char *cache = getenv("FAKE_CUDA_CACHE"), *shim = getenv("FAKE_CUDA_SHIM"), *flags = getenv("FAKE_CUDA_FLAGS");
     if (!cache || !shim || !flags) return program->log = "FAKE_CUDA_CACHE, _SHIM and _FLAGS are not set", COMPILATION;
     std::string folder = std::string(shim) + "/shim";
@@ -59,7 +59,7 @@ int compile(Program *program) {
         program->log = read(place + "/log");
         if (system(("rm -rf " + place).c_str()) || failed) return COMPILATION;
     }
-    program->image = "FAKECUBIN " + built + "\n";
+    program->image = "FAKECUBIN " + architecture + " " + built + "\n";
     return SUCCESS;
 }
 
@@ -78,10 +78,9 @@ FAKE int nvrtcCreateProgram(Program **out, const char *source, const char *name,
 }
 
 FAKE int nvrtcCompileProgram(Program *program, int count, const char *const *options) {
-    bool arch = false;
-    for (int i = 0; i < count; i++) arch |= !strncmp(options[i], "--gpu-architecture=sm_", 22);
-    if (!arch) return program->log = "no architecture whose code could be loaded", INVALID_OPTION;
-    return compile(program);
+    for (int i = 0; i < count; i++)
+        if (!strncmp(options[i], "--gpu-architecture=sm_", 22)) return compile(program, options[i] + 19);
+    return program->log = "no architecture whose code could be loaded", INVALID_OPTION;
 }
 
 FAKE int nvrtcGetCUBINSize(Program *program, size_t *bytes) {

@@ -7,11 +7,14 @@ use conclave_tests::gpp::{Stack, case};
 use model::fault::{Fault, FaultKind};
 use model::plan::KernelFamily;
 use model::quant::Dtype;
-use std::path::Path;
-use std::sync::OnceLock;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, OnceLock};
 use worker::backend::cpu::{CpuBackend, CpuConfig};
-use worker::backend::cuda::{CudaBackend, CudaConfig, Device};
-use worker::backend::suite;
+use worker::backend::cuda::texts::{CAPABILITIES, SOURCES, Text, file};
+use worker::backend::cuda::{CudaBackend, CudaConfig, Device, Image, compile};
+use worker::backend::{Backend, HostSlice, Kind, suite};
 
 const MEMORY: usize = 256 << 20;
 
@@ -76,6 +79,19 @@ fn the_contract_is_kept_with_the_bits_of_the_cpu() {
     }
 }
 
+/// Runs one kernel.
+fn adds(device: &Arc<Device>) -> Result<(), Fault> {
+    let mut backend = CudaBackend::new(device.clone(), &CudaConfig { dtype: Dtype::F32, threads: 1 })?;
+    let mut rows = backend.buffer(3, 40, Kind::Full)?;
+    let term = backend.buffer(3, 40, Kind::Full)?;
+    backend.add(&mut rows, &term, None, 3)?;
+    match backend.host(&mut rows, 3)? {
+        HostSlice::F32(values) => assert_eq!(*values, [0.0; 120]),
+        HostSlice::Bf16(_) => panic!("a Full buffer is f32"),
+    }
+    Ok(())
+}
+
 fn refused(opened: Result<impl Sized, Fault>, kind: FaultKind, text: &str) {
     let fault = opened.err().unwrap();
     assert_eq!((fault.kind, fault.text.as_str()), (kind, text));
@@ -97,13 +113,9 @@ fn what_a_host_lacks_is_one_clear_fault() {
         }
         Some("fails") => refused(Device::open(0, Some(MEMORY)), OutOfMemory, "cuMemAlloc: CUDA_ERROR_OUT_OF_MEMORY"),
         Some("launch") => {
-            use worker::backend::{Backend, Kind};
-            let config = CudaConfig { dtype: Dtype::F32, threads: 1 };
-            let mut backend = CudaBackend::new(Device::open(0, Some(MEMORY)).unwrap(), &config).unwrap();
-            let mut rows = backend.buffer(3, 40, Kind::Full).unwrap();
-            let term = backend.buffer(3, 40, Kind::Full).unwrap();
-            backend.add(&mut rows, &term, None, 3).unwrap();
-            refused(backend.add(&mut rows, &term, None, 3), Internal, "cuLaunchKernel: CUDA_ERROR_LAUNCH_FAILED");
+            let device = Device::open(0, Some(MEMORY)).unwrap();
+            adds(&device).unwrap();
+            refused(adds(&device), Internal, "cuLaunchKernel: CUDA_ERROR_LAUNCH_FAILED");
         }
         Some(other) => panic!("no case {other}"),
         None => {
@@ -123,4 +135,114 @@ fn what_a_host_lacks_is_one_clear_fault() {
             passes(SELF, "launch", &[("FAKE_CUDA_FAIL", "cuLaunchKernel:2:719")]);
         }
     }
+}
+
+fn scratch(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(name)
+}
+
+/// Every image that a program has built in, by source, capability and file.
+fn images() -> impl Iterator<Item = (&'static Text, u32, PathBuf)> {
+    let folder = scratch("built-in");
+    CAPABILITIES.into_iter().flat_map(move |capability| {
+        let folder = folder.clone();
+        SOURCES.iter().map(move |source| (source, capability, folder.join(file(source, capability))))
+    })
+}
+
+/// Opens a GPU with the images of [`images`] built in.
+fn opened() -> Result<Arc<Device>, Fault> {
+    let read: Vec<_> = images().map(|(source, gpu, path)| (source.name, gpu, std::fs::read(path).unwrap())).collect();
+    let images: Vec<_> =
+        read.iter().map(|&(source, capability, ref bytes)| Image { source, capability, bytes }).collect();
+    Device::open_with(0, Some(MEMORY), &images)
+}
+
+#[test]
+fn kernels_that_are_built_in_need_no_nvrtc() {
+    const SELF: &str = "kernels_that_are_built_in_need_no_nvrtc";
+    const NO_NVRTC: &str = "no NVRTC (libnvrtc.so) to compile kernels for this GPU with";
+    let lacks = |opened, why: &str| refused(opened, FaultKind::Incompatible, &format!("{NO_NVRTC}; {why}"));
+    match case().as_deref() {
+        Some("make") => {
+            std::fs::create_dir_all(scratch("built-in")).unwrap();
+            for (source, capability, path) in images() {
+                std::fs::write(path, compile(source, capability).unwrap().image).unwrap();
+            }
+        }
+        Some("runs") => adds(&opened().unwrap()).unwrap(),
+        Some("none") => lacks(Device::open_with(0, Some(MEMORY), &[]), "none are built into this program"),
+        Some("later") => {
+            let built = "sm_80, sm_89, sm_90a, sm_100a, sm_120a";
+            lacks(opened(), &format!("those built in are for {built}, none of which sm_103 runs"));
+        }
+        Some("refused") => {
+            lacks(opened(), "those built in can't be loaded: cuModuleLoadData: CUDA_ERROR_INVALID_IMAGE");
+        }
+        Some(other) => panic!("no case {other}"),
+        None => {
+            passes(SELF, "make", &[]);
+            let Some(stack) = stack() else { return };
+            // The driver alone.
+            let alone = scratch("no-nvrtc");
+            std::fs::create_dir_all(&alone).unwrap();
+            std::fs::copy(stack.folder().join("libcuda.so"), alone.join("libcuda.so")).unwrap();
+            let alone = ("LD_LIBRARY_PATH", alone.to_str().unwrap());
+            let capability = |gpu| ("FAKE_CUDA_CAPABILITY", gpu);
+            let bad = ("FAKE_CUDA_FAIL", "cuModuleLoadData:1:200");
+            for gpu in ["80", "86", "89", "90", "100", "120"] {
+                passes(SELF, "runs", &[alone, capability(gpu)]);
+            }
+            // What is not built in, or can't be loaded, is compiled.
+            passes(SELF, "runs", &[capability("103")]);
+            passes(SELF, "runs", &[bad]);
+            if Command::new("sh").args(["-c", "ldconfig -p | grep -q libnvrtc"]).status().is_ok_and(|s| s.success()) {
+                let line = b"SKIPPED: a host without NVRTC is not tested: this one has it\n";
+                return std::io::stderr().write_all(line).unwrap();
+            }
+            passes(SELF, "none", &[alone]);
+            passes(SELF, "later", &[alone, capability("103")]);
+            passes(SELF, "refused", &[alone, bad]);
+        }
+    }
+}
+
+/// Runs the worker's build script: what it says, and what it leaves to be built in.
+fn scripted(script: &Path, folder: Option<&Path>) -> (String, String) {
+    let out = scratch("built-in-out");
+    let _ = std::fs::remove_dir_all(&out);
+    std::fs::create_dir_all(&out).unwrap();
+    let mut command = Command::new(script);
+    command.env("OUT_DIR", &out).env_remove("CONCLAVE_CUBINS").envs(folder.map(|folder| ("CONCLAVE_CUBINS", folder)));
+    let ran = command.output().unwrap();
+    assert!(ran.status.success(), "{ran:?}");
+    let left = std::fs::read_to_string(out.join("images.rs")).unwrap_or_default();
+    (String::from_utf8(ran.stdout).unwrap(), left)
+}
+
+#[test]
+fn images_of_other_texts_are_not_built_in() {
+    let (script, folder) = (scratch("worker-build"), scratch("built-in-folder"));
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../worker/build.rs");
+    let made = Command::new("rustc").args(["--edition", "2024", "-o"]).args([&script, &source]).status().unwrap();
+    assert!(made.success());
+    assert_eq!(scripted(&script, None).1, "[\n]\n");
+    assert_eq!(scripted(&script, Some(Path::new(""))).1, "[\n]\n");
+
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).unwrap();
+    let names = || images().map(|(_, _, path)| folder.join(path.file_name().unwrap()));
+    names().for_each(|path| std::fs::write(path, "an image").unwrap());
+    let (said, left) = scripted(&script, Some(&folder));
+    assert_eq!(left.matches("include_bytes!").count(), 20, "{said} {left}");
+
+    // As one is called that was made before a change.
+    let one = names().nth(7).unwrap();
+    std::fs::rename(&one, folder.join("experts-sm_89-0123456789abcdef.cubin")).unwrap();
+    let (said, left) = scripted(&script, Some(&folder));
+    let why = format!(
+        "cargo::error=CONCLAVE_CUBINS: there is no {}: none was made of experts.cu as it is now",
+        one.display()
+    );
+    assert!(said.contains(&why) && left.is_empty(), "{said} {left}");
 }

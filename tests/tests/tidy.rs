@@ -55,7 +55,7 @@ const RULES: [Rule; 10] = [
         what: "the environment is read by the command alone",
         texts: &["env::var", "env::var_os", "env::vars"],
         within: &[],
-        home: &["build.rs", "src/", "coordinator/src/config.rs", "worker/src/config.rs", "tests/"],
+        home: &["build.rs", "worker/build.rs", "src/", "coordinator/src/config.rs", "worker/src/config.rs", "tests/"],
         tests_too: false,
     },
     Rule {

@@ -1,12 +1,13 @@
 //! Compiles every kernel for GPUs with NVRTC, which needs no GPU, and holds what comes out against budgets:
-//! `cargo run --release -p worker --example cubins`, with a folder that has libnvrtc.so in `LD_LIBRARY_PATH`.
+//! `cargo run --release -p worker --example cubins -- [FOLDER]`, where libnvrtc.so is found (`tests/cuda/gates` brings one).
+//! The images go to the folder, from where a build of the program takes them (`CONCLAVE_CUBINS`, `worker/build.rs`).
 //!
 //! A fault is a kernel that spills or keeps anything on a stack, takes more registers or has more instructions than its budget
-//! on any architecture, or has no budget. Exits with 1 on any.
+//! on any architecture, or has no budget. On any, exits with 1 and leaves no images.
 
-use model::fault::Fault;
+use std::path::PathBuf;
 use std::process::ExitCode;
-use worker::backend::cuda::texts::{CAPABILITIES, SOURCES, architecture};
+use worker::backend::cuda::texts::{CAPABILITIES, SOURCES, architecture, file};
 use worker::backend::cuda::{Compiled, compile};
 
 /// The most that a kernel may take.
@@ -103,8 +104,9 @@ fn faults(taken: &Taken) -> Vec<String> {
     over.map(|(what, takes, most)| format!("{kernel}: {takes} {what}, {most} at most")).collect()
 }
 
-fn main() -> Result<ExitCode, Fault> {
-    let (mut wrong, mut kernels, mut bytes) = (Vec::new(), 0, 0);
+fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let folder = std::env::args_os().nth(1).map(PathBuf::from);
+    let (mut wrong, mut kernels, mut images) = (Vec::new(), 0, Vec::new());
     for capability in CAPABILITIES {
         for source in &SOURCES {
             let Compiled { image, log } = compile(source, capability)?;
@@ -115,13 +117,24 @@ fn main() -> Result<ExitCode, Fault> {
             }
             wrong.extend(all.iter().flat_map(faults).map(|fault| format!("{what}: {fault}")));
             kernels += all.len();
-            bytes += image.len();
+            images.push((file(source, capability), image));
         }
     }
     for fault in &wrong {
         eprintln!("{fault}");
     }
-    let (count, faults) = (CAPABILITIES.len(), wrong.len());
-    println!("{kernels} kernels for {count} architectures, {bytes} bytes, {faults} over their budgets");
-    Ok(if wrong.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let (count, over) = (CAPABILITIES.len(), wrong.len());
+    let bytes: usize = images.iter().map(|(_, image)| image.len()).sum();
+    println!("{kernels} kernels for {count} architectures, {bytes} bytes, {over} faults");
+    if over > 0 {
+        return Ok(ExitCode::FAILURE);
+    }
+    if let Some(folder) = folder {
+        std::fs::create_dir_all(&folder)?;
+        for (name, image) in &images {
+            std::fs::write(folder.join(name), image)?;
+        }
+        println!("{} images are in {}", images.len(), folder.display());
+    }
+    Ok(ExitCode::SUCCESS)
 }

@@ -1,6 +1,7 @@
 //! GPUs, and the libraries that ranks on them need.
 
 use super::{Line, binary};
+use crate::backend::cuda::{BUILT_IN, architectures};
 use crate::collective::nccl::Library as Nccl;
 use crate::cuda;
 use cudarc::driver::sys::{self as driver, CUdevice_P2PAttribute_enum as Peer, CUdevice_attribute_enum as Attribute};
@@ -51,7 +52,12 @@ fn driver_version() -> Result<Line, Line> {
 fn nvrtc_version() -> Line {
     // SAFETY: asks the loader alone.
     if !unsafe { nvrtc::is_culib_present() } {
-        return Line::lacks("nvrtc", "no libnvrtc.so: kernels are compiled by it when a worker starts");
+        return match BUILT_IN.is_empty() {
+            true => Line::lacks("nvrtc", "no libnvrtc.so: kernels are compiled by it when a worker starts"),
+            false => {
+                Line::note("nvrtc", format!("no libnvrtc.so: kernels are built in for {}", architectures(BUILT_IN)))
+            }
+        };
     }
     let (mut major, mut minor) = (0, 0);
     // SAFETY: the library is there; writes to live variables.

@@ -2,8 +2,9 @@
 
 use super::compile::compile;
 use super::driver::{Address, Driver, Kernel};
-use super::texts::SOURCES;
-use model::fault::Fault;
+use super::images::{Image, fitting};
+use super::texts::{SOURCES, Text};
+use model::fault::{Fault, FaultKind};
 
 /// For f32 and for bf16 inputs.
 pub type Pair = [Kernel; 2];
@@ -27,10 +28,23 @@ pub struct Kernels {
 }
 
 impl Kernels {
-    /// Compiles and loads them for this device.
-    pub fn load(driver: &Driver) -> Result<Kernels, Fault> {
+    /// Loads them for this device: `images` where it runs some, otherwise what NVRTC makes of the texts.
+    pub fn load(driver: &Driver, images: &[Image<'_>]) -> Result<Kernels, Fault> {
+        let why = match fitting(images, driver.capability) {
+            Ok(images) => match Kernels::of(driver, |source| find(&images, source)) {
+                Ok(kernels) => return Ok(kernels),
+                Err(fault) => format!("those built in can't be loaded: {}", fault.text),
+            },
+            Err(why) => why,
+        };
+        tracing::info!("compiling kernels for {}: {why}", driver.name);
+        Kernels::of(driver, |source| Ok(compile(source, driver.capability)?.image))
+            .map_err(|fault| Fault::new(fault.kind, format!("{}; {why}", fault.text)))
+    }
+
+    fn of(driver: &Driver, image: impl Fn(&Text) -> Result<Vec<u8>, Fault>) -> Result<Kernels, Fault> {
         let [rows, products, attention, experts] = &SOURCES;
-        let load = |source, names: &[&str]| driver.load(&compile(source, driver.capability)?.image, names);
+        let load = |source, names: &[&str]| driver.load(&image(source)?, names);
         let rows = load(
             rows,
             &[
@@ -68,6 +82,13 @@ impl Kernels {
             combine: experts[1],
         })
     }
+}
+
+/// A copy of a source's image: what was built in may begin anywhere, and a driver reads an image as numbers of eight bytes.
+fn find(images: &[Image<'_>], source: &Text) -> Result<Vec<u8>, Fault> {
+    let image = images.iter().find(|image| image.source == source.name);
+    let image = image.ok_or_else(|| Fault::new(FaultKind::Internal, format!("{} is not among them", source.name)))?;
+    Ok(image.bytes.to_vec())
 }
 
 /// Threads of a block of most kernels, and warps.

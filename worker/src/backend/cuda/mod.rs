@@ -13,6 +13,7 @@ mod attention;
 mod compile;
 mod driver;
 mod experts;
+mod images;
 mod kernels;
 mod memory;
 mod ops;
@@ -22,6 +23,7 @@ mod weights;
 
 pub use attention::{Cache, Meta, RopeTable};
 pub use compile::{Compiled, compile};
+pub use images::{BUILT_IN, Image, architectures};
 pub use weights::Matrix;
 
 use crate::backend::Kind;
@@ -48,14 +50,19 @@ pub struct Device {
 impl Device {
     /// Opens GPU `ordinal` and reserves `bytes` of its memory, or 90% of what is free; nothing is asked of the driver later.
     pub fn open(ordinal: usize, bytes: Option<usize>) -> Result<Arc<Device>, Fault> {
+        Device::open_with(ordinal, bytes, BUILT_IN)
+    }
+
+    /// The same with other images of kernels than those built in.
+    pub fn open_with(ordinal: usize, bytes: Option<usize>, images: &[Image<'_>]) -> Result<Arc<Device>, Fault> {
         let driver = Arc::new(Driver::open(ordinal)?);
-        // What does not fit is known before kernels are compiled.
+        // What does not fit is known before kernels are loaded.
         let bytes = match bytes {
             Some(bytes) => bytes,
             None => driver.memory()?.0 / 10 * 9,
         };
         let memory = Memory::reserve(driver.clone(), bytes)?;
-        let kernels = Kernels::load(&driver)?;
+        let kernels = Kernels::load(&driver, images)?;
         Ok(Arc::new(Device { driver, kernels, memory }))
     }
 

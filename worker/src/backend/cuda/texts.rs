@@ -1,4 +1,4 @@
-//! The texts of the kernels, and what they are compiled with.
+//! The texts of the kernels, and what they are compiled with. `build.rs` reads this file too: it names nothing of the worker.
 
 /// A file of text, by its name.
 pub struct Text {
@@ -37,4 +37,17 @@ pub const CAPABILITIES: [u32; 5] = [80, 89, 90, 100, 120];
 pub fn architecture(capability: u32) -> String {
     let own = if matches!(capability, 90 | 100 | 103 | 120) { "a" } else { "" };
     format!("sm_{capability}{own}")
+}
+
+/// `matmul-sm_90a-0123456789abcdef.cubin`, the name of an image's file: it tells everything that the image was made of, so that none
+/// made of other texts is taken for it.
+pub fn file(source: &Text, capability: u32) -> String {
+    let architecture = architecture(capability);
+    let headers = HEADERS.iter().flat_map(|header| [header.name, header.text]);
+    let parts = [source.name, source.text, &architecture].into_iter().chain(headers).chain(OPTIONS);
+    // FNV-1a, with an end to each part: against mistakes, not against malice.
+    let bytes = parts.flat_map(|part| part.bytes().chain([0xff]));
+    let hash =
+        bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    format!("{}-{architecture}-{hash:016x}.cubin", source.name.trim_end_matches(".cu"))
 }
