@@ -65,4 +65,7 @@ pub enum KernelFamily {
     Vector,
     /// Intel AMX's order: 32 K at a time, even and odd chains from zero, their sum added to the accumulator.
     Amx,
+    /// Tensor cores of GPUs since sm_80, for bf16; all else is as in `Vector`. In each segment four chains of steps of 16 inputs, joined by
+    /// the tree; how a core adds 16 products is its own affair, so the bits are those of one kind of GPU.
+    Tensor,
 }

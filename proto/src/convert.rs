@@ -69,6 +69,7 @@ pub fn family_to_wire(family: KernelFamily) -> wire::KernelFamily {
     match family {
         KernelFamily::Vector => wire::KernelFamily::Vector,
         KernelFamily::Amx => wire::KernelFamily::Amx,
+        KernelFamily::Tensor => wire::KernelFamily::Tensor,
     }
 }
 
@@ -76,6 +77,7 @@ pub fn family_from_wire(family: wire::KernelFamily) -> Result<KernelFamily, Wire
     match family {
         wire::KernelFamily::Vector => Ok(KernelFamily::Vector),
         wire::KernelFamily::Amx => Ok(KernelFamily::Amx),
+        wire::KernelFamily::Tensor => Ok(KernelFamily::Tensor),
         wire::KernelFamily::Unspecified => Err(WireError::Missing("kernel family")),
     }
 }

@@ -83,6 +83,24 @@ fn a_gpu_answers_as_the_cpu_to_the_last_bit_and_its_death_changes_nothing() -> R
 }
 
 #[test]
+fn tensor_cores_give_one_answer_on_every_mesh() -> Result<()> {
+    let Some(stack) = stack() else { return Ok(()) };
+    let meshes: [&[&str]; 3] = [&["--tp", "2"], &["--tp", "2", "--dp", "2"], &["--pp", "2"]];
+    // Codes of four bits, fp8 blocks, plain weights.
+    for name in ["gpt_oss", "deepseek_v3_fp8", "qwen3_moe"] {
+        let bf16 = |flags: &[&str]| served(stack, name, &[&["--dtype", "bf16"], flags].concat());
+        let one = bf16(&[])?;
+        let status = one.get("/status")?.json()?;
+        ensure!(status["kernel_family"] == "tensor", "{status}");
+        let expected = sampled(&one, name)?;
+        for mesh in meshes {
+            ensure!(sampled(&bf16(mesh)?, name)? == expected, "{name} {mesh:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn a_fault_between_gpus_is_recovered_from_and_changes_nothing() -> Result<()> {
     let Some(stack) = stack() else { return Ok(()) };
     let name = "gpt_oss";

@@ -6,6 +6,7 @@
 use conclave_tests::gpp::{Stack, case};
 use conclave_tests::ranks::{Ended, Seat, run};
 use model::fault::{Fault, FaultKind};
+use model::plan::KernelFamily;
 use model::quant::Dtype;
 use std::ops::Range;
 use std::path::Path;
@@ -203,7 +204,9 @@ fn sums() {
     let mut seat = Seat::take().unwrap();
     let (me, size) = (seat.rank, seat.size);
     let device = Device::open(me, Some(256 << 20)).unwrap();
-    let mut backend = CudaBackend::new(device.clone(), &CudaConfig { dtype: Dtype::F32, threads: 1 }).unwrap();
+    let mut backend =
+        CudaBackend::new(device.clone(), &CudaConfig { dtype: Dtype::F32, family: KernelFamily::Vector, threads: 1 })
+            .unwrap();
     let options = Options { stall: NEVER, ..Options::default() };
     let members = Nccl::connect(&Library::open().unwrap(), &mut seat.host, device.queue().unwrap(), &options).unwrap();
     let alone = || Box::new(local::members(1).unwrap().remove(0));

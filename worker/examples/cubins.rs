@@ -23,7 +23,7 @@ const fn most(kernel: &'static str, registers: usize, instructions: usize) -> Bu
 }
 
 /// Of all architectures, with a tenth or so to spare.
-const BUDGETS: [Budget; 21] = [
+const BUDGETS: [Budget; 25] = [
     most("norm_f32", 48, 1600),
     most("norm_bf16", 48, 1200),
     most("add", 24, 300),
@@ -45,6 +45,10 @@ const BUDGETS: [Budget; 21] = [
     most("attend_bf16", 64, 1750),
     most("route", 56, 3100),
     most("combine", 32, 120),
+    most("tensor_few", 128, 1400),
+    most("tensor_many", 128, 1800),
+    most("tensor_codes_few", 128, 3200),
+    most("tensor_codes_many", 255, 3800),
 ];
 
 /// What one kernel takes on one architecture.

@@ -72,16 +72,25 @@ DEVICE float point_of(const Weight &w, const Place &at, u32 k) {
 
 DEVICE bool is_shifted(const Weight &w) { return w.minima.count || w.points.count || w.point != 0.0f; }
 
-// What is held for input `k`, before scale, unit and point.
-DEVICE float held(const Weight &w, const Place &at, u32 k) {
-    if (w.form == NIBBLES) {
+// What is held for input `k`, before scale, unit and point. Every code is a number of bf16.
+template <u32 FORM>
+DEVICE float held_as(const Weight &w, const Place &at, u32 k) {
+    if (FORM == NIBBLES) {
         const u32 pair = k / 2, word = *reinterpret_cast<const u32 *>(entry(w.codes, at, pair / 4));
         return w.entries[word >> (16 * (k % 2) + 8 * (pair % 4 / 2) + 4 * (pair % 2)) & 15];
     }
     const u8 byte = *entry(w.codes, at, k);
-    if (w.form == INTEGERS) return float(static_cast<signed char>(byte));
+    if (FORM == INTEGERS) return float(static_cast<signed char>(byte));
     // E4M3 as f16 with the same bits of exponent: 256 times too small.
     return from_f16(u16((byte & 0x80) << 8 | (byte & 0x7f) << 7));
+}
+
+DEVICE float held(const Weight &w, const Place &at, u32 k) {
+    switch (w.form) {
+        case NIBBLES: return held_as<NIBBLES>(w, at, k);
+        case INTEGERS: return held_as<INTEGERS>(w, at, k);
+        default: return held_as<FP8>(w, at, k);
+    }
 }
 
 // One value.

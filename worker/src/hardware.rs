@@ -41,6 +41,6 @@ impl Hardware {
 pub fn families(backend: Backend) -> Vec<KernelFamily> {
     match backend {
         Backend::Cpu => cpu::families(),
-        Backend::Cuda => vec![KernelFamily::Vector],
+        Backend::Cuda => vec![KernelFamily::Tensor, KernelFamily::Vector],
     }
 }

@@ -58,12 +58,12 @@ impl Roofs {
         let bytes = (READ * size_of::<u32>()) as f64 / seconds;
         let (rounds, flops): (usize, usize) = match family {
             KernelFamily::Amx => (20_000, Square::FLOPS),
-            KernelFamily::Vector => (2_000_000, Dot::FLOPS),
+            KernelFamily::Vector | KernelFamily::Tensor => (2_000_000, Dot::FLOPS),
         };
         let seconds = median(|| {
             pool.run(threads, &|_| match family {
                 KernelFamily::Amx => Square::default().run(rounds),
-                KernelFamily::Vector => {
+                KernelFamily::Vector | KernelFamily::Tensor => {
                     black_box(level.run(Dot { rounds: black_box(rounds), pair: black_box(0x3c00_3c00) }));
                 }
             })

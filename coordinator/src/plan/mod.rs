@@ -257,7 +257,8 @@ const STEP_TOKENS_MAX: usize = 1 << 20;
 
 /// The family that all workers run: the one already served with, as another would change answers, else the fastest.
 fn family(members: &[Offer], previous: Option<&Plan>) -> Result<KernelFamily, PlanError> {
-    let preferred = previous.map(|p| p.family).into_iter().chain([KernelFamily::Amx, KernelFamily::Vector]);
+    let fastest = [KernelFamily::Tensor, KernelFamily::Amx, KernelFamily::Vector];
+    let preferred = previous.map(|p| p.family).into_iter().chain(fastest);
     let common = |family: &KernelFamily| members.iter().all(|m| m.families.contains(family));
     preferred.into_iter().find(common).ok_or_else(|| {
         let lists = members.iter().map(|m| format!("{} has {:?}", m.worker.0, m.families));

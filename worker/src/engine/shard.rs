@@ -11,7 +11,7 @@ use crate::load::loader::Progress;
 use crate::load::shelf::{self, Setting, Shelf};
 use model::fault::{Fault, FaultKind};
 use model::mesh::RankId;
-use model::plan::{KernelFamily, Limits, Plan};
+use model::plan::{Limits, Plan};
 use model::spec::ModelSpec;
 use model::step::{LaneResult, StepBatch};
 use std::sync::Arc;
@@ -116,7 +116,7 @@ impl Shelves {
                 prepare(|| CpuBackend::new(config), &Preparation { spec, plan, rank, checkpoint, shelf }, &setting)
             }
             Place::Gpu(device, shelf) => {
-                let config = CudaConfig { dtype: plan.dtype, threads };
+                let config = CudaConfig { dtype: plan.dtype, family: plan.family, threads };
                 let backend = || CudaBackend::new(device.clone(), &config);
                 prepare(backend, &Preparation { spec, plan, rank, checkpoint, shelf }, &setting)
             }
@@ -159,11 +159,7 @@ pub struct ShardConfig<'a> {
 pub fn load_shard(config: ShardConfig<'_>) -> Result<Box<dyn Shard>, Fault> {
     let Place::Gpu(device, shelf) = &config.shelves.0 else { return Ok(Box::new(load_cpu(config)?)) };
     let ShardConfig { spec, plan, rank, checkpoint, communicators, threads, progress, loading, .. } = config;
-    if plan.family != KernelFamily::Vector {
-        let text = format!("a plan of the {:?} family for a GPU, which keeps the vector family's sums", plan.family);
-        return Err(Fault::new(FaultKind::Incompatible, text));
-    }
-    let backend = CudaBackend::new(device.clone(), &CudaConfig { dtype: plan.dtype, threads })?;
+    let backend = CudaBackend::new(device.clone(), &CudaConfig { dtype: plan.dtype, family: plan.family, threads })?;
     let assignment = Assignment { spec, plan, rank, checkpoint, shelf, communicators, progress, loading };
     Ok(Box::new(Engine::new(backend, assignment)?))
 }

@@ -152,6 +152,9 @@ impl CpuBackend {
     /// With a chosen instruction set, to compare them.
     pub fn with_level(config: CpuConfig, level: Level) -> Result<CpuBackend, Fault> {
         let CpuConfig { dtype, family, threads, spin } = config;
+        if family == KernelFamily::Tensor {
+            return Err(Fault::new(FaultKind::Incompatible, "a CPU has no tensor cores"));
+        }
         let refuse = |e| Fault::new(FaultKind::Internal, format!("no {threads} threads: {e}"));
         let pool = Pool::new(threads, spin).map_err(refuse)?;
         let scratch = Scratch {

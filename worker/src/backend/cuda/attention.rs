@@ -1,7 +1,9 @@
 //! Both attentions: what is checked before a launch, and the structs that go with it.
 
 use super::driver::Address;
-use super::kernels::{AttendArgs, LatentArgs, Layout, MatmulArgs, PrepareArgs, ROWS, Row, SquaresArgs, THREADS, WARPS};
+use super::kernels::{
+    AttendArgs, LatentArgs, Layout, MatmulArgs, PANEL, PrepareArgs, Row, SquaresArgs, THREADS, WARPS,
+};
 use super::memory::Piece;
 use super::scratch::Use;
 use super::{Buffer, CudaBackend, Matrix, Vector, address};
@@ -417,7 +419,7 @@ impl CudaBackend {
             out_stride: (w.len() * outputs) as u32,
             out_step: outputs as u32,
         };
-        let grid = [outputs.div_ceil(super::kernels::PANEL), n.div_ceil(ROWS), w.len()];
-        self.multiply(grid, &args)
+        let (kernel, each) = self.product(w, n);
+        self.multiply(kernel, [outputs.div_ceil(PANEL), n.div_ceil(each), w.len()], &args)
     }
 }

@@ -1,12 +1,16 @@
 //! Routing, multiplications by expert, and the way back.
 
-use super::driver::Address;
-use super::kernels::{CombineArgs, CopyArgs, MatmulArgs, PANEL, ROWS, RouteArgs, THREADS, Tile};
+use super::driver::{Address, Kernel};
+use super::kernels::{
+    CombineArgs, CopyArgs, MatmulArgs, PANEL, ROWS, RouteArgs, TENSOR_ROWS, TENSOR_STEP, TENSOR_THREADS, THREADS, Tile,
+};
 use super::scratch::{Parcel, Use};
 use super::{Buffer, CudaBackend, Matrix, Vector, address};
 use crate::backend::contract::{check_router, ensure};
 use crate::backend::{Grouping, Routing};
 use model::fault::Fault;
+use model::plan::KernelFamily;
+use model::quant::Dtype;
 use model::spec::{Router, Score};
 
 impl CudaBackend {
@@ -56,8 +60,25 @@ impl CudaBackend {
         Ok(self.scratch.send(&parcel)?(many))
     }
 
-    pub(super) fn multiply(&self, grid: [usize; 3], args: &MatmulArgs) -> Result<(), Fault> {
-        self.device.driver.launch(self.device.kernels.matmul[self.which()], grid, PANEL, 0, args)
+    /// The kernel that multiplies `n` rows with each of `w`, and how many of them a block takes. Its threads go with it. Runs
+    /// of codes that are no whole steps of tensor cores are multiplied without, and so are weights of several forms.
+    pub(super) fn product(&self, w: &[Matrix], n: usize) -> ((Kernel, usize), usize) {
+        let (kernels, run) = (&self.device.kernels, w.first().and_then(Matrix::run));
+        let fits = w.iter().all(|w| w.run() == run) && run.is_none_or(|run| run.is_multiple_of(TENSOR_STEP));
+        if self.family == KernelFamily::Tensor && self.dtype == Dtype::Bf16 && fits {
+            let many = usize::from(n > TENSOR_ROWS[0]);
+            return ((kernels.tensor[usize::from(run.is_some())][many], TENSOR_THREADS), TENSOR_ROWS[many]);
+        }
+        ((kernels.matmul[self.which()], PANEL), ROWS)
+    }
+
+    pub(super) fn multiply(
+        &self,
+        (kernel, threads): (Kernel, usize),
+        grid: [usize; 3],
+        args: &MatmulArgs,
+    ) -> Result<(), Fault> {
+        self.device.driver.launch(kernel, grid, threads, 0, args)
     }
 
     /// A grouped multiplication; `picked`: each pair's row of `x` is the one that it names, else its own.
@@ -79,13 +100,15 @@ impl CudaBackend {
         })?;
         let most = if picked { grouping.rows_read() } else { pairs };
         let (x, out) = (x.check(most)?, out.full(pairs)?);
+        let largest = offsets.windows(2).map(|ends| ends[1].saturating_sub(ends[0])).max();
+        let (kernel, each) = self.product(w, largest.unwrap_or(0) as usize);
         let mut tiles = Vec::new();
         let mut weights = Vec::new();
         for (expert, ends) in offsets.windows(2).enumerate().filter(|(_, ends)| ends[1] > ends[0]) {
             let weight = weights.len() as u32;
             weights.push(w[expert].descriptor());
-            for first in (ends[0]..ends[1]).step_by(ROWS) {
-                tiles.push(Tile { weight, first, count: (ends[1] - first).min(ROWS as u32) });
+            for first in (ends[0]..ends[1]).step_by(each) {
+                tiles.push(Tile { weight, first, count: (ends[1] - first).min(each as u32) });
             }
         }
         let mut parcel = Parcel::default();
@@ -107,7 +130,7 @@ impl CudaBackend {
             out_stride: rows as u32,
             out_step: 0,
         };
-        self.multiply([rows.div_ceil(PANEL), tiles.len(), 1], &args)
+        self.multiply(kernel, [rows.div_ceil(PANEL), tiles.len(), 1], &args)
     }
 
     pub(super) fn weigh(&mut self, x: &Buffer, grouping: &Grouping, out: &Buffer) -> Result<(), Fault> {

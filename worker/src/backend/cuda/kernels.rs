@@ -25,6 +25,8 @@ pub struct Kernels {
     pub attend: Pair,
     pub route: Kernel,
     pub combine: Kernel,
+    /// On tensor cores, bf16: of plain weights and of codes, for few rows and for many.
+    pub tensor: [[Kernel; 2]; 2],
 }
 
 impl Kernels {
@@ -43,7 +45,7 @@ impl Kernels {
     }
 
     fn of(driver: &Driver, image: impl Fn(&Text) -> Result<Vec<u8>, Fault>) -> Result<Kernels, Fault> {
-        let [rows, products, attention, experts] = &SOURCES;
+        let [rows, products, attention, experts, tensor] = &SOURCES;
         let load = |source, names: &[&str]| driver.load(&image(source)?, names);
         let rows = load(
             rows,
@@ -65,6 +67,7 @@ impl Kernels {
             &["head_squares", "prepare_f32", "prepare_bf16", "latent_f32", "latent_bf16", "attend_f32", "attend_bf16"],
         )?;
         let experts = load(experts, &["route", "combine"])?;
+        let tensor = load(tensor, &["tensor_few", "tensor_many", "tensor_codes_few", "tensor_codes_many"])?;
         Ok(Kernels {
             norm: [rows[0], rows[1]],
             add: rows[2],
@@ -80,6 +83,7 @@ impl Kernels {
             attend: [attention[5], attention[6]],
             route: experts[0],
             combine: experts[1],
+            tensor: [[tensor[0], tensor[1]], [tensor[2], tensor[3]]],
         })
     }
 }
@@ -98,6 +102,11 @@ pub const WARPS: usize = THREADS / 32;
 pub const PANEL: usize = 64;
 /// Rows that a block multiplies.
 pub const ROWS: usize = 8;
+/// The same on tensor cores, for few rows and for many, and threads of a block.
+pub const TENSOR_ROWS: [usize; 2] = [16, 32];
+pub const TENSOR_THREADS: usize = 256;
+/// Inputs that they take at once.
+pub const TENSOR_STEP: usize = 16;
 
 #[derive(Clone, Copy)]
 #[repr(C)]

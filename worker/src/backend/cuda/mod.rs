@@ -1,5 +1,6 @@
 //! A GPU as a device, through its driver and kernels of our own (`worker/kernels`). Every op keeps the canonical orders of the CPU's
-//! vector family, bit for bit: what a rank answers does not tell which of the two it runs on.
+//! vector family, bit for bit: what a rank answers does not tell which of the two it runs on. In the family of tensor cores products of bf16
+//! have an order of their own ([`KernelFamily::Tensor`]).
 //!
 //! ```text
 //! ops, attention, experts (the contract)  >  Device: driver, kernels, memory  >  driver.rs, compile.rs (unsafe, cudarc)
@@ -35,6 +36,7 @@ use half::bf16;
 use kernels::Kernels;
 use memory::{Memory, Piece};
 use model::fault::{Fault, FaultKind};
+use model::plan::KernelFamily;
 use model::quant::Dtype;
 use scratch::Scratch;
 use std::sync::Arc;
@@ -97,6 +99,8 @@ impl Device {
 #[derive(Debug, Clone, PartialEq)]
 pub struct CudaConfig {
     pub dtype: Dtype,
+    /// The order of sums: that of one chain an output, or for bf16 that of tensor cores.
+    pub family: KernelFamily,
     /// Threads of the host that pack weights.
     pub threads: usize,
 }
@@ -105,6 +109,7 @@ pub struct CudaConfig {
 pub struct CudaBackend {
     device: Arc<Device>,
     dtype: Dtype,
+    family: KernelFamily,
     pool: Pool,
     scratch: Scratch,
     index: Index,
@@ -131,11 +136,15 @@ pub struct Buffer {
 impl CudaBackend {
     pub fn new(device: Arc<Device>, config: &CudaConfig) -> Result<CudaBackend, Fault> {
         let refuse = |e| Fault::new(FaultKind::Internal, format!("no {} threads: {e}", config.threads));
+        if config.family == KernelFamily::Amx {
+            return Err(Fault::new(FaultKind::Incompatible, "a GPU keeps no order of AMX's tiles"));
+        }
         let pool = Pool::new(config.threads.max(1), 0).map_err(refuse)?;
         let scratch = Scratch::new(device.clone());
         Ok(CudaBackend {
             device,
             dtype: config.dtype,
+            family: config.family,
             pool,
             scratch,
             index: Index::default(),

@@ -2,7 +2,7 @@
 
 use super::driver::Address;
 use super::kernels::{
-    ActivateArgs, AddArgs, CopyArgs, EmbedArgs, MatmulArgs, NormArgs, PANEL, ROWS, SumPartsArgs, THREADS, WARPS,
+    ActivateArgs, AddArgs, CopyArgs, EmbedArgs, MatmulArgs, NormArgs, PANEL, SumPartsArgs, THREADS, WARPS,
 };
 use super::scratch::Parcel;
 use super::{Buffer, Cache, CudaBackend, Matrix, Meta, RopeTable, Vector, address};
@@ -15,13 +15,9 @@ use crate::collective::device::DeviceRows;
 use crate::engine::batch::Batch;
 use half::bf16;
 use model::fault::{Fault, FaultKind};
-use model::plan::KernelFamily;
 use model::quant::Dtype;
 use model::rope::Rope;
 use model::spec::{Activation, CacheKind, NormForm, Router};
-
-/// The order of every sum: one chain an output.
-const FAMILY: KernelFamily = KernelFamily::Vector;
 
 /// Blocks of element-wise kernels.
 fn flat(values: usize) -> [usize; 3] {
@@ -60,11 +56,11 @@ impl Backend for CudaBackend {
     type RopeTable = RopeTable;
 
     fn matrix(&self, parts: &[MatrixView<'_>], segments: usize) -> Result<Matrix, Fault> {
-        self.keep(&packing::pack(&self.pool, self.dtype, FAMILY, parts, segments)?)
+        self.keep(&packing::pack(&self.pool, self.dtype, self.family, parts, segments)?)
     }
 
     fn matrix_f32(&self, values: &[f32], rows: usize, cols: usize, segments: usize) -> Result<Matrix, Fault> {
-        self.keep(&packing::pack_f32(&self.pool, self.dtype, FAMILY, values, (rows, cols), segments)?)
+        self.keep(&packing::pack_f32(&self.pool, self.dtype, self.family, values, (rows, cols), segments)?)
     }
 
     fn vector(&self, values: &[f32]) -> Result<Vector, Fault> {
@@ -180,7 +176,8 @@ impl Backend for CudaBackend {
             out_stride: rows as u32,
             out_step: 0,
         };
-        self.multiply([rows.div_ceil(PANEL), n.div_ceil(ROWS), 1], &args)
+        let (kernel, each) = self.product(std::slice::from_ref(w), n);
+        self.multiply(kernel, [rows.div_ceil(PANEL), n.div_ceil(each), 1], &args)
     }
 
     fn add(&mut self, x: &mut Buffer, y: &Buffer, bias: Option<&Vector>, n: usize) -> Result<(), Fault> {

@@ -11,11 +11,12 @@ const fn text(name: &'static str, text: &'static str) -> Text {
 }
 
 /// Each becomes one image.
-pub const SOURCES: [Text; 4] = [
+pub const SOURCES: [Text; 5] = [
     text("rows.cu", include_str!("../../../kernels/rows.cu")),
     text("matmul.cu", include_str!("../../../kernels/matmul.cu")),
     text("attention.cu", include_str!("../../../kernels/attention.cu")),
     text("experts.cu", include_str!("../../../kernels/experts.cu")),
+    text("tensor.cu", include_str!("../../../kernels/tensor.cu")),
 ];
 
 /// What sources include.

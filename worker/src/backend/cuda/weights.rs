@@ -18,6 +18,8 @@ struct Held {
     rows: usize,
     cols: usize,
     bytes: usize,
+    /// Inputs of a run of codes; of plain numbers none.
+    run: Option<usize>,
     /// A [`Weight`].
     descriptor: Piece,
     _parts: Vec<Piece>,
@@ -75,11 +77,16 @@ impl Matrix {
         // Another stream may be the first to read it.
         device.driver.wait()?;
         let (rows, cols, bytes) = (packed.rows, packed.cols, packed.bytes());
-        Ok(Matrix(Arc::new(Held { rows, cols, bytes, descriptor, _parts: parts })))
+        let run = packed.coded.as_ref().map(|_| weight.run as usize);
+        Ok(Matrix(Arc::new(Held { rows, cols, bytes, run, descriptor, _parts: parts })))
     }
 
     pub fn rows(&self) -> usize {
         self.0.rows
+    }
+
+    pub(super) fn run(&self) -> Option<usize> {
+        self.0.run
     }
 
     pub fn cols(&self) -> usize {

@@ -37,7 +37,7 @@ pub const PENDING: usize = 4;
 pub const fn task_rows(family: KernelFamily) -> usize {
     match family {
         KernelFamily::Amx => TASK_ROWS,
-        KernelFamily::Vector => 8 * PASS_ROWS,
+        KernelFamily::Vector | KernelFamily::Tensor => 8 * PASS_ROWS,
     }
 }
 
@@ -47,7 +47,7 @@ const fn chunk(rows: usize, family: KernelFamily, once: bool) -> usize {
     match family {
         KernelFamily::Amx if rows > AMX_ROWS => CHUNK / if once { 4 } else { 2 },
         KernelFamily::Amx => CHUNK,
-        KernelFamily::Vector => match rows.div_ceil(PASS_ROWS) {
+        KernelFamily::Vector | KernelFamily::Tensor => match rows.div_ceil(PASS_ROWS) {
             2 => CHUNK / 8,
             3 | 4 => CHUNK / 4,
             _ => CHUNK,
@@ -193,7 +193,7 @@ impl Input for bf16 {
         unsafe {
             match task.family {
                 KernelFamily::Vector if L::DOT => chains::<L, HalfByHalf>(part),
-                KernelFamily::Vector => widened::<L>(part),
+                KernelFamily::Vector | KernelFamily::Tensor => widened::<L>(part),
                 KernelFamily::Amx => blocks::<L>(&task.tiles, part),
             }
         }

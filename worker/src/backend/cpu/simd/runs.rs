@@ -240,7 +240,7 @@ pub unsafe fn halves<L: Lanes>(task: &Task<'_, bf16>, stretch: &Stretch<'_, bf16
     unsafe {
         match task.family {
             KernelFamily::Vector if L::DOT => chained::<L, HalfByHalf>(stretch),
-            KernelFamily::Vector => widened::<L>(stretch),
+            KernelFamily::Vector | KernelFamily::Tensor => widened::<L>(stretch),
             KernelFamily::Amx => blocks::<L>(task, stretch),
         }
     }
