@@ -1,29 +1,10 @@
 // Products with weights: every output is one chain of f32 over its inputs inside a segment, from +0.0, the odd input of a pair first;
 // segments are joined by the tree; the bias comes last. A thread is an output, a block a panel of 64 for up to eight rows.
-#include "weights.cuh"
+#include "products.cuh"
 
 constexpr u32 ROWS = 8;
 // Inputs of a row in shared memory at once: no run of codes is longer.
 constexpr u32 CHUNK = 128;
-
-// Rows of one weight.
-struct Tile {
-    u32 weight, first, count;
-};
-static_assert(sizeof(Tile) == 12, "what the host writes");
-
-struct MatmulArgs {
-    const void *x;
-    float *out;
-    const float *bias;
-    const Weight *one;           // the weight of all rows
-    const Weight *const *many;   // or of each tile, or of each z
-    const Tile *tiles;           // of block y
-    const u32 *picks;            // the row of x of each row of out
-    u32 n;                       // rows, where there are no tiles
-    u32 x_stride, x_step;        // of rows, and from one z to the next
-    u32 out_stride, out_step;
-};
 
 // Inputs from + [0, count) of the tile's rows to shared memory; behind `end` they are zero.
 template <class T>
@@ -109,15 +90,8 @@ DEVICE void matmul(const MatmulArgs &args) {
     SHARED(float, totals, ROWS);
     // Touched once a segment: not worth 32 registers.
     SHARED(order::Tree, trees, ROWS * PANEL);
-    Tile tile;
-    if (args.tiles) {
-        tile = args.tiles[block_y()];
-    } else {
-        tile.weight = block_z();
-        tile.first = block_y() * ROWS;
-        tile.count = args.n - tile.first < ROWS ? args.n - tile.first : ROWS;
-    }
-    const Weight &w = args.many ? *args.many[tile.weight] : *args.one;
+    const Tile tile = tile_of(args, ROWS);
+    const Weight &w = weight_of(args, tile);
     Place at;
     at.panel = block_x();
     at.width = width_of(w, at.panel);

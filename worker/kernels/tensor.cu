@@ -7,33 +7,13 @@
 // A block is a panel of 64 outputs for some tiles of sixteen rows: eight warps, each one chain of one half of the panel. Four words
 // that a lane reads at once, of a pair of inputs for four neighbouring outputs, are the second operands of four products: so
 // output 4 j + t of a half is column j of product t.
-#include "weights.cuh"
+#include "products.cuh"
 
 constexpr u32 WARPS = 8;
 constexpr u32 CHAINS = 4;
 constexpr u32 HALF = PANEL / 2;
 constexpr u32 STEP = 16;
 constexpr u32 PRODUCTS = 4;
-
-// Rows of one weight.
-struct Tile {
-    u32 weight, first, count;
-};
-static_assert(sizeof(Tile) == 12, "what the host writes");
-
-// As matmul.cu's.
-struct MatmulArgs {
-    const bf16 *x;
-    float *out;
-    const float *bias;
-    const Weight *one;
-    const Weight *const *many;
-    const Tile *tiles;
-    const u32 *picks;
-    u32 n;
-    u32 x_stride, x_step;
-    u32 out_stride, out_step;
-};
 
 struct alignas(16) Words {
     u32 of[PRODUCTS];
@@ -158,15 +138,9 @@ template <u32 TILES, bool CODES>
 DEVICE void multiply(const MatmulArgs &args) {
     constexpr u32 ROWS = TILES * 16, OWN = ROWS * PANEL / (WARPS * WARP);
     SHARED(float, sums, CHAINS * ROWS * PANEL);
-    Tile tile;
-    if (args.tiles) {
-        tile = args.tiles[block_y()];
-    } else {
-        tile.weight = block_z();
-        tile.first = block_y() * ROWS;
-        tile.count = args.n - tile.first < ROWS ? args.n - tile.first : ROWS;
-    }
-    const Weight &w = args.many ? *args.many[tile.weight] : *args.one;
+    const Tile tile = tile_of(args, ROWS);
+    const Weight &w = weight_of(args, tile);
+    const bf16 *x = static_cast<const bf16 *>(args.x) + u64(block_z()) * args.x_step;
     Lane<TILES> lane;
     lane.chain = warp() % CHAINS;
     lane.half = warp() / CHAINS;
@@ -179,7 +153,7 @@ DEVICE void multiply(const MatmulArgs &args) {
     UNROLL for (u32 i = 0; i < 2 * TILES; i++) {
         const u32 r = i * 8 + lane.column, row = tile.first + r;
         lane.rows[i] = nullptr;
-        if (r < tile.count) lane.rows[i] = args.x + u64(block_z()) * args.x_step + u64(args.picks ? args.picks[row] : row) * args.x_stride;
+        if (r < tile.count) lane.rows[i] = x + u64(args.picks ? args.picks[row] : row) * args.x_stride;
     }
     order::Tree trees[OWN];
     for (u32 segment = 0; segment < w.segments; segment++) {

@@ -20,10 +20,11 @@ pub const SOURCES: [Text; 5] = [
 ];
 
 /// What sources include.
-pub const HEADERS: [Text; 3] = [
+pub const HEADERS: [Text; 4] = [
     text("dev.cuh", include_str!("../../../kernels/dev.cuh")),
     text("order.cuh", include_str!("../../../kernels/order.cuh")),
     text("weights.cuh", include_str!("../../../kernels/weights.cuh")),
+    text("products.cuh", include_str!("../../../kernels/products.cuh")),
 ];
 
 /// What keeps every architecture's arithmetic alike: nothing is fused that the kernels do not fuse, subnormal numbers are zero,
