@@ -16,6 +16,8 @@ pub enum SpecError {
     /// More of the file is needed; where only a prefix was given, come back with more.
     #[error("the file's header needs {wanted} bytes or more, {bytes} are there")]
     Truncated { bytes: u64, wanted: u64 },
+    #[error("the draft model {what} {draft} tokens, the model {model}")]
+    Vocabulary { what: &'static str, draft: usize, model: usize },
     #[error("{what} cannot be cut: {why}")]
     Cut { what: String, why: String },
 }

@@ -2,6 +2,7 @@
 
 use crate::mesh::{Mesh, RankId};
 use crate::quant::Dtype;
+use crate::spec::ModelSpec;
 
 /// Grows with every plan; a worker acts on the highest it has seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -27,8 +28,54 @@ pub struct Plan {
     /// Which worker holds which ranks; together they hold each rank once.
     pub members: Vec<Member>,
     pub limits: Limits,
-    /// How many of the model's predictors are loaded (see [`crate::spec::Predictor`]).
-    pub predictors: usize,
+    pub guesser: Guesser,
+}
+
+/// Who guesses what sequences go on with (see [`crate::step::Guesses`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Guesser {
+    #[default]
+    Nobody,
+    /// So many of the model's own predictors (see [`crate::spec::Predictor`]), 1 or more.
+    Predictors(usize),
+    /// A smaller model of the same vocabulary, whole on every rank of the last stage.
+    Draft,
+}
+
+impl Guesser {
+    pub fn of_predictors(number: usize) -> Guesser {
+        if number == 0 { Guesser::Nobody } else { Guesser::Predictors(number) }
+    }
+
+    /// How many of the model's predictors are loaded.
+    pub fn predictors(self) -> usize {
+        match self {
+            Guesser::Predictors(number) => number,
+            Guesser::Nobody | Guesser::Draft => 0,
+        }
+    }
+}
+
+impl Plan {
+    /// The plan of the draft model `spec` on one rank of this plan: all of it, for sequences as long as it takes.
+    pub fn of_draft(&self, spec: &ModelSpec) -> Plan {
+        let whole = 0..spec.layers.len();
+        Plan {
+            mesh: Mesh::ONE,
+            stages: vec![whole],
+            members: Vec::new(),
+            limits: self.limits.of_draft(spec),
+            guesser: Guesser::Nobody,
+            ..self.clone()
+        }
+    }
+}
+
+impl Limits {
+    /// A draft model's under these: guesses end where its positions do.
+    pub fn of_draft(self, spec: &ModelSpec) -> Limits {
+        Limits { model_len_max: self.model_len_max.min(spec.positions_max), ..self }
+    }
 }
 
 /// A worker's share of a plan.

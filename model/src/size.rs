@@ -3,13 +3,13 @@
 use crate::catalog::{self, Role, Shape};
 use crate::cut::{self, Cut, Slice};
 use crate::keep::{self, LANES, Stored, Window};
-use crate::mesh::{Mesh, Place};
+use crate::mesh::{Mesh, Place, RankId};
 use crate::plan::{BLOCK_TOKENS, KernelFamily, Limits};
 use crate::quant::{Dtype, Format};
 use crate::rope::Rope;
 use crate::spec::{Branch, Dense, Layer, Mixer, ModelSpec, Moe, QkNorm, QueryScale, Residual, Weigh};
 use crate::storage::Storage;
-use std::ops::Range;
+use std::ops::{Add, Range};
 
 /// What one rank needs, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -32,6 +32,19 @@ impl RankBytes {
     /// Everything, with `blocks` blocks of cache.
     pub fn total(&self, blocks: u64) -> u64 {
         self.fixed() + self.cache_per_block * blocks
+    }
+}
+
+impl Add for RankBytes {
+    type Output = RankBytes;
+
+    fn add(self, more: RankBytes) -> RankBytes {
+        RankBytes {
+            weights: self.weights + more.weights,
+            cache_per_block: self.cache_per_block + more.cache_per_block,
+            workspace: self.workspace + more.workspace,
+            rope: self.rope + more.rope,
+        }
     }
 }
 
@@ -94,6 +107,13 @@ pub fn rank(
     }
     bytes.workspace = buffers.bytes();
     bytes
+}
+
+/// What a draft model adds to each rank of the last stage under a plan of these `limits`: all of it, and a cache over the same
+/// blocks.
+pub fn draft(spec: &ModelSpec, keeping: Keeping<'_>, limits: &Limits) -> RankBytes {
+    let place = Mesh::ONE.place(RankId(0));
+    rank(spec, &Mesh::ONE, place, 0..spec.layers.len(), keeping, &limits.of_draft(spec))
 }
 
 /// Equal neighbours counted: models repeat a layer dozens of times.

@@ -424,6 +424,18 @@ impl ModelSpec {
         Ok(ModelSpec { predictors: predictors.to_vec(), ..self.clone() })
     }
 
+    /// Whether `draft` reads and foretells the same tokens, as far as their numbers tell.
+    pub fn drafted_by(&self, draft: &ModelSpec) -> Result<(), SpecError> {
+        let refused = |what, draft, model| Err(SpecError::Vocabulary { what, draft, model });
+        if draft.vocab != self.vocab {
+            return refused("foretells", draft.vocab, self.vocab);
+        }
+        if draft.embedding_rows < self.embedding_rows {
+            return refused("reads", draft.embedding_rows, self.embedding_rows);
+        }
+        Ok(())
+    }
+
     /// The layers, and then those of the predictors, whose numbers follow.
     pub fn all_layers(&self) -> impl Iterator<Item = &Layer> {
         self.layers.iter().chain(self.predictors.iter().map(|p| &p.layer))

@@ -3,7 +3,7 @@
 use crate::WireError;
 use crate::cluster::v1 as wire;
 use model::mesh::{Mesh, RankId};
-use model::plan::{Epoch, KernelFamily, Limits, Member, Plan, WorkerId};
+use model::plan::{Epoch, Guesser, KernelFamily, Limits, Member, Plan, WorkerId};
 use model::quant::Dtype;
 
 pub fn plan_to_wire(plan: &Plan) -> wire::Plan {
@@ -30,7 +30,8 @@ pub fn plan_to_wire(plan: &Plan) -> wire::Plan {
             step_sequences_max: plan.limits.step_sequences_max as u64,
             blocks: plan.limits.blocks as u64,
         }),
-        predictors: plan.predictors as u32,
+        predictors: plan.guesser.predictors() as u32,
+        draft: plan.guesser == Guesser::Draft,
     }
 }
 
@@ -61,7 +62,11 @@ pub fn plan_from_wire(plan: wire::Plan) -> Result<Plan, WireError> {
             step_sequences_max: size(limits.step_sequences_max, "limits.step_sequences_max")?,
             blocks: size(limits.blocks, "limits.blocks")?,
         },
-        predictors: plan.predictors as usize,
+        guesser: match (plan.draft, plan.predictors) {
+            (true, 0) => Guesser::Draft,
+            (true, predictors) => return Err(WireError::Range { what: "plan.predictors", value: predictors.into() }),
+            (false, predictors) => Guesser::of_predictors(predictors as usize),
+        },
     })
 }
 
@@ -132,13 +137,22 @@ mod tests {
                 threads: 2,
             }],
             limits: Limits { model_len_max: 1024, step_tokens_max: 512, step_sequences_max: 16, blocks: 99 },
-            predictors: 1,
+            guesser: Guesser::Predictors(1),
         }
     }
 
     #[test]
     fn a_plan_survives_the_wire() {
-        assert_eq!(plan_from_wire(plan_to_wire(&example())), Ok(example()));
+        for guesser in [Guesser::Nobody, Guesser::Predictors(1), Guesser::Draft] {
+            let plan = Plan { guesser, ..example() };
+            assert_eq!(plan_from_wire(plan_to_wire(&plan)), Ok(plan));
+        }
+    }
+
+    #[test]
+    fn a_draft_model_beside_predictors_is_refused() {
+        let wire = wire::Plan { draft: true, ..plan_to_wire(&example()) };
+        assert_eq!(plan_from_wire(wire), Err(WireError::Range { what: "plan.predictors", value: 1 }));
     }
 
     #[test]

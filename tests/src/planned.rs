@@ -5,7 +5,7 @@ use anyhow::{Result, ensure};
 use coordinator::source::Source;
 use model::cut;
 use model::mesh::Mesh;
-use model::plan::KernelFamily;
+use model::plan::{Guesser, KernelFamily};
 use model::quant::Dtype;
 use model::size::{self, Keeping};
 use model::spec::{Mixer, ModelSpec};
@@ -42,8 +42,9 @@ pub fn check(path: &Path, predictors: usize, meshes: &[(usize, usize, usize, usi
         }
         for dtype in [Dtype::F32, Dtype::Bf16] {
             for family in [KernelFamily::Vector, KernelFamily::Amx] {
-                let setting = Setting { family, predictors, ..Setting::new(mesh, dtype) };
-                let loaded = loaded_bytes(path, setting)?;
+                let setting =
+                    Setting { family, guesser: Guesser::of_predictors(predictors), ..Setting::new(mesh, dtype) };
+                let loaded = loaded_bytes(path, None, setting)?;
                 for (rank, (stages, loaded)) in mesh.all().zip(loaded) {
                     let (place, limits) = (mesh.place(rank), &setting.limits);
                     let keeping = Keeping { storage, dtype, family };

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, anyhow, ensure};
 use model::mesh::{Mesh, RankId};
-use model::plan::{BLOCK_TOKENS, Epoch, KernelFamily, Limits, Plan};
+use model::plan::{BLOCK_TOKENS, Epoch, Guesser, KernelFamily, Limits, Plan};
 use model::quant::Dtype;
 use model::spec::ModelSpec;
 use model::step::{LaneResult, StepBatch};
@@ -17,7 +17,7 @@ use std::thread::JoinHandle;
 use worker::collective::device::Devices;
 use worker::collective::{Collective, local};
 use worker::engine::comm::Communicators;
-use worker::engine::shard::{ShardConfig, Shelves, load_cpu};
+use worker::engine::shard::{DraftOf, ShardConfig, Shelves, load_cpu};
 use worker::engine::trace::Trace;
 use worker::load::checkpoint::Checkpoint;
 
@@ -53,15 +53,20 @@ pub struct Setting {
     pub threads: usize,
     pub limits: Limits,
     /// Loaded, and run in every step.
-    pub predictors: usize,
+    pub guesser: Guesser,
 }
 
 impl Setting {
     pub fn new(mesh: Mesh, dtype: Dtype) -> Setting {
         let limits = Limits { model_len_max: 512, step_tokens_max: 512, step_sequences_max: 16, blocks: 64 };
         assert!(limits.blocks * BLOCK_TOKENS >= limits.model_len_max);
-        Setting { mesh, dtype, family: KernelFamily::Vector, threads: 1, limits, predictors: 0 }
+        Setting { mesh, dtype, family: KernelFamily::Vector, threads: 1, limits, guesser: Guesser::Nobody }
     }
+}
+
+fn opened(draft: &Path) -> Result<(ModelSpec, Checkpoint)> {
+    let checkpoint = Checkpoint::open(draft)?;
+    Ok((checkpoint.spec()?.predicting(0)?, checkpoint))
 }
 
 /// What a rank's thread is told.
@@ -96,13 +101,27 @@ impl Ring {
         Ring::load_of(Arc::new(Checkpoint::open(path)?), setting, shelves)
     }
 
+    /// The same with a draft model, which `setting` must ask for.
+    pub fn drafted(path: &Path, draft: &Path, setting: Setting) -> Result<Ring> {
+        Ring::load_with(Arc::new(Checkpoint::open(path)?), Some(Arc::new(opened(draft)?)), setting, None)
+    }
+
     /// The same of a checkpoint that is open.
     pub fn load_of(checkpoint: Arc<Checkpoint>, setting: Setting, shelves: Option<Arc<Shelves>>) -> Result<Ring> {
+        Ring::load_with(checkpoint, None, setting, shelves)
+    }
+
+    fn load_with(
+        checkpoint: Arc<Checkpoint>,
+        draft: Option<Arc<(ModelSpec, Checkpoint)>>,
+        setting: Setting,
+        shelves: Option<Arc<Shelves>>,
+    ) -> Result<Ring> {
         let spec = Arc::new(checkpoint.spec()?);
         let plan = Arc::new(plan(&spec, setting));
         let ranks: Vec<RankId> = setting.mesh.all().collect();
         if let Some(shelves) = &shelves {
-            shelves.keep(&checkpoint.identity(), &spec.predicting(setting.predictors)?, &plan, &ranks);
+            shelves.keep(&checkpoint.identity(), &spec.predicting(setting.guesser.predictors())?, &plan, &ranks);
         }
         let seats = Arc::new(Mutex::new(communicators(&setting.mesh)?));
         let (mesh, bytes_read) = (setting.mesh, Arc::new(AtomicU64::new(0)));
@@ -111,11 +130,11 @@ impl Ring {
             let (order, orders) = channel();
             let (reply, replies) = channel();
             let (checkpoint, spec, plan, seats) = (checkpoint.clone(), spec.clone(), plan.clone(), seats.clone());
-            let (shelves, read) = (shelves.clone().unwrap_or_default(), ring.bytes_read.clone());
+            let (draft, shelves, read) = (draft.clone(), shelves.clone().unwrap_or_default(), ring.bytes_read.clone());
             let run = move || {
                 let members = seats.lock().expect("no rank panics holding it").remove(&rank).expect("one a rank");
                 rank_thread(
-                    &checkpoint,
+                    (&checkpoint, draft.as_deref()),
                     &shelves,
                     spec,
                     &plan,
@@ -197,7 +216,7 @@ impl Drop for Ring {
 
 #[allow(clippy::too_many_arguments)] // the body of a thread
 fn rank_thread(
-    checkpoint: &Checkpoint,
+    (checkpoint, draft): (&Checkpoint, Option<&(ModelSpec, Checkpoint)>),
     shelves: &Shelves,
     spec: Arc<ModelSpec>,
     plan: &Plan,
@@ -213,6 +232,7 @@ fn rank_thread(
         plan,
         rank,
         checkpoint,
+        draft: draft.map(|(spec, checkpoint)| DraftOf { spec, checkpoint }),
         shelves,
         communicators,
         threads,
@@ -242,9 +262,10 @@ fn rank_thread(
     }
 }
 
-/// What each rank of the mesh loads: the layers of its stage, and the bytes of its weights.
-pub fn loaded_bytes(path: &Path, setting: Setting) -> Result<Vec<(Range<usize>, u64)>> {
+/// What each rank of the mesh loads: the layers of its stage, and the bytes of its weights, a draft model's too.
+pub fn loaded_bytes(path: &Path, draft: Option<&Path>, setting: Setting) -> Result<Vec<(Range<usize>, u64)>> {
     let checkpoint = Checkpoint::open(path)?;
+    let draft = draft.map(opened).transpose()?;
     let spec = Arc::new(checkpoint.spec()?);
     let plan = plan(&spec, setting);
     let mut seats = communicators(&setting.mesh)?;
@@ -255,6 +276,7 @@ pub fn loaded_bytes(path: &Path, setting: Setting) -> Result<Vec<(Range<usize>, 
             plan: &plan,
             rank,
             checkpoint: &checkpoint,
+            draft: draft.as_ref().map(|(spec, checkpoint)| DraftOf { spec, checkpoint }),
             shelves: &Shelves::default(),
             communicators: seats.remove(&rank).context("a seat a rank")?,
             threads: setting.threads,
@@ -303,6 +325,6 @@ pub fn plan(spec: &ModelSpec, setting: Setting) -> Plan {
         stages: (0..stages).map(|s| at(s)..at(s + 1)).collect(),
         members: vec![],
         limits: setting.limits,
-        predictors: setting.predictors,
+        guesser: setting.guesser,
     }
 }

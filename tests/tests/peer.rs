@@ -5,6 +5,7 @@
 use conclave_tests::lent::Lent;
 use conclave_tests::ring::{Ring, Setting, fixture, fixtures, plan};
 use model::mesh::{Mesh, RankId};
+use model::plan::Guesser;
 use model::quant::Dtype;
 use model::step::{Begin, BlockId, Chunk, LaneBatch, Sampling, SeqId, StepBatch};
 use std::sync::Arc;
@@ -46,8 +47,9 @@ fn check(name: &str) -> usize {
     let shelves = [Arc::new(Shelves::default()), Arc::new(Shelves::default())];
     for (pipeline, data, tensor, expert) in MESHES {
         let mesh = Mesh::new(pipeline, data, tensor, expert).unwrap();
-        let setting = Setting { predictors: whole.predictors.len(), ..Setting::new(mesh, Dtype::Bf16) };
-        let spec = whole.predicting(setting.predictors).unwrap();
+        let guesser = Guesser::of_predictors(whole.predictors.len());
+        let setting = Setting { guesser, ..Setting::new(mesh, Dtype::Bf16) };
+        let spec = whole.predicting(guesser.predictors()).unwrap();
         if model::cut::check(&spec, &mesh).is_err() {
             continue;
         }

@@ -9,7 +9,7 @@ use conclave_tests::requests::{self, ANSWER, Outcome, Request, same};
 use conclave_tests::ring::{Ring, Setting, fixture};
 use coordinator::source::Source;
 use model::mesh::{Mesh, RankId};
-use model::plan::{BLOCK_TOKENS, KernelFamily, Limits};
+use model::plan::{BLOCK_TOKENS, Guesser, KernelFamily, Limits};
 use model::quant::Dtype;
 use model::size::{self, Keeping};
 use model::step::Sampling;
@@ -77,7 +77,10 @@ fn again(tensors: &[Tensor], from: usize, to: usize) -> Vec<Tensor> {
 
 fn setting(mesh: (usize, usize, usize, usize), dtype: Dtype, predictors: usize) -> Setting {
     let (pipeline, data, tensor, expert) = mesh;
-    Setting { predictors, ..Setting::new(Mesh::new(pipeline, data, tensor, expert).unwrap(), dtype) }
+    Setting {
+        guesser: Guesser::of_predictors(predictors),
+        ..Setting::new(Mesh::new(pipeline, data, tensor, expert).unwrap(), dtype)
+    }
 }
 
 const ONE: (usize, usize, usize, usize) = (1, 1, 1, 1);

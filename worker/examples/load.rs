@@ -8,7 +8,7 @@
 //! (`dd of=FILE oflag=nocache conv=notrunc,fdatasync count=0`).
 
 use model::mesh::{Mesh, RankId};
-use model::plan::{Epoch, KernelFamily, Limits, Plan};
+use model::plan::{Epoch, Guesser, KernelFamily, Limits, Plan};
 use model::quant::Dtype;
 use proto::tls::Tls;
 use std::path::Path;
@@ -79,7 +79,7 @@ fn main() {
         stages: std::iter::once(0..spec.layers.len()).collect(),
         members: vec![],
         limits: Limits { model_len_max: 64, step_tokens_max: 8, step_sequences_max: 1, blocks: 2 },
-        predictors: 0,
+        guesser: Guesser::Nobody,
     };
     let one = || local::members(1).expect("a group of one").remove(0);
     let communicators = Communicators {
@@ -94,6 +94,7 @@ fn main() {
         plan: &plan,
         rank: RankId(0),
         checkpoint: &checkpoint,
+        draft: None,
         shelves: &Shelves::default(),
         communicators,
         threads,

@@ -317,6 +317,8 @@ impl<S: Store, P: Planner> Shell<S, P> {
             model_path: self.parts.model_path.clone(),
             model_identity: self.parts.identity.clone(),
             lenders: self.parts.cluster.lenders(worker),
+            draft_path: String::new(),
+            draft_identity: Vec::new(),
         }
     }
 

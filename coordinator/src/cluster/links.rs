@@ -180,7 +180,7 @@ impl<C, S> Links<C, S> {
 mod tests {
     use super::*;
     use model::mesh::Mesh;
-    use model::plan::{KernelFamily, Limits};
+    use model::plan::{Guesser, KernelFamily, Limits};
     use model::quant::Dtype;
 
     fn plan(epoch: u64) -> Arc<Plan> {
@@ -192,7 +192,7 @@ mod tests {
             stages: Vec::new(),
             members: Vec::new(),
             limits: Limits { model_len_max: 1, step_tokens_max: 1, step_sequences_max: 1, blocks: 1 },
-            predictors: 0,
+            guesser: Guesser::Nobody,
         })
     }
 

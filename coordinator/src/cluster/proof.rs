@@ -29,7 +29,7 @@ impl Reference {
     pub fn take(&mut self, plan: &Plan, worker: &WorkerId, digests: &[u8]) -> Result<(), String> {
         let member = plan.members.iter().find(|m| m.worker == *worker);
         let member = member.ok_or_else(|| format!("{} has no part in epoch {}", worker.0, plan.epoch.0))?;
-        let spec = self.spec.predicting(plan.predictors).map_err(|e| e.to_string())?;
+        let spec = self.spec.predicting(plan.guesser.predictors()).map_err(|e| e.to_string())?;
         let owed: Vec<SegmentId> =
             proof::owed(&spec, &plan.mesh, &plan.stages, &member.ranks).map(|(id, _)| id).collect();
         if digests.len() != owed.len() * DIGEST {
@@ -71,7 +71,7 @@ impl Reference {
 mod tests {
     use super::*;
     use model::mesh::{Mesh, RankId};
-    use model::plan::{Epoch, KernelFamily, Limits, Member};
+    use model::plan::{Epoch, Guesser, KernelFamily, Limits, Member};
     use model::quant::Dtype;
 
     const MOE: &str = r#"{"model_type":"qwen3_moe","vocab_size":512,"hidden_size":64,"head_dim":16,
@@ -96,7 +96,7 @@ mod tests {
             stages: std::iter::once(0..2).collect(),
             members: (0..mesh.ranks() as u32).map(member).collect(),
             limits: Limits { model_len_max: 1, step_tokens_max: 1, step_sequences_max: 1, blocks: 1 },
-            predictors: 0,
+            guesser: Guesser::Nobody,
         }
     }
 

@@ -3,6 +3,7 @@
 use crate::cluster::driver::{GroupEnded, Turn};
 use crate::schedule::Settings;
 use crate::schedule::driver::{Driver, Ended};
+use model::plan::Guesser;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -41,7 +42,7 @@ pub async fn run(
         let steps_in_flight_max = plan.mesh.pipeline;
         // Between the last stage, which draws, and the first, which reads, tokens go through the scheduler.
         let steps_ahead = if steps_in_flight_max == 1 { steps_ahead } else { 0 };
-        let (limits, lanes, predicts) = (plan.limits, plan.mesh.data, plan.predictors > 0);
+        let (limits, lanes, predicts) = (plan.limits, plan.mesh.data, plan.guesser != Guesser::Nobody);
         settings = Settings { limits, lanes, steps_in_flight_max, steps_ahead, predicts, ..settings };
         driver.requeue(settings);
         let outcome = tokio::select! {

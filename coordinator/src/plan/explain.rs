@@ -63,7 +63,7 @@ pub struct RankReport {
 
 /// What `plan` means for `spec`, whose matrices are stored as `storage` says.
 pub fn report(spec: &ModelSpec, storage: &Storage, plan: &Plan) -> Report {
-    let spec = &spec.predicting(plan.predictors).expect("a plan has no more predictors than its model");
+    let spec = &spec.predicting(plan.guesser.predictors()).expect("a plan has no more predictors than its model");
     let mut ranks = Vec::with_capacity(plan.mesh.ranks());
     let keeping = Keeping { storage, dtype: plan.dtype, family: plan.family };
     for member in &plan.members {

@@ -23,7 +23,7 @@ pub use smallest::smallest;
 
 use copies::Copies;
 use model::mesh::Mesh;
-use model::plan::{Epoch, KernelFamily, Plan, WorkerId};
+use model::plan::{Epoch, Guesser, KernelFamily, Plan, WorkerId};
 use model::quant::Dtype;
 use model::size::{Keeping, RankBytes};
 use model::storage::Storage;
@@ -200,10 +200,10 @@ struct Chosen {
 
 fn finish(ask: &fit::Ask<'_>, seats: &Seats<'_>, chosen: Chosen, previous: Option<&Plan>) -> Planned {
     let Chosen { mesh, seated, fit } = chosen;
-    let (keeping, predictors) = (ask.keeping, ask.policy.predictors);
+    let (keeping, guesser) = (ask.keeping, Guesser::of_predictors(ask.policy.predictors));
     let epoch = Epoch(previous.map_or(0, |p| p.epoch.0) + 1);
     let (stages, limits, members) = (fit.stages, fit.limits, seats.members(&seated));
-    let plan = Plan { epoch, mesh, dtype: keeping.dtype, family: keeping.family, stages, members, limits, predictors };
+    let plan = Plan { epoch, mesh, dtype: keeping.dtype, family: keeping.family, stages, members, limits, guesser };
     if let Err(broken) = check::check(ask.spec, &plan) {
         unreachable!("the planner broke its own rule: {broken}");
     }

@@ -120,7 +120,7 @@ fn predictors_are_counted_only_where_they_are_asked_for() {
         (&known.plan, &known.bytes),
         "a config that tells of it asks nothing"
     );
-    assert_eq!(found.each_ref().map(|f| f.plan.predictors), [0, 1]);
+    assert_eq!(found.each_ref().map(|f| f.plan.guesser.predictors()), [0, 1]);
     let all = |f: &Planned| f.bytes.iter().map(|b| b.weights).sum::<u64>() as f64 / 1e9;
     // 11.6 billion weights of its own and an embedding of 0.93 more on the last stage, two bytes each.
     assert!((all(&found[1]) - all(&found[0]) - 2.0 * 12.5).abs() < 0.5, "{} {}", all(&found[0]), all(&found[1]));

@@ -21,7 +21,7 @@ pub struct Settings {
     pub prefix_cache: bool,
     /// Tokens of a sequence that a step may guess and check at once; see [`super::draft`].
     pub drafts_max: usize,
-    /// The plan has predictors: the group guesses too.
+    /// The plan has predictors, or a draft model: the group guesses too.
     pub predicts: bool,
     pub block_hash: BlockHash,
 }

@@ -1,7 +1,7 @@
 //! The agent's shell: the control stream, the step stream, beats and the rank threads.
 
 use super::door::{Door, SILENCE};
-use super::model::Model;
+use super::model::{Model, Models};
 use super::rank::{Counters, Order, Preparation, Ranks, Report};
 use super::state::{Action, Agent, Event, Phase};
 use crate::collective::connect::DataPlane;
@@ -11,7 +11,7 @@ use crate::hardware::Hardware;
 use crate::health::{self, Pulse, Stage, TURN, Turn};
 use model::fault::{Fault, FaultKind};
 use model::mesh::RankId;
-use model::plan::{Epoch, WorkerId};
+use model::plan::{Epoch, Guesser, WorkerId};
 use model::step::StepId;
 use proto::cluster::v1 as wire;
 use proto::cluster::v1::cluster_client::ClusterClient;
@@ -186,6 +186,8 @@ struct Session<'a> {
     ranks: Option<Ranks>,
     /// Who may lend what the last order to load is of, which has this identity.
     lent: (Vec<u8>, Vec<String>),
+    /// The draft model of the last order to load.
+    draft: Option<Model>,
     /// Where answers of the open step stream go.
     answers: Option<mpsc::Sender<wire::StepAnswer>>,
     /// The group serves without this worker, which stands by.
@@ -224,6 +226,7 @@ impl<'a> Session<'a> {
             report_queue: Some(report_queue),
             ranks: None,
             lent: (Vec::new(), Vec::new()),
+            draft: None,
             answers: None,
             spare: false,
             waiting: None,
@@ -326,6 +329,8 @@ impl<'a> Session<'a> {
             Some(Body::Load(load)) => match load.plan.map(proto::convert::plan_from_wire) {
                 Some(Ok(plan)) => {
                     self.lent = (load.model_identity.clone(), load.lenders);
+                    let drafted = plan.guesser == Guesser::Draft;
+                    self.draft = drafted.then(|| self.model(&load.draft_path, load.draft_identity));
                     let (model_path, identity) = (load.model_path, load.model_identity);
                     Some(Event::Load { plan: Arc::new(plan), model_path, identity })
                 }
@@ -412,12 +417,12 @@ impl<'a> Session<'a> {
         use wire::worker_message::Body;
         match action {
             Action::StartRanks { plan, model_path } => {
-                let model = self.lent_model(&model_path);
-                let me = self.identity.name.clone();
+                let models = Models { model: self.lent_model(&model_path), draft: self.draft.clone() };
+                let (model, me) = (&models.model, self.identity.name.clone());
                 tracing::info!("loading epoch {} of {}: {}", plan.epoch.0, model.path.display(), plan.mesh);
                 let (plane, reports) = (self.plane.clone(), self.reports.clone());
                 self.ranks =
-                    Some(Ranks::start(plan, me, model, (plane, self.shelves.clone()), &self.counters, reports));
+                    Some(Ranks::start(plan, me, models, (plane, self.shelves.clone()), &self.counters, reports));
             }
             Action::Prepare { plan, model_path } => {
                 let model = self.lent_model(&model_path);

@@ -6,6 +6,14 @@ use model::fault::Fault;
 use model::plan::Epoch;
 use std::path::PathBuf;
 
+/// What an epoch's ranks read.
+#[derive(Debug, Clone, Default)]
+pub struct Models {
+    pub model: Model,
+    /// Where the plan has one. Nobody lends its files.
+    pub draft: Option<Model>,
+}
+
 #[derive(Debug, Clone, Default)]
 pub struct Model {
     /// Where this host has it, if it has it.

@@ -1,14 +1,14 @@
 //! The device threads of one epoch: each rank is one OS thread that connects, loads its shard and runs steps in order.
 
 use super::devices;
-use super::model::Model;
+use super::model::{Model, Models};
 use crate::collective::connect::{Communicators, DataPlane, Options};
 use crate::collective::timed::{Stopwatch, Timed};
-use crate::engine::shard::{Shard, ShardConfig, Shelves, load_shard};
+use crate::engine::shard::{DraftOf, Shard, ShardConfig, Shelves, load_shard};
 use crate::load::checkpoint::Checkpoint;
 use model::fault::{Fault, FaultKind};
 use model::mesh::RankId;
-use model::plan::{Epoch, Plan, WorkerId};
+use model::plan::{Epoch, Guesser, Plan, WorkerId};
 use model::spec::ModelSpec;
 use model::step::{LaneBatch, LaneResult, SeqId, StepBatch, StepId};
 use std::cell::Cell;
@@ -104,7 +104,7 @@ pub struct Ranks {
 struct Setting {
     plan: Arc<Plan>,
     me: WorkerId,
-    model: Model,
+    models: Models,
     shelves: Arc<Shelves>,
     plane: Arc<DataPlane>,
     watches: BTreeMap<RankId, Arc<Stopwatch>>,
@@ -122,7 +122,7 @@ impl Ranks {
     pub fn start(
         plan: Arc<Plan>,
         me: WorkerId,
-        model: Model,
+        models: Models,
         (plane, shelves): (Arc<DataPlane>, Arc<Shelves>),
         counters: &Counters,
         reports: mpsc::Sender<Report>,
@@ -137,7 +137,7 @@ impl Ranks {
         let setting = Setting {
             plan,
             me,
-            model,
+            models,
             shelves,
             plane: plane.clone(),
             watches: watches.clone(),
@@ -244,7 +244,7 @@ impl Preparation {
 
     fn run(&self) -> Result<(), Fault> {
         let checkpoint = self.model.open(&self.plane, self.plan.epoch)?;
-        let spec = checkpoint.spec()?.predicting(self.plan.predictors);
+        let spec = checkpoint.spec()?.predicting(self.plan.guesser.predictors());
         let spec = spec.map_err(|e| Fault::new(FaultKind::Incompatible, e.to_string()))?;
         let Some(member) = self.plan.members.iter().find(|m| m.worker == self.me) else { return Ok(()) };
         let lacking = self.shelves.lacking(&checkpoint.identity(), &spec, &self.plan, &member.ranks);
@@ -265,6 +265,7 @@ struct Opened<'a> {
     setting: &'a Setting,
     spec: Arc<ModelSpec>,
     checkpoint: &'a Checkpoint,
+    draft: Option<&'a (ModelSpec, Checkpoint)>,
     threads: usize,
     spin: u32,
 }
@@ -282,15 +283,17 @@ fn start(setting: Setting, seats: Vec<(RankId, channel::Receiver<Order>)>) {
 
 fn run_ranks(setting: &Setting, seats: Vec<(RankId, channel::Receiver<Order>)>) -> Result<(), Fault> {
     // A checkpoint that can't be read is the better message than peers that wait for us.
-    let checkpoint = setting.model.open(&setting.plane, setting.plan.epoch)?;
+    let checkpoint = setting.models.model.open(&setting.plane, setting.plan.epoch)?;
     let spec = Arc::new(checkpoint.spec()?);
     let ranks: Vec<RankId> = seats.iter().map(|(rank, _)| *rank).collect();
-    let predicting = spec.predicting(setting.plan.predictors);
+    let predicting = spec.predicting(setting.plan.guesser.predictors());
     let predicting = predicting.map_err(|e| Fault::new(FaultKind::Incompatible, e.to_string()))?;
     setting.shelves.keep(&checkpoint.identity(), &predicting, &setting.plan, &ranks);
+    let draft = draft(setting, &ranks)?;
+    setting.shelves.keep_draft(&setting.plan, draft.as_ref().map(of_draft));
     let connected = setting.plane.connect(&setting.plan, &setting.me, &Options::default())?;
     let (threads, spin) = threads_and_spin(&setting.plan, &setting.me);
-    let opened = &Opened { setting, spec, checkpoint: &checkpoint, threads, spin };
+    let opened = &Opened { setting, spec, checkpoint: &checkpoint, draft: draft.as_ref(), threads, spin };
     let (loaded, all_loaded) = channel::channel::<()>();
     let count = seats.len();
     std::thread::scope(|scope| {
@@ -312,6 +315,27 @@ fn run_ranks(setting: &Setting, seats: Vec<(RankId, channel::Receiver<Order>)>) 
         }
         Ok(())
     })
+}
+
+/// The draft model, where one of `ranks` runs it. It changes no answer, so nothing of it is proven but that it is the one that was
+/// planned with.
+fn draft(setting: &Setting, ranks: &[RankId]) -> Result<Option<(ModelSpec, Checkpoint)>, Fault> {
+    let mesh = &setting.plan.mesh;
+    let runs = ranks.iter().any(|rank| mesh.place(*rank).stage + 1 == mesh.pipeline);
+    let Some(model) = setting.models.draft.as_ref().filter(|_| runs && setting.plan.guesser == Guesser::Draft) else {
+        return Ok(None);
+    };
+    let checkpoint = model.open(&setting.plane, setting.plan.epoch)?;
+    if checkpoint.identity() != model.identity {
+        let text = "this worker's files of the draft model differ from the coordinator's";
+        return Err(Fault::new(FaultKind::Incompatible, text));
+    }
+    let spec = checkpoint.spec()?.predicting(0).expect("every model does without predictors");
+    Ok(Some((spec, checkpoint)))
+}
+
+fn of_draft((spec, checkpoint): &(ModelSpec, Checkpoint)) -> DraftOf<'_> {
+    DraftOf { spec, checkpoint }
 }
 
 /// Threads of each rank, and how long they wait awake: only where the host has a core for every one.
@@ -378,6 +402,7 @@ fn run_rank(
         plan: &setting.plan,
         rank,
         checkpoint: opened.checkpoint,
+        draft: opened.draft.map(of_draft),
         shelves: &setting.shelves,
         communicators,
         threads: opened.threads,

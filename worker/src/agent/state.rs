@@ -174,7 +174,7 @@ impl Agent {
 mod tests {
     use super::*;
     use model::mesh::Mesh;
-    use model::plan::{KernelFamily, Limits};
+    use model::plan::{Guesser, KernelFamily, Limits};
     use model::quant::Dtype;
 
     fn load(epoch: u64) -> Event {
@@ -186,7 +186,7 @@ mod tests {
             stages: Vec::new(),
             members: Vec::new(),
             limits: Limits { model_len_max: 1, step_tokens_max: 1, step_sequences_max: 1, blocks: 1 },
-            predictors: 0,
+            guesser: Guesser::Nobody,
         };
         Event::Load { plan: Arc::new(plan), model_path: "m".into(), identity: vec![1] }
     }

@@ -1,5 +1,5 @@
-//! What a stage's predictors do in a step: they run over the rows whose next tokens are known, those just drawn among them, and
-//! guess what follows.
+//! Who guesses on the last stage, and what it does in a step: it runs over the rows whose tokens became known, those just drawn
+//! among them, and guesses what follows.
 //!
 //! ```text
 //! position            0   1   2   3        tokens 0..=3 and 4, just drawn
@@ -8,114 +8,31 @@
 //! predictor 1         takes predictor 0's rows and tokens 2..=4: its row of position 3 waits for token 5
 //! further guesses     each a pass of one row a sequence that takes in the guess before: by the next predictor, and behind
 //!                     the last one by that at the next position. The next step writes over what they leave in the cache.
+//!
+//! a draft model       takes tokens 0 .. 4, the last row (of position 4) foretells token 5; each further guess is a pass of
+//!                     one row a sequence, at the next position
 //! ```
 
+use super::ahead::{self, Ahead, Behind};
 use super::batch::{Batch, Resolved, Sequence, Wanted};
 use super::comm;
-use super::head::Head;
+use super::draft::Draft;
+use super::head::{Head, Unknown};
 use super::layer::replace;
 use super::pass::Pass;
 use super::predict::Predictor;
-use super::state::Sequences;
 use super::tables::Tables;
 use super::weights::Vocabulary;
-use crate::backend::{Backend, Kind, Routing};
+use crate::backend::{Backend, Kind, NormWeights};
 use model::fault::Fault;
 use model::plan::BLOCK_TOKENS;
-use model::step::{BlockId, Guesses, SeqId};
+use model::step::{BlockId, Guesses};
 
-/// A sequence as predictors know it.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Foreseen {
-    /// Its first position with a row of predictors. What is cached before was predicted by another sequence's steps.
-    from: usize,
-    /// Tokens that were known after the last step; `None` before the first.
-    known: Option<usize>,
-    /// By predictor: the row that its next one goes on from, normed.
-    tails: Vec<Vec<f32>>,
-}
-
-impl Foreseen {
-    pub fn new(predictors: usize) -> Foreseen {
-        Foreseen { tails: vec![Vec::new(); predictors], ..Foreseen::default() }
-    }
-}
-
-/// What was drawn behind a chunk: so many of its drafts again, and then a token.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Behind {
-    pub seq: SeqId,
-    pub guessed: usize,
-    pub token: u32,
-}
-
-/// One predictor's part of a step. A row needs the token after the one that it goes on from foretells.
-#[derive(Debug, Clone, Default, PartialEq)]
-struct Ahead {
-    batch: Batch,
-    /// Token that each row takes in: the one that the row before it foretold.
-    ids: Vec<u32>,
-    /// The row that each goes on from, of this step's (of the predictor's before); `None` for one kept from the step
-    /// before.
-    from: Vec<Option<u32>>,
-    /// Whose each of the batch's spans is.
-    sequences: Vec<SeqId>,
-    /// Rows (of this step's, or of the predictor's before) that the next step goes on from.
-    kept: Vec<(SeqId, u32)>,
-}
-
-impl Ahead {
-    fn rows(&self) -> usize {
-        self.ids.len()
-    }
-}
-
-/// What each predictor runs over in a step that drew `behind`, in the order of chunks.
-fn ahead(sequences: &mut Sequences, resolved: &Resolved, behind: &[Behind]) -> Result<Vec<Ahead>, Fault> {
-    let mut all = vec![Ahead::default(); sequences.predictors()];
-    let mut behind = behind.iter().peekable();
-    for (span, &seq) in resolved.batch.spans.iter().zip(&resolved.sequences) {
-        let drawn = behind.next_if(|drawn| drawn.seq == seq);
-        let state = sequences.get(seq)?;
-        // Rows of drafts that were not drawn again foretell nothing.
-        let rows = span.rows - drawn.map_or(0, |drawn| state.drafts.len() - drawn.guessed);
-        let (start, end) = (span.start, span.start + rows);
-        let tokens = &resolved.ids[span.row..span.row + rows];
-        let token = |position: usize| match tokens.get(position - start) {
-            Some(token) => *token,
-            None => drawn.expect("nothing else is known behind a chunk").token,
-        };
-        let foreseen = &mut state.foreseen;
-        let begins = foreseen.known.is_none();
-        let before_known = *foreseen.known.get_or_insert(start);
-        if begins || start > before_known {
-            foreseen.from = start;
-        }
-        let now_known = end + usize::from(drawn.is_some());
-        foreseen.known = Some(now_known);
-        // Positions of the rows that a predictor goes on from, and the first one's row.
-        let (mut before, mut first) = (start..end, span.row);
-        for (index, ahead) in all.iter_mut().enumerate() {
-            // The row at `p` takes in the token at `p + lag`.
-            let lag = index + 1;
-            let at = |known: usize| known.saturating_sub(lag).max(foreseen.from);
-            let (row, positions) = (ahead.rows(), at(before_known)..at(now_known));
-            if !before.is_empty() && before.end > positions.end {
-                ahead.kept.push((seq, (first + before.len() - 1) as u32));
-            }
-            if !positions.is_empty() {
-                ahead.ids.extend(positions.clone().map(|p| token(p + lag)));
-                let of = |p: usize| p.checked_sub(before.start).map(|i| (first + i) as u32);
-                ahead.from.extend(positions.clone().map(of));
-                ahead.batch.positions.extend(positions.clone().map(|p| p as u32));
-                let (start, rows) = (positions.start, positions.len());
-                ahead.batch.spans.push(Sequence { row, rows, start, blocks: span.blocks.clone() });
-                ahead.sequences.push(seq);
-            }
-            (before, first) = (positions, row);
-        }
-    }
-    Ok(all)
+/// Who guesses on a rank.
+pub enum Source<B: Backend> {
+    Nobody,
+    Predictors(Vec<Predictor<B>>),
+    Draft(Box<Draft<B>>),
 }
 
 /// A sequence whose next tokens are guessed.
@@ -123,20 +40,141 @@ struct Tip {
     /// What was drawn behind its chunk stands here.
     position: usize,
     blocks: Vec<BlockId>,
+    /// Tokens behind its history: drafts that were drawn again, what was drawn then, guesses.
+    since: Vec<u32>,
     guesses: Guesses,
 }
 
+impl Tip {
+    fn guess(&mut self, token: u32) {
+        self.since.push(token);
+        self.guesses.tokens.push(token);
+    }
+
+    /// What its next guess stands for, foretold by a row.
+    fn unknown(&self, row: usize) -> Unknown {
+        let next = self.position + 1 + self.guesses.tokens.len();
+        let wanted = Wanted { row: row as u32, seq: self.guesses.seq, next, sample: true, drafts: 0, prompt: None };
+        Unknown { wanted, since: self.since.clone() }
+    }
+}
+
+/// Runs whoever guesses in a step that drew `behind`, and gives the residual rows `x` back to the pool. A trace gets all logits, the
+/// scheduler as many guesses as the step asks for.
+pub fn run<B: Backend>(
+    source: &mut Source<B>,
+    (vocabulary, tables): (&Vocabulary<B>, &Tables<B>),
+    pass: &mut Pass<'_, B>,
+    head: &mut Head<'_, B>,
+    step: (&Resolved, &[Behind]),
+    x: B::Buffer,
+) -> Result<Vec<Guesses>, Fault> {
+    match source {
+        Source::Predictors(predictors) => Foresight { predictors, vocabulary, tables }.run(pass, head, step, x),
+        Source::Nobody => {
+            pass.give(pass.hidden, Kind::Full, x);
+            Ok(Vec::new())
+        }
+        Source::Draft(draft) => {
+            pass.give(pass.hidden, Kind::Full, x);
+            read_along(draft, pass, head, step)
+        }
+    }
+}
+
+/// A step of a draft model.
+fn read_along<B: Backend>(
+    draft: &mut Draft<B>,
+    pass: &mut Pass<'_, B>,
+    head: &mut Head<'_, B>,
+    (resolved, behind): (&Resolved, &[Behind]),
+) -> Result<Vec<Guesses>, Fault> {
+    let ahead = ahead::drafted(head.sequences, resolved, behind, draft.len_max)?;
+    let mut tips = if resolved.guesses > 0 { tips(head, &ahead, behind, 0)? } else { Vec::new() };
+    if ahead.rows() > 0 {
+        let x = draft.run(pass, &ahead.batch, &ahead.ids)?;
+        let unknown: Vec<Unknown> = tips.iter().zip(last_rows(&ahead)).map(|(tip, row)| tip.unknown(row)).collect();
+        let tokens = draft.with_head(pass, head, ahead.rows(), |pass, head, norm| {
+            record(pass, head, norm, 0, &ahead, &x)?;
+            head.guess(pass, norm, &unknown, &x)
+        })?;
+        tips.iter_mut().zip(tokens).for_each(|(tip, token)| tip.guess(token));
+        draft.give(pass, ahead.rows(), x);
+    }
+    for further in 1..resolved.guesses {
+        let Onward { batch, ids, unknown, going, .. } = onward(&mut tips, further, 0, draft.len_max);
+        if ids.is_empty() {
+            break;
+        }
+        let x = draft.run(pass, &batch, &ids)?;
+        let guess = |pass: &mut Pass<'_, B>, head: &mut Head<'_, B>, norm: &_| head.guess(pass, norm, &unknown, &x);
+        let tokens = draft.with_head(pass, head, ids.len(), guess)?;
+        going.into_iter().zip(tokens).for_each(|(tip, token)| tip.guess(token));
+        draft.give(pass, ids.len(), x);
+    }
+    Ok(tips.into_iter().map(|tip| tip.guesses).collect())
+}
+
+/// The sequences whose last rows take in what was just drawn, each the token `lag` further on.
+fn tips<B: Backend>(head: &mut Head<'_, B>, ahead: &Ahead, behind: &[Behind], lag: usize) -> Result<Vec<Tip>, Fault> {
+    let (mut tips, mut behind) = (Vec::with_capacity(ahead.drawn.len()), behind.iter());
+    for &at in &ahead.drawn {
+        let (span, seq) = (&ahead.batch.spans[at], ahead.sequences[at]);
+        let drawn = behind.find(|drawn| drawn.seq == seq).expect("the rows are those of what was drawn, in its order");
+        let mut since = head.sequences.get(seq)?.drafts[..drawn.guessed].to_vec();
+        since.push(drawn.token);
+        let (position, blocks) = (span.start + span.rows - 1 + lag, span.blocks.clone());
+        tips.push(Tip { position, blocks, since, guesses: Guesses { seq, tokens: Vec::new() } });
+    }
+    Ok(tips)
+}
+
+/// The rows that foretell the first guesses.
+fn last_rows(ahead: &Ahead) -> impl Iterator<Item = usize> {
+    ahead.drawn.iter().map(|&at| ahead.batch.spans[at].row + ahead.batch.spans[at].rows - 1)
+}
+
+/// A row for each sequence that has all guesses so far, and room for one more.
+struct Onward<'t> {
+    batch: Batch,
+    ids: Vec<u32>,
+    /// By row: the place among those that had all guesses so far.
+    from: Vec<u32>,
+    unknown: Vec<Unknown>,
+    going: Vec<&'t mut Tip>,
+}
+
+/// The rows that take the `further`th guesses in, `lag` positions before those.
+fn onward(tips: &mut [Tip], further: usize, lag: usize, len_max: usize) -> Onward<'_> {
+    let (batch, ids, from, unknown, going) = Default::default();
+    let mut onward = Onward { batch, ids, from, unknown, going };
+    let had = tips.iter_mut().filter(|tip| tip.guesses.tokens.len() == further);
+    for (at, tip) in had.enumerate() {
+        let (row, start) = (onward.ids.len(), tip.position + further - lag);
+        if start >= len_max.min(tip.blocks.len() * BLOCK_TOKENS) {
+            // There is no room for the row: it has the guesses that it has.
+            continue;
+        }
+        onward.batch.positions.push(start as u32);
+        onward.batch.spans.push(Sequence { row, rows: 1, start, blocks: tip.blocks.clone() });
+        onward.ids.push(tip.guesses.tokens[further - 1]);
+        onward.from.push(at as u32);
+        onward.unknown.push(tip.unknown(row));
+        onward.going.push(tip);
+    }
+    onward
+}
+
 /// A stage's predictors, and what they share with the model.
-pub struct Foresight<'a, B: Backend> {
-    pub predictors: &'a mut [Predictor<B>],
-    pub vocabulary: &'a Vocabulary<B>,
-    pub tables: &'a Tables<B>,
+struct Foresight<'a, B: Backend> {
+    predictors: &'a mut [Predictor<B>],
+    vocabulary: &'a Vocabulary<B>,
+    tables: &'a Tables<B>,
 }
 
 impl<B: Backend> Foresight<'_, B> {
-    /// Runs the predictors, each on the rows of the one before, the first on the residual rows `x`, which go back to the pool.
-    /// A trace gets their logits, the scheduler as many guesses as the step asks for.
-    pub fn run(
+    /// Runs the predictors, each on the rows of the one before, the first on the residual rows `x`.
+    fn run(
         &mut self,
         pass: &mut Pass<'_, B>,
         head: &mut Head<'_, B>,
@@ -144,7 +182,7 @@ impl<B: Backend> Foresight<'_, B> {
         x: B::Buffer,
     ) -> Result<Vec<Guesses>, Fault> {
         let hidden = pass.hidden;
-        let all = ahead(head.sequences, resolved, behind)?;
+        let all = ahead::predicted(head.sequences, resolved, behind)?;
         let (mut tips, mut normed) = (Vec::new(), None);
         // What the next predictor goes on from, how many rows of it, and their norm.
         let (mut before, mut count, mut norm) = (x, pass.rows, head.norm());
@@ -157,7 +195,10 @@ impl<B: Backend> Foresight<'_, B> {
             let picked = pick(&mut own, head, index, ahead, &mut before, count)?;
             own.pool.give(hidden, Kind::Full, count, before);
             let (x, routings) = predictor.run(&mut own, (self.vocabulary, self.tables), picked, &ahead.ids)?;
-            record(&mut own, head, (index, predictor), ahead, (&x, routings))?;
+            if let Some(trace) = &mut head.trace {
+                trace.routings.extend(routings.into_iter().map(|routing| (predictor.number, routing)));
+            }
+            record(&mut own, head, &predictor.norm, index, ahead, &x)?;
             if index == 0 && resolved.guesses > 0 {
                 (tips, normed) = first_guesses(&mut own, head, predictor, (ahead, behind), &x)?;
             }
@@ -186,24 +227,8 @@ impl<B: Backend> Foresight<'_, B> {
         let hidden = pass.hidden;
         let index = further.min(self.predictors.len() - 1);
         let predictor = &mut self.predictors[index];
-        let moved = further - index;
         let len_max = head.sequences.limits().model_len_max;
-        let (mut batch, mut ids, mut from, mut wanted) = (Batch::default(), Vec::new(), Vec::new(), Vec::new());
-        let had = tips.iter_mut().filter(|tip| tip.guesses.tokens.len() == further);
-        let mut going = Vec::new();
-        for (at, tip) in had.enumerate() {
-            let (row, start) = (ids.len(), tip.position - 1 + moved);
-            if start >= len_max.min(tip.blocks.len() * BLOCK_TOKENS) {
-                // There is no room for the predictor's row: it has the guesses that it has.
-                continue;
-            }
-            batch.positions.push(start as u32);
-            batch.spans.push(Sequence { row, rows: 1, start, blocks: tip.blocks.clone() });
-            ids.push(tip.guesses.tokens[further - 1]);
-            from.push(at as u32);
-            wanted.push(guess_at(row, tip.guesses.seq, tip.position + 1 + further));
-            going.push(tip);
-        }
+        let Onward { batch, ids, from, unknown, going } = onward(tips, further, index + 1, len_max);
         let meta = pass.backend.meta(&batch)?;
         let mut own = over(pass, ids.len(), &meta);
         let mut picked = own.take(hidden, Kind::Full)?;
@@ -214,10 +239,8 @@ impl<B: Backend> Foresight<'_, B> {
             own.pool.give(hidden, Kind::Full, count, buffer);
         }
         let (mut x, _) = predictor.run(&mut own, (self.vocabulary, self.tables), picked, &ids)?;
-        let tokens = head.guess(&mut own, &predictor.norm, &wanted, &x)?;
-        for (tip, token) in going.into_iter().zip(tokens) {
-            tip.guesses.tokens.push(token);
-        }
+        let tokens = head.guess(&mut own, &predictor.norm, &unknown, &x)?;
+        going.into_iter().zip(tokens).for_each(|(tip, token)| tip.guess(token));
         if !ids.is_empty() {
             replace(&mut own, &predictor.norm, &mut x)?;
         }
@@ -234,22 +257,14 @@ fn first_guesses<B: Backend>(
     (ahead, behind): (&Ahead, &[Behind]),
     x: &B::Buffer,
 ) -> Result<(Vec<Tip>, Option<(usize, B::Buffer)>), Fault> {
-    let (mut tips, mut wanted) = (Vec::new(), Vec::new());
-    let mut spans = ahead.batch.spans.iter().zip(&ahead.sequences);
-    for &Behind { seq, .. } in behind {
-        let Some((span, _)) = spans.find(|(_, of)| **of == seq) else { continue };
-        let position = span.start + span.rows;
-        wanted.push(guess_at(span.row + span.rows - 1, seq, position + 1));
-        tips.push(Tip { position, blocks: span.blocks.clone(), guesses: Guesses { seq, tokens: Vec::new() } });
-    }
-    let tokens = head.guess(pass, &predictor.norm, &wanted, x)?;
-    for (tip, token) in tips.iter_mut().zip(tokens) {
-        tip.guesses.tokens.push(token);
-    }
+    let mut tips = tips(head, ahead, behind, 1)?;
+    let unknown: Vec<Unknown> = tips.iter().zip(last_rows(ahead)).map(|(tip, row)| tip.unknown(row)).collect();
+    let tokens = head.guess(pass, &predictor.norm, &unknown, x)?;
+    tips.iter_mut().zip(tokens).for_each(|(tip, token)| tip.guess(token));
     if tips.is_empty() {
         return Ok((tips, None));
     }
-    let rows: Vec<u32> = wanted.iter().map(|wanted| wanted.row).collect();
+    let rows: Vec<u32> = unknown.iter().map(|unknown| unknown.wanted.row).collect();
     let mut own = over(pass, rows.len(), pass.meta);
     let mut picked = own.take(own.hidden, Kind::Full)?;
     own.backend.select(x, &rows, &mut picked)?;
@@ -257,24 +272,20 @@ fn first_guesses<B: Backend>(
     Ok((tips, Some((rows.len(), picked))))
 }
 
-fn guess_at(row: usize, seq: SeqId, next: usize) -> Wanted {
-    Wanted { row: row as u32, seq, next, sample: true, drafts: 0, prompt: None }
-}
-
-/// Leaves a predictor's logits and choices in the trace, where there is one.
+/// Leaves the logits of the guesser's rows, its `index`th predictor's or a draft model's, in the trace, where there is one.
 fn record<B: Backend>(
     pass: &mut Pass<'_, B>,
     head: &mut Head<'_, B>,
-    (index, predictor): (usize, &Predictor<B>),
+    norm: &NormWeights<B::Vector>,
+    index: usize,
     ahead: &Ahead,
-    (x, routings): (&B::Buffer, Vec<Routing>),
+    x: &B::Buffer,
 ) -> Result<(), Fault> {
     if head.trace.is_none() {
         return Ok(());
     }
-    let logits = head.all(pass, &predictor.norm, x)?;
+    let logits = head.all(pass, norm, x)?;
     let Some(trace) = &mut head.trace else { return Ok(()) };
-    trace.routings.extend(routings.into_iter().map(|routing| (predictor.number, routing)));
     if trace.predicted.len() <= index {
         trace.predicted.resize_with(index + 1, Vec::new);
     }
@@ -327,66 +338,4 @@ fn pick<B: Backend>(
         pass.backend.host_done(before, count)?;
     }
     Ok(picked)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use model::plan::Limits;
-    use model::step::{Begin, Chunk, LaneBatch, Sampling};
-
-    const LIMITS: Limits = Limits { model_len_max: 100, step_tokens_max: 50, step_sequences_max: 2, blocks: 4 };
-
-    /// What two predictors run over in a step of `chunks`: sequence, start, tokens, drafts among them, blocks, and what was drawn.
-    type Told<'a> = (u64, u32, &'a [u32], u32, &'a [u32], Option<(usize, u32)>);
-
-    fn step(sequences: &mut Sequences, begun: &[u64], chunks: &[Told<'_>]) -> Vec<Ahead> {
-        let begin = |seq: &u64| Begin { seq: SeqId(*seq), sampling: Sampling::GREEDY, prompt_len: 3, history: vec![] };
-        let chunk = |&(seq, start, tokens, drafts, blocks, _): &Told<'_>| {
-            let blocks = blocks.iter().map(|&b| BlockId(b)).collect();
-            Chunk { seq: SeqId(seq), start, tokens: tokens.to_vec(), blocks, sample: true, drafts }
-        };
-        let begun = begun.iter().map(begin).collect();
-        let lane = LaneBatch { begun, chunks: chunks.iter().map(chunk).collect(), ..LaneBatch::default() };
-        let resolved = sequences.resolve(&lane, false).unwrap();
-        let behind =
-            |&(seq, .., drawn): &Told<'_>| drawn.map(|(guessed, token)| Behind { seq: SeqId(seq), guessed, token });
-        ahead(sequences, &resolved, &chunks.iter().filter_map(behind).collect::<Vec<_>>()).unwrap()
-    }
-
-    #[test]
-    fn predictors_wait_for_tokens_and_go_on_from_what_was_kept() {
-        let mut sequences = Sequences::new(LIMITS, 10).predicting(2);
-        let found = step(&mut sequences, &[1], &[(1, 0, &[1], 0, &[0], None)]);
-        assert_eq!((found[0].rows(), found[1].rows()), (0, 0), "the next token is not known");
-        assert_eq!((&found[0].kept[..], &found[1].kept[..]), (&[(SeqId(1), 0)][..], &[][..]));
-        let chunks: [Told<'_>; 2] = [(2, 0, &[4, 5, 6], 0, &[1], None), (1, 1, &[2, 3], 0, &[], None)];
-        let found = step(&mut sequences, &[2], &chunks);
-        assert_eq!((&found[0].ids[..], &found[0].batch.positions[..]), (&[5, 6, 2, 3][..], &[0, 1, 0, 1][..]));
-        assert_eq!(found[0].from, [Some(0), Some(1), None, Some(3)]);
-        assert_eq!(found[0].kept, [(SeqId(2), 2), (SeqId(1), 4)]);
-        assert_eq!((&found[1].ids[..], &found[1].batch.positions[..]), (&[6, 3][..], &[0, 0][..]));
-        assert_eq!(found[1].from, [Some(0), Some(2)]);
-        assert_eq!(found[1].kept, [(SeqId(2), 1), (SeqId(1), 3)]);
-        let third = step(&mut sequences, &[], &[(1, 3, &[7], 0, &[], None)]);
-        assert_eq!((&third[0].from[..], &third[1].from[..]), (&[None][..], &[None][..]));
-        assert_eq!((third[0].batch.spans[0].start, third[1].batch.spans[0].start), (2, 1));
-    }
-
-    #[test]
-    fn what_was_drawn_is_taken_in_at_once_and_drafts_only_as_far_as_they_were_right() {
-        let mut sequences = Sequences::new(LIMITS, 10).predicting(2);
-        let found = step(&mut sequences, &[1], &[(1, 0, &[1, 2, 3], 0, &[0], Some((0, 4)))]);
-        assert_eq!((&found[0].ids[..], &found[0].from[..]), (&[2, 3, 4][..], &[Some(0), Some(1), Some(2)][..]));
-        assert_eq!((&found[1].ids[..], &found[1].from[..]), (&[3, 4][..], &[Some(0), Some(1)][..]));
-        assert_eq!((&found[0].kept[..], &found[1].kept[..]), (&[][..], &[(SeqId(1), 2)][..]));
-        // Of three drafts one is right, and 9 is drawn behind it.
-        let found = step(&mut sequences, &[], &[(1, 3, &[4, 5, 6, 7], 3, &[], Some((1, 9)))]);
-        assert_eq!((&found[0].ids[..], &found[0].from[..]), (&[5, 9][..], &[Some(0), Some(1)][..]));
-        assert_eq!(found[0].batch.positions, [3, 4]);
-        assert_eq!((&found[1].ids[..], &found[1].from[..]), (&[5, 9][..], &[None, Some(0)][..]));
-        assert_eq!(found[1].batch.positions, [2, 3]);
-        let found = step(&mut sequences, &[], &[(1, 5, &[9], 0, &[], Some((0, 2)))]);
-        assert_eq!((&found[0].batch.positions[..], &found[1].batch.positions[..]), (&[5][..], &[4][..]));
-    }
 }

@@ -1,10 +1,10 @@
 //! The last stage's end: logits of the wanted rows, gathered over the vocabulary's shards, and what becomes of them.
 //! Where the likeliest token is all that is asked, only each shard's candidate travels.
 
+use super::ahead::Behind;
 use super::batch::{PromptRow, Resolved, Wanted};
 use super::comm;
 use super::feed::{self, Drawn};
-use super::foresight::Behind;
 use super::pass::Pass;
 use super::sample;
 use super::score;
@@ -28,10 +28,19 @@ pub struct Head<'a, B: Backend> {
     pub hidden: usize,
     /// Samples, scores and keeps what waits; other ranks only compute.
     pub leader: bool,
+    /// Somebody goes on from what is drawn, on every tensor rank.
+    pub guessed: bool,
+}
+
+/// A token that is to be guessed.
+pub struct Unknown {
+    pub wanted: Wanted,
+    /// The tokens before it that the sequence's history has not noted yet.
+    pub since: Vec<u32>,
 }
 
 impl<'a, B: Backend> Head<'a, B> {
-    /// Answers a step from the residual rows `x`. Where predictors go on from it every tensor rank learns what was drawn.
+    /// Answers a step from the residual rows `x`. Where somebody goes on from it every tensor rank learns what was drawn.
     pub fn run(
         &mut self,
         pass: &mut Pass<'_, B>,
@@ -42,7 +51,7 @@ impl<'a, B: Backend> Head<'a, B> {
         if self.leader {
             self.foretold(resolved, &mut scores)?;
         }
-        let (plain, whole) = self.split(&resolved.wanted)?;
+        let (plain, whole) = self.split(resolved.wanted.iter())?;
         let mut samples: Vec<(usize, Sample)> = Vec::new();
         for tile in plain.chunks(TILE_ROWS) {
             let tokens = self.likeliest(pass, self.norm(), tile, x)?;
@@ -67,7 +76,7 @@ impl<'a, B: Backend> Head<'a, B> {
         }
         samples.sort_by_key(|s| s.0);
         let samples = self.counting(samples.into_iter().map(|s| s.1).collect())?;
-        let behind = if self.sequences.predictors() > 0 { self.behind(pass, resolved, &samples)? } else { Vec::new() };
+        let behind = if self.guessed { self.behind(pass, resolved, &samples)? } else { Vec::new() };
         Ok((LaneResult { samples, prompt_scores: scores.lists, guesses: Vec::new() }, behind))
     }
 
@@ -105,17 +114,17 @@ impl<'a, B: Backend> Head<'a, B> {
         Ok(found)
     }
 
-    /// What is likely to be drawn from rows of `x` after a predictor's `norm`, on every tensor rank: drawn as the token itself will
-    /// be, so that it is the same wherever the predictor is right about what is likely.
+    /// What is likely to be drawn from a guesser's rows `x` after its `norm`, on every tensor rank: drawn as the token itself will
+    /// be, so that it is the same wherever the guesser is right about what is likely.
     pub fn guess(
         &mut self,
         pass: &mut Pass<'_, B>,
         norm: &NormWeights<B::Vector>,
-        wanted: &[Wanted],
+        unknown: &[Unknown],
         x: &B::Buffer,
     ) -> Result<Vec<u32>, Fault> {
-        let mut tokens = vec![0; wanted.len()];
-        let (plain, whole) = self.split(wanted)?;
+        let mut tokens = vec![0; unknown.len()];
+        let (plain, whole) = self.split(unknown.iter().map(|unknown| &unknown.wanted))?;
         for tile in plain.chunks(TILE_ROWS) {
             let found = self.likeliest(pass, norm, tile, x)?;
             tile.iter().zip(found).for_each(|(&(index, _), token)| tokens[index] = token);
@@ -125,10 +134,15 @@ impl<'a, B: Backend> Head<'a, B> {
             let rows: Vec<u32> = tile.iter().map(|(_, w)| w.row).collect();
             let shards = self.gathered(pass, norm, &rows, x)?;
             let mut drawn = Vec::with_capacity(tile.len());
-            for (i, (_, wanted)) in tile.iter().enumerate().filter(|_| self.leader) {
+            let drawing = if self.leader { tile } else { &[] };
+            for (i, (index, wanted)) in drawing.iter().enumerate() {
                 self.assemble(&shards, i, tile.len(), &mut row)?;
                 let state = self.sequences.get(wanted.seq)?;
-                drawn.push(sample::draw(&mut row, &state.sampling, &state.history, state.moment(wanted.next)));
+                let mut history = Cow::Borrowed(&state.history);
+                if state.sampling.needs_history() {
+                    unknown[*index].since.iter().for_each(|&token| history.to_mut().note(token, true));
+                }
+                drawn.push(sample::draw(&mut row, &state.sampling, &history, state.moment(wanted.next)));
             }
             let drawn = self.leader.then_some(drawn);
             let found = feed::of_leader(drawn, tile.len(), &mut *pass.communicators.tensor)?;
@@ -160,10 +174,10 @@ impl<'a, B: Backend> Head<'a, B> {
     #[allow(clippy::type_complexity)] // two of a kind
     fn split<'w>(
         &mut self,
-        wanted: &'w [Wanted],
+        wanted: impl Iterator<Item = &'w Wanted>,
     ) -> Result<(Vec<(usize, &'w Wanted)>, Vec<(usize, &'w Wanted)>), Fault> {
         let (mut plain, mut whole) = (Vec::new(), Vec::new());
-        for (index, wanted) in wanted.iter().enumerate() {
+        for (index, wanted) in wanted.enumerate() {
             let list = if self.is_plain(wanted)? { &mut plain } else { &mut whole };
             list.push((index, wanted));
         }

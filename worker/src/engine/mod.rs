@@ -5,13 +5,15 @@
 //! every stage   per layer: x += mixer(norm(x)); x += branches(norm(x))       ([`layer`] [`grouped`] [`latent`] [`mlp`] [`moe`])
 //! between       f32 residual rows along the pipe
 //! last stage    logits of the wanted rows, scores, samples                   ([`head`] [`score`] [`sample`])
-//!               and, by predictors, guesses of what follows                   ([`predict`] [`foresight`])
+//!               and, by predictors or a draft model, guesses of what follows  ([`foresight`] [`predict`] [`draft`])
 //! ```
 //! The residual rows are equal on all tensor ranks of a lane. All ranks of a communicator run the same collectives in
 //! the same order: what a step does follows from the batch alone.
 
+mod ahead;
 pub mod batch;
 pub mod comm;
+pub mod draft;
 mod exchange;
 mod feed;
 mod foresight;
@@ -28,6 +30,7 @@ pub mod random;
 pub mod sample;
 pub mod score;
 pub mod shard;
+mod stage;
 pub mod state;
 mod tables;
 pub mod trace;
@@ -40,22 +43,23 @@ use crate::load::loader::{Loader, Progress};
 use crate::load::shelf::Shelf;
 use batch::Resolved;
 use comm::Communicators;
-use foresight::Foresight;
+use draft::Draft;
+use foresight::Source;
 use head::Head;
-use layer::replace;
 use model::fault::{Fault, FaultKind};
 use model::mesh::{Mesh, Place, RankId};
-use model::plan::Plan;
+use model::plan::{Guesser, Plan};
 use model::spec::ModelSpec;
 use model::step::{LaneBatch, LaneResult, StepBatch};
 use pass::{Pass, Pool};
 use predict::Predictor;
+use stage::{Stage, Weights};
 use state::Sequences;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use tables::{Kinds, Tables};
+use tables::Kinds;
 use trace::Trace;
-use weights::{LayerLoader, LayerWeights, Vocabulary};
+use weights::LayerLoader;
 
 /// One rank: its weights, its cache, its sequences.
 pub struct Engine<B: Backend> {
@@ -63,14 +67,10 @@ pub struct Engine<B: Backend> {
     spec: Arc<ModelSpec>,
     mesh: Mesh,
     place: Place,
-    vocabulary: Vocabulary<B>,
-    /// The stage's layers, from `first_layer`.
-    layers: Vec<LayerWeights<B>>,
-    first_layer: usize,
-    caches: Vec<B::Cache>,
-    /// On the last stage, where the plan asks for any.
-    predictors: Vec<Predictor<B>>,
-    tables: Tables<B>,
+    stage: Stage<B>,
+    /// On the last stage, where the plan has somebody who guesses.
+    source: Source<B>,
+    guesser: Guesser,
     sequences: Sequences,
     communicators: Communicators,
     pool: Pool<B>,
@@ -86,6 +86,8 @@ pub struct Assignment<'a, M> {
     pub checkpoint: &'a Checkpoint,
     /// Where matrices are taken from, and left for the next epoch.
     pub shelf: &'a Shelf<M>,
+    /// Where the plan has a draft model and the rank is of the last stage.
+    pub draft: Option<draft::Assignment<'a, M>>,
     pub communicators: Communicators,
     /// Moves at every layer of every step: a watcher's proof of life.
     pub progress: Arc<AtomicU64>,
@@ -93,41 +95,7 @@ pub struct Assignment<'a, M> {
     pub loading: Progress<'a>,
 }
 
-/// The weights of a rank's stage, without its predictors.
-struct Stage<B: Backend> {
-    vocabulary: Vocabulary<B>,
-    layers: Vec<LayerWeights<B>>,
-}
-
-impl<B: Backend> Stage<B> {
-    /// `tick` is called after each layer; `None` where it said no.
-    fn load<'a>(
-        from: impl Fn(usize) -> LayerLoader<'a, B>,
-        spec: &ModelSpec,
-        plan: &Plan,
-        place: Place,
-        kinds: &Kinds,
-        tick: impl Fn() -> bool,
-    ) -> Result<Option<Stage<B>>, Fault>
-    where
-        B: 'a,
-    {
-        let range = plan.stages[place.stage].clone();
-        let ends = (place.stage == 0, place.stage + 1 == plan.mesh.pipeline);
-        let LayerLoader { backend, loader, shelf, .. } = from(range.start);
-        let vocabulary = Vocabulary::load(backend, loader, shelf, spec, ends)?;
-        let mut layers = Vec::with_capacity(range.len());
-        for layer in range {
-            layers.push(from(layer).load(&spec.layers[layer], kinds)?);
-            if !tick() {
-                return Ok(None);
-            }
-        }
-        Ok(Some(Stage { vocabulary, layers }))
-    }
-}
-
-/// Puts the matrices that a rank of a plan to come needs, its predictors' apart, on the shelf, as long as `tick`, called
+/// Puts the matrices that a rank of a plan to come needs, those of who guesses apart, on the shelf, as long as `tick`, called
 /// after each layer, says yes.
 pub fn prepare<B: Backend>(
     backend: &B,
@@ -140,7 +108,7 @@ pub fn prepare<B: Backend>(
     let kinds = Kinds::of(spec.layers[plan.stages[place.stage].clone()].iter());
     let (loader, hidden) = (&loader, spec.hidden);
     let from = |layer| LayerLoader { backend, loader, shelf, layer, mesh: plan.mesh, rank, hidden };
-    Stage::load(from, spec, plan, place, &kinds, tick).map(|_| ())
+    Weights::load(from, spec, plan, place, &kinds, tick).map(|_| ())
 }
 
 /// What [`prepare`] needs to know.
@@ -156,14 +124,15 @@ pub struct Preparation<'a, M> {
 impl<B: Backend> Engine<B> {
     /// Loads the rank's weights and reserves its cache.
     pub fn new(backend: B, assignment: Assignment<'_, B::Matrix>) -> Result<Engine<B>, Fault> {
-        let Assignment { spec, plan, rank, checkpoint, shelf, communicators, progress, loading } = assignment;
+        let Assignment { spec, plan, rank, checkpoint, shelf, draft, communicators, progress, loading } = assignment;
         let place = plan.mesh.place(rank);
         check_members(&communicators, &plan.mesh, place)?;
-        let asked = spec.predicting(plan.predictors);
+        let asked = spec.predicting(plan.guesser.predictors());
         let spec = Arc::new(asked.map_err(|e| Fault::new(FaultKind::Incompatible, e.to_string()))?);
         let loader = Loader::new(checkpoint, &spec, plan, rank, loading, shelf.kept())?;
         let range = plan.stages[place.stage].clone();
-        let foreseen = if place.stage + 1 == plan.mesh.pipeline { &spec.predictors[..] } else { &[] };
+        let last = place.stage + 1 == plan.mesh.pipeline;
+        let foreseen = if last { &spec.predictors[..] } else { &[] };
         let kinds = Kinds::of(spec.layers[range.clone()].iter().chain(foreseen.iter().map(|p| &p.layer)));
         let from = |layer| LayerLoader {
             backend: &backend,
@@ -178,28 +147,34 @@ impl<B: Backend> Engine<B> {
             progress.fetch_add(1, Ordering::Relaxed);
             true
         };
-        let stage = Stage::load(from, &spec, plan, place, &kinds, tick)?;
-        let Stage { vocabulary, layers } = stage.expect("only a tick can break it off");
-        let mut predictors = Vec::with_capacity(foreseen.len());
-        for (index, predictor) in foreseen.iter().enumerate() {
-            let from = from(spec.layers.len() + index);
-            predictors.push(Predictor::load(predictor, &from, &kinds, plan.limits.blocks)?);
-            progress.fetch_add(1, Ordering::Relaxed);
-        }
-        let caches: Result<Vec<_>, Fault> =
-            layers.iter().map(|l| backend.cache(l.mixer.cache(), plan.limits.blocks)).collect();
+        let weights = Weights::load(from, &spec, plan, place, &kinds, tick)?;
+        let stage = weights.expect("only a tick can break it off").ready(&backend, &kinds, &plan.limits)?;
+        let source = match plan.guesser {
+            Guesser::Predictors(_) if last => {
+                let mut predictors = Vec::with_capacity(foreseen.len());
+                for (index, predictor) in foreseen.iter().enumerate() {
+                    let from = from(spec.layers.len() + index);
+                    predictors.push(Predictor::load(predictor, &from, &kinds, plan.limits.blocks)?);
+                    progress.fetch_add(1, Ordering::Relaxed);
+                }
+                Source::Predictors(predictors)
+            }
+            Guesser::Draft if last => {
+                let missing = || Fault::new(FaultKind::Internal, "the plan has a draft model, and none was opened");
+                let assigned = draft.ok_or_else(missing)?;
+                Source::Draft(Box::new(Draft::load(&backend, &assigned, (&spec, plan), progress.clone())?))
+            }
+            Guesser::Nobody | Guesser::Predictors(_) | Guesser::Draft => Source::Nobody,
+        };
         Ok(Engine {
-            caches: caches?,
-            tables: kinds.tables(&backend, plan.limits.model_len_max)?,
-            sequences: Sequences::new(plan.limits, spec.embedding_rows).predicting(predictors.len()),
+            sequences: Sequences::new(plan.limits, spec.embedding_rows).predicting(foreseen.len()),
             mesh: plan.mesh,
-            first_layer: range.start,
             backend,
             spec,
             place,
-            vocabulary,
-            layers,
-            predictors,
+            stage,
+            source,
+            guesser: plan.guesser,
             communicators,
             pool: Pool::default(),
             progress,
@@ -231,8 +206,8 @@ impl<B: Backend> Engine<B> {
     pub fn step_lane(&mut self, lane: &LaneBatch) -> Result<Option<LaneResult>, Fault> {
         // Sums over ranks are added on this thread; they must treat subnormals as the kernels do.
         let _flush = Flush::on();
-        if lane.guesses > 0 && self.spec.predictors.is_empty() {
-            let text = format!("a step asks for {} guesses, and the plan has no predictors", lane.guesses);
+        if lane.guesses > 0 && self.guesser == Guesser::Nobody {
+            let text = format!("a step asks for {} guesses, and the plan has nobody who guesses", lane.guesses);
             return Err(Fault::new(FaultKind::Internal, text));
         }
         let lane = feed::fed(lane, &mut self.sequences, self.communicators.tensor.as_mut())?;
@@ -257,22 +232,16 @@ impl<B: Backend> Engine<B> {
         };
         let mut x = pass.take(hidden, Kind::Full)?;
         if rows > 0 && first {
-            self.vocabulary.embed(&mut pass, &resolved.ids, &mut x)?;
-            if let Some(norm) = &self.vocabulary.embedding_norm {
-                replace(&mut pass, norm, &mut x)?;
-            }
+            self.stage.embed(&mut pass, &resolved.ids, &mut x)?;
         } else if rows > 0 {
             comm::receive(&mut pass, self.place.stage - 1, &mut x)?;
         }
-        let mut normed = pass.take(hidden, Kind::Input)?;
-        for (index, (layer, cache)) in self.layers.iter().zip(&mut self.caches).enumerate() {
-            let routings = layer.run(&mut pass, &self.tables, cache, &mut x, &mut normed)?;
+        self.stage.run(&mut pass, &mut x, |layer, routings| {
             if let Some(trace) = &mut self.trace {
-                trace.routings.extend(routings.into_iter().map(|routing| (self.first_layer + index, routing)));
+                trace.routings.extend(routings.into_iter().map(|routing| (layer, routing)));
             }
             self.progress.fetch_add(1, Ordering::Relaxed);
-        }
-        pass.give(hidden, Kind::Input, normed);
+        })?;
         if !last {
             if rows > 0 {
                 comm::send(&mut pass, self.place.stage + 1, &mut x)?;
@@ -281,17 +250,17 @@ impl<B: Backend> Engine<B> {
             return Ok(None);
         }
         let mut head = Head {
-            vocabulary: &self.vocabulary,
+            vocabulary: &self.stage.vocabulary,
             sequences: &mut self.sequences,
             trace: self.trace.as_mut(),
             vocab: self.spec.vocab,
             hidden,
             leader: self.place.slice == 0,
+            guessed: self.guesser != Guesser::Nobody,
         };
         let (mut answer, behind) = head.run(&mut pass, resolved, &x)?;
-        let mut foresight =
-            Foresight { predictors: &mut self.predictors, vocabulary: &self.vocabulary, tables: &self.tables };
-        answer.guesses = foresight.run(&mut pass, &mut head, (resolved, &behind), x)?;
+        let shared = (&self.stage.vocabulary, &self.stage.tables);
+        answer.guesses = foresight::run(&mut self.source, shared, &mut pass, &mut head, (resolved, &behind), x)?;
         Ok(Some(answer))
     }
 }

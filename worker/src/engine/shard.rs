@@ -1,7 +1,7 @@
 //! The door between async code and a rank's own thread: whoever drives a rank knows neither backend nor model.
 
 use super::comm::Communicators;
-use super::{Assignment, Engine, Preparation};
+use super::{Assignment, Engine, Preparation, draft};
 use crate::backend::Backend;
 use crate::backend::cpu::{CpuBackend, CpuConfig};
 use crate::backend::cuda::{CudaBackend, CudaConfig, Device};
@@ -14,6 +14,7 @@ use model::mesh::RankId;
 use model::plan::{Limits, Plan};
 use model::spec::ModelSpec;
 use model::step::{LaneResult, StepBatch};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
@@ -43,8 +44,20 @@ where
 pub struct Shelves(Place);
 
 enum Place {
-    Cpu(Shelf<<CpuBackend as Backend>::Matrix>),
-    Gpu(Arc<Device>, Shelf<<CudaBackend as Backend>::Matrix>),
+    Cpu(Pair<<CpuBackend as Backend>::Matrix>),
+    Gpu(Arc<Device>, Pair<<CudaBackend as Backend>::Matrix>),
+}
+
+/// A shelf holds one model's.
+struct Pair<M> {
+    model: Shelf<M>,
+    draft: Shelf<M>,
+}
+
+impl<M> Default for Pair<M> {
+    fn default() -> Pair<M> {
+        Pair { model: Shelf::default(), draft: Shelf::default() }
+    }
 }
 
 impl Default for Shelves {
@@ -53,12 +66,12 @@ impl Default for Shelves {
     }
 }
 
-/// Runs `$body` with `$shelf` bound to whichever there is.
+/// Runs `$body` with `$shelf` bound to one of whichever pair there is.
 macro_rules! with_shelf {
-    ($shelves:expr, $shelf:ident => $body:expr) => {
+    ($shelves:expr, $which:ident as $shelf:ident => $body:expr) => {
         match &$shelves.0 {
-            Place::Cpu($shelf) => $body,
-            Place::Gpu(_, $shelf) => $body,
+            Place::Cpu(Pair { $which: $shelf, .. }) => $body,
+            Place::Gpu(_, Pair { $which: $shelf, .. }) => $body,
         }
     };
 }
@@ -66,8 +79,8 @@ macro_rules! with_shelf {
 impl Shelves {
     pub fn on(hardware: Hardware) -> Shelves {
         Shelves(match hardware {
-            Hardware::Cpu => Place::Cpu(Shelf::default()),
-            Hardware::Gpu(device) => Place::Gpu(device, Shelf::default()),
+            Hardware::Cpu => Place::Cpu(Pair::default()),
+            Hardware::Gpu(device) => Place::Gpu(device, Pair::default()),
         })
     }
 
@@ -81,19 +94,31 @@ impl Shelves {
 
     /// Drops what `ranks` of `plan` do not need of the model with this identity. `spec` has the plan's predictors.
     pub fn keep(&self, identity: &[u8], spec: &ModelSpec, plan: &Plan, ranks: &[RankId]) {
-        with_shelf!(self, shelf => shelf.keep(&setting(identity, plan), &shelf::needed(spec, plan, ranks)));
+        with_shelf!(self, model as shelf => shelf.keep(&setting(identity, plan), &shelf::needed(spec, plan, ranks)));
+    }
+
+    /// Drops what `plan` does not need of a draft model: all, where `draft` is none.
+    pub fn keep_draft(&self, plan: &Plan, draft: Option<DraftOf<'_>>) {
+        let (identity, needed) = match draft {
+            Some(DraftOf { spec, checkpoint }) => {
+                let needed = shelf::needed(spec, &plan.of_draft(spec), &[RankId(0)]);
+                (checkpoint.identity(), needed)
+            }
+            None => (Vec::new(), BTreeSet::new()),
+        };
+        with_shelf!(self, draft as shelf => shelf.keep(&setting(&identity, plan), &needed));
     }
 
     /// What `ranks` of `plan`, all loaded, prove of their weights (see [`model::proof`]).
     pub fn proof(&self, spec: &ModelSpec, plan: &Plan, ranks: &[RankId]) -> Result<Vec<u8>, Fault> {
-        with_shelf!(self, shelf => shelf.proofs().of(spec, plan, ranks))
+        with_shelf!(self, model as shelf => shelf.proofs().of(spec, plan, ranks))
     }
 
     /// Bytes that are still to be loaded for `ranks` of `plan`, at most: all of them counted as plain numbers.
     pub fn lacking(&self, identity: &[u8], spec: &ModelSpec, plan: &Plan, ranks: &[RankId]) -> u64 {
         let mut needed = shelf::needed(spec, plan, ranks);
         let setting = setting(identity, plan);
-        let held = with_shelf!(self, shelf => shelf.generation(&setting).map(|_| shelf.pieces()));
+        let held = with_shelf!(self, model as shelf => shelf.generation(&setting).map(|_| shelf.pieces()));
         if let Some(held) = held {
             needed.retain(|piece| !held.contains(piece));
         }
@@ -111,11 +136,11 @@ impl Shelves {
     ) -> Result<(), Fault> {
         let setting = setting(&checkpoint.identity(), plan);
         match &self.0 {
-            Place::Cpu(shelf) => {
+            Place::Cpu(Pair { model: shelf, .. }) => {
                 let config = CpuConfig { dtype: plan.dtype, family: plan.family, threads, spin: 0 };
                 prepare(|| CpuBackend::new(config), &Preparation { spec, plan, rank, checkpoint, shelf }, &setting)
             }
-            Place::Gpu(device, shelf) => {
+            Place::Gpu(device, Pair { model: shelf, .. }) => {
                 let config = CudaConfig { dtype: plan.dtype, family: plan.family, threads };
                 let backend = || CudaBackend::new(device.clone(), &config);
                 prepare(backend, &Preparation { spec, plan, rank, checkpoint, shelf }, &setting)
@@ -137,12 +162,21 @@ fn setting(identity: &[u8], plan: &Plan) -> Setting {
     Setting { identity: identity.to_vec(), dtype: plan.dtype, family: plan.family }
 }
 
+/// A draft model that is open, without predictors of its own.
+#[derive(Clone, Copy)]
+pub struct DraftOf<'a> {
+    pub spec: &'a ModelSpec,
+    pub checkpoint: &'a Checkpoint,
+}
+
 /// What a rank is loaded from.
 pub struct ShardConfig<'a> {
     pub spec: Arc<ModelSpec>,
     pub plan: &'a Plan,
     pub rank: RankId,
     pub checkpoint: &'a Checkpoint,
+    /// See [`Assignment::draft`].
+    pub draft: Option<DraftOf<'a>>,
     pub shelves: &'a Shelves,
     pub communicators: Communicators,
     /// Threads of a CPU rank, or of the host that pack a GPU's weights.
@@ -157,19 +191,26 @@ pub struct ShardConfig<'a> {
 
 /// Loads a rank on what the shelves are of.
 pub fn load_shard(config: ShardConfig<'_>) -> Result<Box<dyn Shard>, Fault> {
-    let Place::Gpu(device, shelf) = &config.shelves.0 else { return Ok(Box::new(load_cpu(config)?)) };
-    let ShardConfig { spec, plan, rank, checkpoint, communicators, threads, progress, loading, .. } = config;
+    let Place::Gpu(device, pair) = &config.shelves.0 else { return Ok(Box::new(load_cpu(config)?)) };
+    let ShardConfig { spec, plan, rank, checkpoint, draft, communicators, threads, progress, loading, .. } = config;
     let backend = CudaBackend::new(device.clone(), &CudaConfig { dtype: plan.dtype, family: plan.family, threads })?;
-    let assignment = Assignment { spec, plan, rank, checkpoint, shelf, communicators, progress, loading };
+    let (shelf, draft) = (&pair.model, draft.map(|of| assigned(of, &pair.draft)));
+    let assignment = Assignment { spec, plan, rank, checkpoint, shelf, draft, communicators, progress, loading };
     Ok(Box::new(Engine::new(backend, assignment)?))
 }
 
 /// Loads a rank on the CPU.
 pub fn load_cpu(config: ShardConfig<'_>) -> Result<Engine<CpuBackend>, Fault> {
-    let ShardConfig { spec, plan, rank, checkpoint, shelves, communicators, threads, spin, progress, loading } = config;
-    let Place::Cpu(shelf) = &shelves.0 else {
+    let ShardConfig { spec, plan, rank, checkpoint, draft, shelves, communicators, progress, loading, .. } = config;
+    let (threads, spin) = (config.threads, config.spin);
+    let Place::Cpu(pair) = &shelves.0 else {
         return Err(Fault::new(FaultKind::Internal, "the CPU is asked for matrices of a GPU"));
     };
     let backend = CpuBackend::new(CpuConfig { dtype: plan.dtype, family: plan.family, threads, spin })?;
-    Engine::new(backend, Assignment { spec, plan, rank, checkpoint, shelf, communicators, progress, loading })
+    let (shelf, draft) = (&pair.model, draft.map(|of| assigned(of, &pair.draft)));
+    Engine::new(backend, Assignment { spec, plan, rank, checkpoint, shelf, draft, communicators, progress, loading })
+}
+
+fn assigned<'a, M>(of: DraftOf<'a>, shelf: &'a Shelf<M>) -> draft::Assignment<'a, M> {
+    draft::Assignment { spec: of.spec, checkpoint: of.checkpoint, shelf }
 }

@@ -1,9 +1,9 @@
 //! What a rank keeps of each sequence between steps: its block table, how far it is computed, and on the leader what
 //! sampling needs. A step's message says only what changed; here it is checked and made whole.
 
+use super::ahead::Foreseen;
 use super::batch::{Foretold, PromptRow, Resolved, Sequence, Wanted};
 use super::feed::Drawn;
-use super::foresight::Foreseen;
 use super::sample::{History, Moment};
 use model::fault::{Fault, FaultKind};
 use model::plan::{BLOCK_TOKENS, Limits};
@@ -25,7 +25,7 @@ pub struct State {
     blocks: Vec<BlockId>,
     /// Positions computed, drafts and all; `None` before the first chunk, which may begin behind a cached prefix.
     computed: Option<usize>,
-    /// What predictors made of it.
+    /// What those who guess made of it.
     pub foreseen: Foreseen,
 }
 

@@ -2,7 +2,7 @@ use super::*;
 use crate::cluster::pace::Toll;
 use model::fault::FaultKind;
 use model::mesh::{Mesh, RankId};
-use model::plan::{KernelFamily, Limits, Member};
+use model::plan::{Guesser, KernelFamily, Limits, Member};
 use model::quant::Dtype;
 
 /// One rank a worker; refuses when `refuse` is set.
@@ -32,7 +32,7 @@ impl Planner for OneEach {
                 })
                 .collect(),
             limits: Limits { model_len_max: 1, step_tokens_max: 1, step_sequences_max: 1, blocks: 1 },
-            predictors: 0,
+            guesser: Guesser::Nobody,
         })
     }
 }

@@ -7,7 +7,7 @@ use crate::collective::refused::Reason;
 use crate::collective::suite::{Members, contract};
 use crate::collective::tree;
 use model::mesh::Mesh;
-use model::plan::{KernelFamily, Limits};
+use model::plan::{Guesser, KernelFamily, Limits};
 use model::quant::Dtype;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, Command, Stdio};
@@ -21,7 +21,7 @@ fn plan(epoch: u64, mesh: Mesh, members: Vec<Member>) -> Plan {
     let limits = Limits { model_len_max: 128, step_tokens_max: 64, step_sequences_max: 4, blocks: 8 };
     let stages = (0..mesh.pipeline).map(|stage| stage..stage + 1).collect();
     let (dtype, family) = (Dtype::F32, KernelFamily::Vector);
-    Plan { epoch: Epoch(epoch), mesh, dtype, family, stages, members, limits, predictors: 0 }
+    Plan { epoch: Epoch(epoch), mesh, dtype, family, stages, members, limits, guesser: Guesser::Nobody }
 }
 
 /// Worker `i` with `each` ranks, the ranks in order.
