@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use coordinator::config::parse_dtype;
+use coordinator::draft::Draft;
 use coordinator::hub::Need;
 use coordinator::plan::{Policy, explain, format_bytes, parse_bytes, parse_devices, plan, smallest};
 use coordinator::source::Source;
@@ -35,6 +36,9 @@ pub struct Args {
     /// Cache of each rank, e.g. 2GiB
     #[arg(long, value_parser = parse_bytes)]
     kv_cache_memory: Option<u64>,
+    /// A smaller model of the same tokens that guesses, named as MODEL is: it takes memory of the last stage
+    #[arg(long, value_name = "MODEL")]
+    draft_model: Option<PathBuf>,
     /// Compare the model's files with their checksums: those of SHA256SUMS beside them, or the hub cache's
     #[arg(long)]
     verify_checksums: bool,
@@ -56,7 +60,12 @@ pub fn run(args: Args) -> Result<()> {
     }
     let source = Source::describe(&path)?;
     let (spec, storage) = (&source.spec, &source.storage);
+    let describe = |named: &PathBuf| {
+        let path = crate::hub::model(named, Need::Describe)?.path;
+        anyhow::Ok(Draft::describe(&path, &source)?.model)
+    };
     let policy = Policy {
+        draft: args.draft_model.as_ref().map(describe).transpose()?,
         tensor: args.tensor_parallel_size,
         data: args.data_parallel_size,
         pipeline: args.pipeline_parallel_size,
@@ -71,10 +80,11 @@ pub fn run(args: Args) -> Result<()> {
     };
     let members = parse_devices(devices).map_err(anyhow::Error::msg)?;
     let planned = plan(spec, storage, &members, &policy, None)?;
+    let draft = policy.draft.as_deref();
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&explain::report(spec, storage, &planned.plan))?);
+        println!("{}", serde_json::to_string_pretty(&explain::report(spec, storage, draft, &planned.plan))?);
     } else {
-        print!("{}{}", explain::model(spec), explain::table(spec, storage, &planned.plan));
+        print!("{}{}", explain::model(spec), explain::table(spec, storage, draft, &planned.plan));
     }
     Ok(())
 }
@@ -91,7 +101,7 @@ fn smallest_groups(source: &Source, policy: &Policy, json: bool) -> Result<()> {
             .iter()
             .map(|(device, (number, planned))| {
                 serde_json::json!({
-                    "device": device, "devices": number, "plan": explain::report(spec, storage, &planned.plan),
+                    "device": device, "devices": number, "plan": explain::report(spec, storage, policy.draft.as_deref(), &planned.plan),
                 })
             })
             .collect();
@@ -107,7 +117,11 @@ fn smallest_groups(source: &Source, policy: &Policy, json: bool) -> Result<()> {
     }
     print!("{}", explain::model(spec));
     for (device, (number, planned)) in found {
-        let largest = explain::report(spec, storage, &planned.plan).ranks.iter().map(|r| r.weights_bytes).max();
+        let largest = explain::report(spec, storage, policy.draft.as_deref(), &planned.plan)
+            .ranks
+            .iter()
+            .map(|r| r.weights_bytes)
+            .max();
         println!(
             "smallest group of {device} devices: {number} ({}, up to {} of weights a rank, cache for {} tokens)",
             planned.plan.mesh,

@@ -52,10 +52,13 @@ pub struct Options {
     /// Longest sequence in tokens, prompt and answer together
     #[arg(long)]
     pub max_model_len: Option<usize>,
-    /// Tokens of a sequence that a step may guess and check: by the model's prediction heads where it has any, else by what
-    /// followed its last tokens before (prompt lookup)
+    /// Tokens of a sequence that a step may guess and check: by a draft model, else by the model's prediction heads where it has any,
+    /// else by what followed its last tokens before (prompt lookup)
     #[arg(long, default_value_t = 0)]
     pub num_speculative_tokens: usize,
+    /// A smaller model of the same tokens that guesses, named as MODEL is; with --num-speculative-tokens
+    #[arg(long, value_name = "MODEL")]
+    pub draft_model: Option<PathBuf>,
     /// Wait for each step's answer before the next is issued
     #[arg(long)]
     pub no_async_scheduling: bool,
@@ -167,6 +170,7 @@ impl Options {
             dtype: self.dtype,
             max_model_len: self.max_model_len,
             num_speculative_tokens: self.num_speculative_tokens,
+            draft_model: self.draft_model.clone(),
             async_scheduling: !self.no_async_scheduling,
             kv_cache_memory_bytes: self.kv_cache_memory,
             kv_cache_modest_bytes: Some(CACHE_MODEST / workers as u64),
@@ -213,9 +217,17 @@ pub enum After {
 /// Serves until told to stop; `ready` runs once when the API answers.
 pub async fn serve<F: Future<Output = Result<After>>>(
     model: PathBuf,
-    options: Options,
+    mut options: Options,
     ready: impl FnOnce(Serving) -> F,
 ) -> Result<()> {
+    if let Some(draft) = &options.draft_model {
+        anyhow::ensure!(
+            options.num_speculative_tokens > 0,
+            "--draft-model {} guesses nothing without --num-speculative-tokens N, 1 or more",
+            draft.display()
+        );
+        options.draft_model = Some(crate::hub::model(draft, Need::Serve)?.path);
+    }
     let layout = options.layout()?;
     let token = coordinator::run::random_token();
     let config = options.config(model, layout.workers, token.clone());

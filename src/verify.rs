@@ -191,6 +191,7 @@ fn reference(status: &Value, key: String) -> Result<Options> {
         max_num_batched_tokens: None,
         max_num_seqs: None,
         num_speculative_tokens: 0,
+        draft_model: None,
         no_async_scheduling: false,
         threads: None,
     })

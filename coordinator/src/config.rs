@@ -85,10 +85,14 @@ pub struct Config {
     /// Sequences in a lane's part of a step.
     #[serde(default = "step_sequences")]
     pub max_num_seqs: usize,
-    /// Tokens of a sequence that a step may guess and check at once: the model's predictors guess where it has any (they are
-    /// loaded for it), else what followed its last tokens before is the guess. Answers stay the same and come faster.
+    /// Tokens of a sequence that a step may guess and check at once: the draft model guesses, else the model's predictors where it has
+    /// any (they are loaded for it), else what followed its last tokens before is the guess. Answers stay the same and come faster.
     #[serde(default)]
     pub num_speculative_tokens: usize,
+    /// A smaller model of the same tokens that guesses: a directory or a `.gguf` file, as `model` is. Whoever has the last stage's
+    /// ranks needs its files.
+    #[serde(default)]
+    pub draft_model: Option<PathBuf>,
     /// Issue a step before the one before it was answered; not with guesses, nor with pipeline stages, which keep several in
     /// flight anyway. Answers stay the same.
     #[serde(default = "yes")]

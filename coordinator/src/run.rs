@@ -14,6 +14,7 @@ use crate::cluster::state::{Planner, Rules};
 use crate::cluster::store::Revision;
 use crate::cluster::store::any::AnyStore;
 use crate::config::Config;
+use crate::draft::{Draft, DraftError};
 use crate::fleet::shell::{Common, Inbound};
 use crate::lead::campaign::{Campaign, Standing, Wish};
 use crate::lead::follow::{Follower, pass_asks};
@@ -59,6 +60,8 @@ const NOTICES_MAX: usize = 1024;
 pub enum StartError {
     #[error(transparent)]
     Source(#[from] SourceError),
+    #[error(transparent)]
+    Draft(#[from] DraftError),
     #[error(transparent)]
     Text(#[from] TextError),
     #[error("{what} can't be started: {source}")]
@@ -140,21 +143,39 @@ pub fn random_bytes<const N: usize>() -> [u8; N] {
 /// model that was read for it.
 pub fn rehearse(config: &Config, members: &[Offer]) -> Result<Source, StartError> {
     let source = Source::open(&config.model)?;
-    plan::plan(&source.spec, &source.storage, members, &policy(config, &source.spec), None)?;
+    let draft = draft(config, &source)?;
+    plan::plan(&source.spec, &source.storage, members, &policy(config, &source.spec, draft.as_ref()), None)?;
     Ok(source)
+}
+
+/// The draft model that is asked for.
+fn draft(config: &Config, source: &Source) -> Result<Option<Draft>, DraftError> {
+    let Some(path) = &config.draft_model else { return Ok(None) };
+    if config.num_speculative_tokens == 0 {
+        return Err(DraftError::NoTokens);
+    }
+    Draft::open(path, source).map(Some)
 }
 
 /// Starts a coordinator on two bound listeners. Fails at once on a model that can't be read or cut as asked.
 pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String) -> Result<Coordinator, StartError> {
     let source = Arc::new(Source::open(&config.model)?);
     let text = Text::load(&source.path, config.chat_template.as_deref())?;
+    let draft = draft(&config, &source)?;
+    if let Some(draft) = &draft {
+        draft.check_tokens(&text.tokenizer)?;
+        let heads = source.spec.predictors.len();
+        if heads > 0 {
+            tracing::info!("{} drafts: the model's {heads} prediction heads are left out", draft.path.display());
+        }
+    }
     let configured = config.api_keys.iter().map(String::as_str);
     let keys = match &config.api_keys_file {
         Some(file) => Keys::with_file(configured, file)?,
         None => Keys::new(configured),
     };
     let list = source.list_of_digests()?;
-    let maker = PlanMaker { source: source.clone(), policy: policy(&config, &source.spec) };
+    let maker = PlanMaker { source: source.clone(), policy: policy(&config, &source.spec, draft.as_ref()) };
     let store = Arc::new(AnyStore::open(&config.store).map_err(StartError::Store)?);
     let no_node_plane = |source| StartError::Io { what: "the node plane", source };
     let address = match &config.node_advertise {
@@ -213,6 +234,7 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
     };
     let engine = Engine {
         source: source.clone(),
+        draft,
         maker,
         rules,
         node_door: Some(NodeDoor {
@@ -267,10 +289,11 @@ pub fn start(config: Config, api: TcpListener, node: TcpListener, build: String)
     Ok(Coordinator { view, stop, close, wish, campaign: elects, engine_ended, api })
 }
 
-fn policy(config: &Config, spec: &ModelSpec) -> Policy {
+fn policy(config: &Config, spec: &ModelSpec, draft: Option<&Draft>) -> Policy {
     Policy {
         // Without guesses to make they would only take memory.
         predictors: if config.num_speculative_tokens > 0 { spec.predictors.len() } else { 0 },
+        draft: draft.map(|draft| draft.model.clone()),
         tensor: config.tensor_parallel_size,
         data: config.data_parallel_size,
         pipeline: config.pipeline_parallel_size,
@@ -301,6 +324,7 @@ impl Planner for PlanMaker {
 /// Everything that lives on the engine's thread.
 struct Engine {
     source: Arc<Source>,
+    draft: Option<Draft>,
     maker: PlanMaker,
     rules: Rules,
     node_door: Option<NodeDoor>,
@@ -407,6 +431,7 @@ impl Engine {
             // Guesses are checked against what was drawn, so a step of them waits for the one before.
             steps_ahead: usize::from(self.config.async_scheduling && self.config.num_speculative_tokens == 0),
             source: self.source.clone(),
+            draft: self.draft.clone(),
             list: self.list.clone(),
         };
         let inbound = Inbound { notices: notice_queue, submissions: queue, asks };

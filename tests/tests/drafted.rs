@@ -5,7 +5,9 @@
 
 use conclave_tests::requests::{self, Outcome, Request, same};
 use conclave_tests::ring::{Ring, Setting, fixture, loaded_bytes};
+use coordinator::draft::Draft;
 use coordinator::source::Source;
+use coordinator::text::Text;
 use model::mesh::Mesh;
 use model::plan::{BLOCK_TOKENS, Guesser, KernelFamily};
 use model::quant::Dtype;
@@ -166,11 +168,48 @@ fn guesses_end_where_the_drafts_positions_do() {
 #[test]
 fn a_draft_of_another_vocabulary_is_refused_with_both_sizes() {
     let odd = made("odd", "llama2_70b", "config.json", |config| config["vocab_size"] = json!(500));
+    let source = Source::open(&fixture("llama2_70b")).unwrap();
+    let said = Draft::open(&odd.0, &source).unwrap_err().to_string();
     let sizes = "the draft model foretells 500 tokens, the model 512";
+    assert!(said.ends_with(sizes) && said.contains(&odd.0.display().to_string()), "{said}");
     let refused = Ring::drafted(&fixture("llama2_70b"), &odd.0, setting(ONE, Guesser::Draft)).err().unwrap();
     assert!(format!("{refused:#}").contains(sizes), "{refused:#}");
     let refused = Ring::load(&fixture("llama2_70b"), setting(ONE, Guesser::Draft)).err().unwrap();
     assert!(format!("{refused:#}").contains("none was opened"), "{refused:#}");
+}
+
+#[test]
+fn a_draft_whose_tokens_are_others_is_refused_with_the_first() {
+    let path = fixture("llama2_70b");
+    let (source, text) = (Source::open(&path).unwrap(), Text::load(&path, None).unwrap());
+    Draft::open(&path, &source).unwrap().check_tokens(&text.tokenizer).unwrap();
+    let (one, two) = (text.tokenizer.token_text(300), text.tokenizer.token_text(301));
+    let swapped = made("swapped", "llama2_70b", "tokenizer.json", |tokenizer| {
+        for (_, id) in tokenizer["model"]["vocab"].as_object_mut().unwrap() {
+            *id = match id.as_u64() {
+                Some(300) => json!(301),
+                Some(301) => json!(300),
+                _ => continue,
+            };
+        }
+    });
+    let said = Draft::open(&swapped.0, &source).unwrap().check_tokens(&text.tokenizer).unwrap_err().to_string();
+    assert!(said.contains(&format!("token 300 is {two:?}, the model's is {one:?}")), "{said}");
+}
+
+#[test]
+fn a_draft_whose_files_are_missing_is_refused_by_name() {
+    let source = Source::open(&fixture("llama2_70b")).unwrap();
+    let text = Text::load(&fixture("llama2_70b"), None).unwrap();
+    for missing in ["config.json", "model.safetensors", "tokenizer.json"] {
+        let short = made(&format!("no-{missing}"), "llama2_70b", "config.json", |_| {});
+        std::fs::remove_file(short.0.join(missing)).unwrap();
+        let opened = Draft::open(&short.0, &source).and_then(|draft| draft.check_tokens(&text.tokenizer));
+        let said = opened.unwrap_err().to_string();
+        assert!(said.starts_with("draft model ") && said.contains(&short.0.display().to_string()), "{said}");
+    }
+    let said = Draft::open(Path::new("/nowhere"), &source).unwrap_err().to_string();
+    assert!(said.contains("/nowhere: no such model"), "{said}");
 }
 
 #[test]

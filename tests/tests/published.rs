@@ -100,7 +100,7 @@ fn the_smallest_group_holds_each_model() {
             // No format that is read takes less than half a byte a weight.
             let least = total * 1e9 / 2.0;
             assert!(devices as f64 * bytes as f64 > least, "{name}: {devices} of {device} can't hold it");
-            let report = explain::report(&source.spec, &source.storage, &planned.plan);
+            let report = explain::report(&source.spec, &source.storage, None, &planned.plan);
             assert!(report.ranks.iter().all(|rank| rank.total_bytes <= bytes), "{name}: a rank does not fit {device}");
             println!("{name}: {devices} of {device}: {}", planned.plan.mesh);
         }

@@ -64,6 +64,8 @@ pub struct Parts<S, P> {
     /// Where workers find the model, and what proves that they read the same.
     pub model_path: String,
     pub identity: Vec<u8>,
+    /// The same of the draft model.
+    pub draft: Option<(String, Vec<u8>)>,
     /// What the weights that they load are compared with; taken when the shell is made.
     pub reference: Option<Reference>,
     /// The plan as people read it.
@@ -312,13 +314,14 @@ impl<S: Store, P: Planner> Shell<S, P> {
     }
 
     fn load(&self, worker: &WorkerId, plan: &Plan) -> wire::Load {
+        let (draft_path, draft_identity) = self.parts.draft.clone().unwrap_or_default();
         wire::Load {
             plan: Some(proto::convert::plan_to_wire(plan)),
             model_path: self.parts.model_path.clone(),
             model_identity: self.parts.identity.clone(),
             lenders: self.parts.cluster.lenders(worker),
-            draft_path: String::new(),
-            draft_identity: Vec::new(),
+            draft_path,
+            draft_identity,
         }
     }
 

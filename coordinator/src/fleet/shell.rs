@@ -11,6 +11,7 @@ use crate::cluster::proof::Reference;
 use crate::cluster::service::Notice;
 use crate::cluster::state::{Cluster, Planner, Rules};
 use crate::cluster::store::{Revision, Store};
+use crate::draft::Draft;
 use crate::plan::explain;
 use crate::schedule::Settings;
 use crate::schedule::blocks::chained_hash;
@@ -51,6 +52,7 @@ pub struct Common<S, P> {
     pub drafts_max: usize,
     pub steps_ahead: usize,
     pub source: Arc<Source>,
+    pub draft: Option<Draft>,
     /// The model's own digests, if there is a list of them.
     pub list: Option<BTreeMap<SegmentId, Digest>>,
 }
@@ -90,7 +92,7 @@ impl Group {
         let (drafts_max, steps_ahead) = (common.drafts_max, common.steps_ahead);
         let settings = Settings { drafts_max, steps_ahead, ..Settings::without_plan(common.waiting_max) };
         let (driver, load) = Driver::new(settings, queue, Instant::now);
-        let source = common.source.clone();
+        let (source, draft) = (common.source.clone(), common.draft.clone());
         let shell = Shell::new(Parts {
             group: number,
             ledger: Ledger::new(common.store.clone(), common.fences.clone(), common.served).of_group(number),
@@ -103,8 +105,12 @@ impl Group {
             load: load.clone(),
             model_path: source.path.to_string_lossy().into_owned(),
             identity: source.identity.clone(),
+            draft: draft.as_ref().map(|draft| (draft.path.to_string_lossy().into_owned(), draft.identity.clone())),
             reference: Some(Reference::new(Arc::new(source.spec.clone()), common.list.clone())),
-            explain: Box::new(move |plan| explain::table(&source.spec, &source.storage, plan)),
+            explain: Box::new(move |plan| {
+                let draft = draft.as_ref().map(|draft| &*draft.model);
+                explain::table(&source.spec, &source.storage, draft, plan)
+            }),
         });
         lives.spawn(shell.run());
         lives.spawn(steps::run(driver, turn_queue, ended, elsewhere_watch, settings));

@@ -1,12 +1,12 @@
 //! What a mesh keeps more than once, and so the trade between tensor and data ranks: lanes copy what experts do not
 //! hold, slices copy the cache where it can't be cut (a latent, or key/value heads that are fewer than they).
 
+use super::Served;
 use super::devices::format_bytes;
-use model::ModelSpec;
 use model::cut;
 use model::mesh::{Mesh, Place};
 use model::plan::{Limits, Plan};
-use model::size::{self, Keeping, RankBytes};
+use model::size::RankBytes;
 use std::ops::Range;
 
 /// Bytes of a whole group beyond one copy.
@@ -18,8 +18,8 @@ pub struct Copies {
 
 impl Copies {
     /// Of ranks that need `bytes`, with `blocks` blocks of cache a lane.
-    pub fn of(spec: &ModelSpec, keeping: Keeping<'_>, mesh: &Mesh, bytes: &[RankBytes], blocks: usize) -> Copies {
-        let one = alone(spec, keeping);
+    pub fn of(served: Served<'_>, mesh: &Mesh, bytes: &[RankBytes], blocks: usize) -> Copies {
+        let one = alone(served);
         let weights: u64 = bytes.iter().map(|rank| rank.weights).sum();
         let per_block: u64 = bytes.iter().map(|rank| rank.cache_per_block).sum();
         Copies {
@@ -36,18 +36,18 @@ impl Copies {
 const NONE: Limits = Limits { model_len_max: 0, step_tokens_max: 0, step_sequences_max: 0, blocks: 0 };
 
 /// One rank that holds everything.
-fn alone(spec: &ModelSpec, keeping: Keeping<'_>) -> RankBytes {
-    size::rank(spec, &Mesh::ONE, Place { stage: 0, lane: 0, slice: 0 }, 0..spec.layers.len(), keeping, &NONE)
+fn alone(served: Served<'_>) -> RankBytes {
+    served.rank(&Mesh::ONE, Place { stage: 0, lane: 0, slice: 0 }, 0..served.spec.layers.len(), &NONE)
 }
 
 /// Weights and cache of every rank. Ranks of a stage differ by their slice alone.
-fn ranks(spec: &ModelSpec, keeping: Keeping<'_>, mesh: &Mesh, stages: &[Range<usize>]) -> Vec<RankBytes> {
+fn ranks(served: Served<'_>, mesh: &Mesh, stages: &[Range<usize>]) -> Vec<RankBytes> {
     let places = mesh.all().map(|rank| Place { lane: 0, ..mesh.place(rank) });
     let mut known: Vec<(Place, RankBytes)> = Vec::new();
     let mut of = |place: Place| {
         let found = known.iter().find(|(at, _)| *at == place).map(|(_, bytes)| *bytes);
         found.unwrap_or_else(|| {
-            let bytes = size::rank(spec, mesh, place, stages[place.stage].clone(), keeping, &NONE);
+            let bytes = served.rank(mesh, place, stages[place.stage].clone(), &NONE);
             known.push((place, bytes));
             bytes
         })
@@ -56,25 +56,25 @@ fn ranks(spec: &ModelSpec, keeping: Keeping<'_>, mesh: &Mesh, stages: &[Range<us
 }
 
 /// What `plan` keeps more than once.
-pub fn of_plan(spec: &ModelSpec, keeping: Keeping<'_>, plan: &Plan) -> Copies {
-    let bytes = ranks(spec, keeping, &plan.mesh, &plan.stages);
-    Copies::of(spec, keeping, &plan.mesh, &bytes, plan.limits.blocks)
+pub fn of_plan(served: Served<'_>, plan: &Plan) -> Copies {
+    let bytes = ranks(served, &plan.mesh, &plan.stages);
+    Copies::of(served, &plan.mesh, &bytes, plan.limits.blocks)
 }
 
 /// Why `plan` has more lanes than its ranks need, where that keeps less twice: compared with as many tensor ranks as the
 /// model takes, caching as many positions.
-pub fn reason(spec: &ModelSpec, keeping: Keeping<'_>, plan: &Plan) -> Option<String> {
+pub fn reason(served: Served<'_>, plan: &Plan) -> Option<String> {
     let Mesh { pipeline, data, tensor, .. } = plan.mesh;
     let wider = |t: &usize| *t > tensor && (data * tensor).is_multiple_of(*t);
-    let widest = cut::tensor_sizes(spec).into_iter().filter(wider).max()?;
+    let widest = cut::tensor_sizes(served.spec).into_iter().filter(wider).max()?;
     let lanes = data * tensor / widest;
-    let expert = |mesh: &Mesh| cut::check(spec, mesh).is_ok();
+    let expert = |mesh: &Mesh| cut::check(served.spec, mesh).is_ok();
     let spread = (1..=data * tensor).rev().filter_map(|e| Mesh::new(pipeline, lanes, widest, e).ok());
     let other = spread.into_iter().find(expert)?;
-    let chosen = of_plan(spec, keeping, plan);
+    let chosen = of_plan(served, plan);
     // As many positions in fewer lanes.
     let blocks = plan.limits.blocks * data / lanes;
-    let copied = Copies::of(spec, keeping, &other, &ranks(spec, keeping, &other, &plan.stages), blocks);
+    let copied = Copies::of(served, &other, &ranks(served, &other, &plan.stages), blocks);
     (copied.total() > chosen.total()).then(|| {
         format!(
             "dp{data} x tp{tensor} rather than dp{lanes} x tp{widest}: {} of weights and {} of cache are kept more than \

@@ -1,12 +1,12 @@
 //! A plan for people: what each rank holds and what it costs, as a table or as data.
 
-use super::copies;
 use super::devices::format_bytes;
+use super::{DraftModel, Served, copies};
 use model::ModelSpec;
 use model::cut;
 use model::mesh::Place;
-use model::plan::{BLOCK_TOKENS, Plan};
-use model::size::{self, Keeping};
+use model::plan::{BLOCK_TOKENS, Guesser, Plan};
+use model::size::Keeping;
 use model::spec::{Branch, Mixer};
 use model::storage::Storage;
 use serde::Serialize;
@@ -36,6 +36,7 @@ pub struct Report {
     pub copied_cache_bytes: u64,
     /// Why it has lanes where slices would do.
     pub reason: Option<String>,
+    pub draft: Option<DraftReport>,
     pub ranks: Vec<RankReport>,
 }
 
@@ -61,20 +62,37 @@ pub struct RankReport {
     pub total_bytes: u64,
 }
 
-/// What `plan` means for `spec`, whose matrices are stored as `storage` says.
-pub fn report(spec: &ModelSpec, storage: &Storage, plan: &Plan) -> Report {
+/// A draft model's part, within what the ranks of the last stage report.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct DraftReport {
+    pub architecture: String,
+    pub layers: usize,
+    /// Positions behind which nothing is guessed.
+    pub max_len: usize,
+    pub ranks: usize,
+    /// Of each of those.
+    pub weights_bytes: u64,
+    pub cache_bytes: u64,
+    pub cache_block_bytes: u64,
+    pub workspace_bytes: u64,
+}
+
+/// What `plan` means for `spec`, whose matrices are stored as `storage` says, with the plan's draft model if it has one.
+pub fn report(spec: &ModelSpec, storage: &Storage, draft: Option<&DraftModel>, plan: &Plan) -> Report {
     let spec = &spec.predicting(plan.guesser.predictors()).expect("a plan has no more predictors than its model");
     let mut ranks = Vec::with_capacity(plan.mesh.ranks());
     let keeping = Keeping { storage, dtype: plan.dtype, family: plan.family };
+    let draft = draft.filter(|_| plan.guesser == Guesser::Draft);
+    let served = Served { spec, keeping, draft };
     for member in &plan.members {
         for rank in &member.ranks {
             let place = plan.mesh.place(*rank);
             let worker = (member.worker.0.clone(), member.host.clone());
-            ranks.push(rank_report(spec, plan, keeping, place, worker));
+            ranks.push(rank_report(served, plan, place, worker));
         }
     }
     ranks.sort_by_key(|r| r.rank);
-    let copies = copies::of_plan(spec, keeping, plan);
+    let copies = copies::of_plan(served, plan);
     let lane_cache_tokens = plan.limits.blocks * BLOCK_TOKENS;
     Report {
         epoch: plan.epoch.0,
@@ -93,22 +111,31 @@ pub fn report(spec: &ModelSpec, storage: &Storage, plan: &Plan) -> Report {
         total_bytes: ranks.iter().map(|r| r.total_bytes).sum(),
         copied_weights_bytes: copies.weights,
         copied_cache_bytes: copies.cache,
-        reason: copies::reason(spec, keeping, plan),
+        draft: draft_report(served, plan),
+        reason: copies::reason(served, plan),
         ranks,
     }
 }
 
-fn rank_report(
-    spec: &ModelSpec,
-    plan: &Plan,
-    keeping: Keeping<'_>,
-    place: Place,
-    (worker, host): (String, String),
-) -> RankReport {
-    let mesh = &plan.mesh;
+fn draft_report(served: Served<'_>, plan: &Plan) -> Option<DraftReport> {
+    let (DraftModel { spec, .. }, bytes) = (served.draft?, served.of_draft(&plan.limits)?);
+    Some(DraftReport {
+        architecture: spec.architecture.clone(),
+        layers: spec.layers.len(),
+        max_len: plan.limits.of_draft(spec).model_len_max,
+        ranks: plan.mesh.data * plan.mesh.tensor,
+        weights_bytes: bytes.weights,
+        cache_bytes: bytes.cache_per_block * plan.limits.blocks as u64,
+        cache_block_bytes: bytes.cache_per_block,
+        workspace_bytes: bytes.workspace + bytes.rope,
+    })
+}
+
+fn rank_report(served: Served<'_>, plan: &Plan, place: Place, (worker, host): (String, String)) -> RankReport {
+    let (spec, mesh) = (served.spec, &plan.mesh);
     let rank = mesh.rank(place);
     let layers = plan.stages[place.stage].clone();
-    let bytes = size::rank(spec, mesh, place, layers.clone(), keeping, &plan.limits);
+    let bytes = served.rank(mesh, place, layers.clone(), &plan.limits);
     let mixer = &spec.layers[layers.start].mixer;
     let share = mixer.heads() / mesh.tensor;
     let key_value_heads = match mixer {
@@ -171,9 +198,9 @@ pub fn part(spec: &ModelSpec) -> Option<String> {
         .map(|whole| format!("the language part of {whole} is loaded: pictures and sound are not read"))
 }
 
-/// The report as an aligned table under two lines of summary, and a third where lanes were preferred to slices.
-pub fn table(spec: &ModelSpec, storage: &Storage, plan: &Plan) -> String {
-    let report = report(spec, storage, plan);
+/// The report as an aligned table under two lines of summary, one more where lanes were preferred to slices, and one of the draft model.
+pub fn table(spec: &ModelSpec, storage: &Storage, draft: Option<&DraftModel>, plan: &Plan) -> String {
+    let report = report(spec, storage, draft, plan);
     let mut out = String::new();
     let lanes = if plan.mesh.data == 1 { String::new() } else { format!(" in {} lanes", plan.mesh.data) };
     // Writing to a string does not fail.
@@ -194,6 +221,17 @@ pub fn table(spec: &ModelSpec, storage: &Storage, plan: &Plan) -> String {
     );
     if let Some(reason) = &report.reason {
         let _ = writeln!(out, "{reason}");
+    }
+    if let Some(draft) = &report.draft {
+        let [weights, cache, block, workspace] =
+            [draft.weights_bytes, draft.cache_bytes, draft.cache_block_bytes, draft.workspace_bytes].map(format_bytes);
+        let whole = if draft.ranks == 1 { "one rank".into() } else { format!("each of {} ranks", draft.ranks) };
+        let _ = writeln!(
+            out,
+            "draft model {} of {} layers, whole on {whole}, guesses up to position {}: {weights} of weights, {cache} of cache ({block} \
+             a block), {workspace} of workspace there",
+            draft.architecture, draft.layers, draft.max_len
+        );
     }
     let mut rows = vec![HEADINGS.map(String::from).to_vec()];
     rows.extend(report.ranks.iter().map(|r| row(r, plan.mesh.expert_cut())));

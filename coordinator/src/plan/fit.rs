@@ -1,16 +1,14 @@
 //! Whether a mesh fits the devices: layers dealt out to stages by bytes, then cache blocks from what memory is left.
 
-use super::{PlanError, Policy};
-use model::ModelSpec;
+use super::{PlanError, Policy, Served};
 use model::mesh::{Mesh, Place, RankId};
 use model::plan::{BLOCK_TOKENS, Limits, Plan};
-use model::size::{self, Keeping, RankBytes};
+use model::size::{self, RankBytes};
 use std::ops::Range;
 
 /// What is to be fitted.
 pub(super) struct Ask<'a> {
-    pub spec: &'a ModelSpec,
-    pub keeping: Keeping<'a>,
+    pub served: Served<'a>,
     pub policy: &'a Policy,
     /// Refuse a mesh whose cache can't hold the model's longest sequence, rather than shorten it.
     pub whole: bool,
@@ -31,7 +29,7 @@ const BLOCKS_MAX: u64 = u32::MAX as u64;
 /// Fits `mesh` into the `memory` of each rank, or says which rank is furthest from fitting.
 pub(super) fn fit(ask: &Ask<'_>, mesh: &Mesh, memory: &[u64], previous: Option<&Plan>) -> Result<Fit, PlanError> {
     assert_eq!(memory.len(), mesh.ranks());
-    let kept = previous.filter(|p| p.mesh == *mesh && tiles(&p.stages, ask.spec.layers.len()));
+    let kept = previous.filter(|p| p.mesh == *mesh && tiles(&p.stages, ask.served.spec.layers.len()));
     if let Some(plan) = kept
         && let Ok(fit) = with_stages(ask, mesh, memory, plan.stages.clone())
     {
@@ -48,7 +46,7 @@ fn with_stages(ask: &Ask<'_>, mesh: &Mesh, memory: &[u64], stages: Vec<Range<usi
     let policy = ask.policy;
     let longest = match policy.model_len_max {
         Some(length) => length,
-        None if ask.whole => ask.spec.positions_max,
+        None if ask.whole => ask.served.spec.positions_max,
         None => shortened(ask, mesh, memory, &stages),
     };
     let mut limits = limits(policy, longest);
@@ -72,7 +70,7 @@ fn limits(policy: &Policy, model_len_max: usize) -> Limits {
 /// The longest sequence that every rank has room for, tables of its positions and its cache: the model's own length, or whole blocks
 /// of a shorter one, down to the least that is served.
 fn shortened(ask: &Ask<'_>, mesh: &Mesh, memory: &[u64], stages: &[Range<usize>]) -> usize {
-    let longest = ask.spec.positions_max;
+    let longest = ask.served.spec.positions_max;
     let fits = |length: usize| {
         let bytes = rank_bytes(ask, mesh, stages, &limits(ask.policy, length));
         let blocks = length.div_ceil(BLOCK_TOKENS) as u64;
@@ -95,7 +93,7 @@ fn rank_bytes(ask: &Ask<'_>, mesh: &Mesh, stages: &[Range<usize>], limits: &Limi
     for (stage, layers) in stages.iter().enumerate() {
         let of = |slice| {
             let place = Place { stage, lane: 0, slice };
-            size::rank(ask.spec, mesh, place, layers.clone(), ask.keeping, limits)
+            ask.served.rank(mesh, place, layers.clone(), limits)
         };
         let slices: Vec<RankBytes> = (0..mesh.tensor).map(of).collect();
         for _ in 0..mesh.data {
@@ -143,21 +141,21 @@ fn blocks(ask: &Ask<'_>, mesh: &Mesh, memory: &[u64], bytes: &[RankBytes], longe
 
 /// Deals the layers out to the stages so that the fullest stage is as empty as can be, in shares of its memory.
 fn deal(ask: &Ask<'_>, mesh: &Mesh, memory: &[u64]) -> Vec<Range<usize>> {
-    let layers = ask.spec.layers.len();
+    let layers = ask.served.spec.layers.len();
     if mesh.pipeline == 1 {
         return std::iter::once(0..layers).collect();
     }
     let first = Place { stage: 0, lane: 0, slice: 0 };
     let mut weights = Vec::with_capacity(layers);
-    for run in size::alike(ask.spec, 0..layers, ask.keeping.storage) {
-        let bytes = size::layer_weights(ask.spec, run.start, mesh, first, ask.keeping);
+    for run in size::alike(ask.served.spec, 0..layers, ask.served.keeping.storage) {
+        let bytes = size::layer_weights(ask.served.spec, run.start, mesh, first, ask.served.keeping);
         weights.extend(std::iter::repeat_n(bytes, run.len()));
     }
     let none = Limits { model_len_max: 0, step_tokens_max: 0, step_sequences_max: 0, blocks: 0 };
     let ranks = mesh.data * mesh.tensor;
     let stages: Vec<Stage> = (0..mesh.pipeline)
         .map(|stage| {
-            let outer = size::rank(ask.spec, mesh, Place { stage, ..first }, 0..0, ask.keeping, &none);
+            let outer = ask.served.rank(mesh, Place { stage, ..first }, 0..0, &none);
             let memory = memory[stage * ranks..(stage + 1) * ranks].iter().min();
             Stage { outer: outer.weights, memory: *memory.expect("a stage has ranks") }
         })

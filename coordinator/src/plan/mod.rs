@@ -16,9 +16,11 @@ pub mod explain;
 mod fit;
 mod mesh;
 mod place;
+mod served;
 mod smallest;
 
 pub use devices::{format_bytes, parse_bytes, parse_devices};
+pub use served::Served;
 pub use smallest::smallest;
 
 use copies::Copies;
@@ -30,6 +32,7 @@ use model::storage::Storage;
 use model::{ModelSpec, RankId, SpecError};
 use place::{Seated, Seats};
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 /// One device that a worker offers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,7 +55,7 @@ pub struct Offer {
 }
 
 /// What the operator asked for; `None` leaves it to the planner.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Policy {
     pub tensor: Option<usize>,
     pub data: Option<usize>,
@@ -69,8 +72,26 @@ pub struct Policy {
     pub cache_bytes_modest: Option<u64>,
     pub step_tokens_max: usize,
     pub step_sequences_max: usize,
-    /// Load so many of the model's predictors.
+    /// Load so many of the model's predictors; none beside a draft model.
     pub predictors: usize,
+    /// Load this draft model.
+    pub draft: Option<Arc<DraftModel>>,
+}
+
+/// A draft model as planners see it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DraftModel {
+    pub spec: ModelSpec,
+    pub storage: Storage,
+}
+
+impl Policy {
+    fn guesser(&self) -> Guesser {
+        match self.draft {
+            Some(_) => Guesser::Draft,
+            None => Guesser::of_predictors(self.predictors),
+        }
+    }
 }
 
 impl Default for Policy {
@@ -87,6 +108,7 @@ impl Default for Policy {
             step_tokens_max: 512,
             step_sequences_max: 128,
             predictors: 0,
+            draft: None,
         }
     }
 }
@@ -147,7 +169,10 @@ pub fn plan(
     previous: Option<&Plan>,
 ) -> Result<Planned, PlanError> {
     check_policy(spec, policy)?;
-    let spec = &spec.predicting(policy.predictors)?;
+    let spec = &spec.predicting(policy.guesser().predictors())?;
+    if let Some(draft) = &policy.draft {
+        spec.drafted_by(&draft.spec)?;
+    }
     let family = family(members, previous)?;
     let seats = Seats::new(members);
     if seats.len() == 0 {
@@ -155,12 +180,13 @@ pub fn plan(
     }
     let dtype = policy.dtype.unwrap_or_else(|| auto_dtype(storage));
     let keeping = Keeping { storage, dtype, family };
+    let served = Served { spec, keeping, draft: policy.draft.as_deref() };
     let meshes = mesh::candidates(spec, &seats, policy)?;
     let mut nearest: Option<PlanError> = None;
     // A mesh that serves the model's whole length goes before one that must shorten it, unless a flag decides.
     let free = policy.model_len_max.is_none() && policy.cache_bytes.is_none();
     for whole in [true, false].into_iter().filter(|whole| free || !whole) {
-        let ask = fit::Ask { spec, keeping, policy, whole };
+        let ask = fit::Ask { served, policy, whole };
         let try_one = |mesh: &Mesh| {
             let seated = seats.seat(mesh, previous)?;
             Some(fit::fit(&ask, mesh, &seated.memory, previous).map(|fit| Chosen { mesh: *mesh, seated, fit }))
@@ -171,8 +197,7 @@ pub fn plan(
                 Some(Ok(first)) => {
                     let rivals = meshes.iter().filter(|other| candidate.rivals(other));
                     let fitting = rivals.filter_map(|rival| try_one(&rival.mesh)?.ok());
-                    let cost =
-                        |c: &Chosen| Copies::of(spec, keeping, &c.mesh, &c.fit.bytes, c.fit.limits.blocks).total();
+                    let cost = |c: &Chosen| Copies::of(served, &c.mesh, &c.fit.bytes, c.fit.limits.blocks).total();
                     // The first of equals.
                     let chosen = std::iter::once(first).chain(fitting).min_by_key(cost).expect("one fits");
                     return Ok(finish(&ask, &seats, chosen, previous));
@@ -200,11 +225,11 @@ struct Chosen {
 
 fn finish(ask: &fit::Ask<'_>, seats: &Seats<'_>, chosen: Chosen, previous: Option<&Plan>) -> Planned {
     let Chosen { mesh, seated, fit } = chosen;
-    let (keeping, guesser) = (ask.keeping, Guesser::of_predictors(ask.policy.predictors));
+    let (keeping, guesser) = (ask.served.keeping, ask.policy.guesser());
     let epoch = Epoch(previous.map_or(0, |p| p.epoch.0) + 1);
     let (stages, limits, members) = (fit.stages, fit.limits, seats.members(&seated));
     let plan = Plan { epoch, mesh, dtype: keeping.dtype, family: keeping.family, stages, members, limits, guesser };
-    if let Err(broken) = check::check(ask.spec, &plan) {
+    if let Err(broken) = check::check(ask.served.spec, &plan) {
         unreachable!("the planner broke its own rule: {broken}");
     }
     Planned { plan, bytes: fit.bytes }

@@ -1,11 +1,12 @@
-use super::{Device, Offer, PlanError, Planned, Policy, check, explain, parse_devices, plan};
+use super::{Device, DraftModel, Offer, PlanError, Planned, Policy, check, explain, parse_devices, plan};
 use model::mesh::{Mesh, Place};
-use model::plan::{Epoch, KernelFamily, Plan, WorkerId};
+use model::plan::{Epoch, Guesser, KernelFamily, Plan, WorkerId};
 use model::quant::{Dtype, Format};
 use model::size::{self, Keeping};
 use model::storage::Storage;
 use model::{ModelSpec, hf};
 use proptest::prelude::*;
+use std::sync::Arc;
 
 const SMOLLM2: &str = r#"{"model_type":"llama","vocab_size":49152,"hidden_size":576,"intermediate_size":1536,
 "num_hidden_layers":30,"num_attention_heads":9,"num_key_value_heads":3,"max_position_embeddings":8192,
@@ -98,13 +99,14 @@ fn lanes_are_preferred_where_slices_would_copy_the_cache_and_weights_fit() {
     }
     let (spec, found) = (spec(&fp8), auto(&fp8, "8x141GiB").plan);
     let storage = bf16(&spec);
-    let text = explain::table(&spec, &storage, &found);
+    let text = explain::table(&spec, &storage, None, &found);
     assert!(text.contains("dp8 x tp1 rather than dp1 x tp8: ") && text.contains("0 B of cache"), "{text}");
-    let report = explain::report(&spec, &storage, &found);
+    let report = explain::report(&spec, &storage, None, &found);
     assert_eq!(report.copied_cache_bytes, 0);
     // Seven more copies of all but the routed experts: 17 billion weights, most of a byte, tables of two.
     assert!((110.0..160.0).contains(&(report.copied_weights_bytes as f64 / 1e9)), "{}", report.copied_weights_bytes);
-    let llama = explain::report(&self::spec(LLAMA70), &bf16(&self::spec(LLAMA70)), &auto(LLAMA70, "8x80GiB").plan);
+    let (llama, plan) = (self::spec(LLAMA70), auto(LLAMA70, "8x80GiB").plan);
+    let llama = explain::report(&llama, &bf16(&llama), None, &plan);
     assert_eq!((llama.reason, llama.copied_cache_bytes), (None, 0));
 }
 
@@ -341,17 +343,49 @@ fn broken_plans_are_told_apart() {
 }
 
 #[test]
+fn a_draft_model_is_counted_on_the_last_stage_and_shown() {
+    let (model, small) = (spec(LLAMA70), LLAMA70.replace("\"num_hidden_layers\":80", "\"num_hidden_layers\":4"));
+    let small = spec(&small.replace("131072", "4096"));
+    let draft = DraftModel { storage: bf16(&small), spec: small };
+    let offers = parse_devices("8x80GiB").unwrap();
+    let policy =
+        |draft| Policy { pipeline: Some(2), tensor: Some(4), model_len_max: Some(8192), draft, ..Policy::default() };
+    let without = planned(LLAMA70, &offers, &policy(None));
+    let with = planned(LLAMA70, &offers, &policy(Some(Arc::new(draft.clone()))));
+    assert_eq!((with.plan.guesser, with.plan.limits.model_len_max), (Guesser::Draft, 8192));
+    assert!(with.plan.stages[1].len() < without.plan.stages[1].len(), "the last stage has room for fewer layers");
+    let report = explain::report(&model, &bf16(&model), Some(&draft), &with.plan);
+    let own = report.draft.unwrap();
+    // Four layers of 0.86 billion weights, an embedding and a head of 1.05; two times eight heads of 128 in four layers.
+    assert!((own.weights_bytes as f64 / 2e9 - 5.5).abs() < 0.1, "{}", own.weights_bytes);
+    assert_eq!((own.cache_block_bytes, own.ranks, own.max_len), (4 * 32 * 2 * 8 * 128 * 2, 4, 4096));
+    for (rank, bytes) in report.ranks.iter().zip(&with.bytes) {
+        assert_eq!(rank.total_bytes, bytes.total(with.plan.limits.blocks as u64));
+        let least = if rank.stage == 1 { own.weights_bytes } else { 0 };
+        assert!(rank.weights_bytes > least, "rank {}", rank.rank);
+    }
+    let text = explain::table(&model, &bf16(&model), Some(&draft), &with.plan);
+    assert!(
+        text.contains("draft model llama of 4 layers, whole on each of 4 ranks, guesses up to position 4096"),
+        "{text}"
+    );
+    let other = DraftModel { spec: ModelSpec { vocab: 128_000, ..draft.spec.clone() }, ..draft };
+    let refused = refused(LLAMA70, &offers, &policy(Some(Arc::new(other)))).to_string();
+    assert_eq!(refused, "the draft model foretells 128000 tokens, the model 128256");
+}
+
+#[test]
 fn a_table_shows_every_rank_and_its_sizes() {
     let spec = spec(DEEPSEEK);
     let policy = Policy { tensor: Some(8), expert: Some(8), ..Policy::default() };
     let found = planned(DEEPSEEK, &parse_devices("16x141GiB").unwrap(), &policy);
-    let text = explain::table(&spec, &bf16(&spec), &found.plan);
+    let text = explain::table(&spec, &bf16(&spec), None, &found.plan);
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines.len(), 2 + 1 + 16, "{text}");
     assert!(lines[0].starts_with("deepseek_v3: pp1 x dp2 x tp8, ep8 on 16 ranks"), "{text}");
     assert!(lines[2].starts_with("rank  worker"), "{text}");
     assert!(lines[3].contains("0-60") && lines[3].contains("0-15 kv 0") && lines[3].contains("0-31 /2"), "{text}");
-    let report = explain::report(&spec, &bf16(&spec), &found.plan);
+    let report = explain::report(&spec, &bf16(&spec), None, &found.plan);
     for (rank, bytes) in report.ranks.iter().zip(&found.bytes) {
         assert_eq!(rank.weights_bytes, bytes.weights);
         assert_eq!(rank.total_bytes, bytes.total(found.plan.limits.blocks as u64));
