@@ -246,6 +246,7 @@ fn load(source: &Source, plan: &Plan, hardware: Hardware, threads: usize) -> Res
         plan,
         rank: RankId(0),
         checkpoint: &checkpoint,
+        draft: None,
         shelves: &Shelves::on(hardware),
         communicators,
         threads,

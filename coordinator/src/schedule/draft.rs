@@ -42,6 +42,12 @@ impl Drafting {
 }
 
 impl Sequence {
+    /// Positions that a running sequence's next chunk may come to with its drafts, and the guesses behind them.
+    pub fn reach(&self) -> usize {
+        let most = self.place().drafting.most;
+        if most == 0 { 0 } else { (self.tokens.len() + 2 * most).min(self.len_max.saturating_sub(1)) }
+    }
+
     /// Up to `most` drafts behind the last token of a running sequence: as many as its blocks and its answer have room for.
     pub fn drafts(&self, most: usize) -> Vec<u32> {
         let (place, len) = (self.place(), self.tokens.len());

@@ -105,8 +105,12 @@ impl Lane {
         assert_eq!(place.fate, Fate::Runs, "a leaving sequence is not packed");
         let start = place.scheduled;
         let end = start + count;
-        let sent = (end + drafts.len()).div_ceil(BLOCK_TOKENS);
         let complete = end >= sequence.tokens.len();
+        // Who guesses behind a draw wants what it has further on too.
+        let sent = match complete && place.drafting.most() > 0 {
+            true => place.blocks.len(),
+            false => (end + drafts.len()).div_ceil(BLOCK_TOKENS),
+        };
         assert!(drafts.is_empty() || complete && end + drafts.len() < sequence.len_max, "a draft has a draw behind it");
         let sample = complete && end < sequence.len_max;
         pack.batch.chunks.push(Chunk {

@@ -113,6 +113,12 @@ impl Scheduler {
             // Whoever comes after it in this step has a row all the same, and prompts have some.
             let left = self.settings.limits.step_tokens_max - pack.tokens - (rows_max - pack.flown.len());
             let sequence = self.roster.get_mut(slot);
+            // Nobody makes room for guesses, but where a block is free they need not end with the one before it.
+            if sequence.reach() > sequence.place().blocks.len() * BLOCK_TOKENS
+                && let Some(block) = self.lanes[lane].pool.allocate()
+            {
+                sequence.place_mut().blocks.push(block);
+            }
             let drafts = sequence.drafts(left / 2);
             self.load.tokens_drafted += drafts.len() as u64;
             self.lanes[lane].fly(sequence, slot, 1, drafts, pack);

@@ -84,7 +84,8 @@ impl Rank {
         assert!(end <= self.limits.model_len_max, "a chunk of {start}..{end}");
         let drawn = known.drawn.take();
         let fed = chunk.is_fed().then(|| drawn.expect("a chunk without tokens follows a draw"));
-        assert_eq!(known.table.len(), end.div_ceil(BLOCK_TOKENS), "blocks for {end} tokens");
+        // More where somebody guesses on.
+        assert!(known.table.len() >= end.div_ceil(BLOCK_TOKENS), "{} blocks for {end} tokens", known.table.len());
         for (position, token) in (start..end).zip(chunk.tokens.iter().chain(&fed)) {
             self.cache[slot(&known.table, position)] = *token | tenant(&known.sampling);
         }

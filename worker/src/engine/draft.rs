@@ -11,6 +11,7 @@ use super::stage::{Stage, Weights};
 use super::tables::Kinds;
 use super::weights::LayerLoader;
 use crate::backend::{Backend, Kind, NormWeights};
+use crate::collective::device::Devices;
 use crate::collective::solo::Solo;
 use crate::load::checkpoint::Checkpoint;
 use crate::load::loader::Loader;
@@ -63,7 +64,7 @@ impl<B: Backend> Draft<B> {
         let weights = Weights::load(from, spec, plan, mesh.place(rank), &kinds, tick)?;
         let stage = weights.expect("only a tick can break it off").ready(backend, &kinds, &plan.limits)?;
         let solo = || Box::new(Solo::default());
-        let alone = Communicators { tensor: solo(), lane: solo(), pipe: solo() };
+        let alone = Communicators { tensor: solo(), lane: solo(), pipe: solo(), devices: Devices::default() };
         Ok(Draft { stage, alone, hidden, vocab: spec.vocab, len_max: plan.limits.model_len_max, progress })
     }
 

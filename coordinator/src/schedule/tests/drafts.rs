@@ -58,6 +58,25 @@ fn an_answer_ends_among_the_draws_behind_drafts_or_at_its_length() {
 }
 
 #[test]
+fn drafts_go_on_into_a_block_that_is_free() {
+    for (blocks, drafts, sent) in [(2, 3, 1), (1, 1, 0)] {
+        let limits = Limits { blocks, ..settings().limits };
+        let mut bench = Bench::new(Settings { limits, drafts_max: 3, predicts: true, ..settings() });
+        // The answer's end would not fit into one block, were it not short.
+        let tokens_max = if blocks == 1 { 3 } else { 20 };
+        bench.add(Job { prompt: (0..30).collect(), ..job(1, 7, tokens_max) });
+        let (step, batch) = bench.next().unwrap();
+        let mut result = drew(&batch, &[40]);
+        result.lanes[0].guesses = vec![Guesses { seq: batch.lanes[0].chunks[0].seq, tokens: vec![41, 42, 43] }];
+        bench.scheduler.complete(bench.now, step, result).unwrap();
+        let (_, next) = bench.next().unwrap();
+        let chunk = &next.lanes[0].chunks[0];
+        assert_eq!((chunk.drafts, chunk.blocks.len()), (drafts, sent), "{blocks} blocks");
+        bench.scheduler.check_integrity().unwrap();
+    }
+}
+
+#[test]
 fn what_the_group_guesses_is_the_next_chunks_draft() {
     let predicts = Settings { drafts_max: 3, predicts: true, ..settings() };
     let mut bench = Bench::new(predicts);
