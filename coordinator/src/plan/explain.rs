@@ -176,19 +176,26 @@ fn rank_report(served: Served<'_>, plan: &Plan, place: Place, (worker, host): (S
 /// A line about the model itself: parameters, and what of it is left out.
 pub fn model(spec: &ModelSpec) -> String {
     let parameters = model::parameters::count(spec);
-    let billions = |n: u64| format!("{:.2} B", n as f64 / 1e9);
     let active = match parameters.active == parameters.total {
         true => String::new(),
-        false => format!(", {} active for a token", billions(parameters.active)),
+        false => format!(", {} active for a token", count(parameters.active)),
     };
     let part = part(spec).map(|part| format!("; {part}"));
     format!(
         "{}: {} layers, {} parameters{active}{}\n",
         spec.architecture,
         spec.layers.len(),
-        billions(parameters.total),
+        count(parameters.total),
         part.unwrap_or_default()
     )
+}
+
+/// A number of parameters, as people say them.
+fn count(parameters: u64) -> String {
+    match parameters as f64 {
+        n if n < 1e9 => format!("{:.1} M", n / 1e6),
+        n => format!("{:.2} B", n / 1e9),
+    }
 }
 
 /// What is read of a model that is more than a language model.
