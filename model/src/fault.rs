@@ -13,6 +13,8 @@ pub enum FaultKind {
     Timeout,
     /// Weights or cache do not fit.
     OutOfMemory,
+    /// A device broke, or what ran on it broke its context: nothing of the process can use it any more, a new process may.
+    DeviceLost,
     /// A checkpoint file is missing, truncated or inconsistent.
     BadCheckpoint,
     /// The worker's build, protocol or kernels differ from the plan's.

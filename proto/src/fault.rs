@@ -4,12 +4,13 @@ use crate::cluster::v1 as wire;
 use model::fault::{Fault, FaultKind};
 use model::plan::Epoch;
 
-const KINDS: [(FaultKind, wire::FaultKind); 9] = [
+const KINDS: [(FaultKind, wire::FaultKind); 10] = [
     (FaultKind::StaleEpoch, wire::FaultKind::StaleEpoch),
     (FaultKind::RankLost, wire::FaultKind::RankLost),
     (FaultKind::Aborted, wire::FaultKind::Aborted),
     (FaultKind::Timeout, wire::FaultKind::Timeout),
     (FaultKind::OutOfMemory, wire::FaultKind::OutOfMemory),
+    (FaultKind::DeviceLost, wire::FaultKind::DeviceLost),
     (FaultKind::BadCheckpoint, wire::FaultKind::BadCheckpoint),
     (FaultKind::Incompatible, wire::FaultKind::Incompatible),
     (FaultKind::Diverged, wire::FaultKind::Diverged),

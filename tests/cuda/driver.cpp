@@ -5,10 +5,12 @@
 //   FAKE_CUDA_DEVICES   how many GPUs there are (1)              FAKE_CUDA_SCHEDULE  forward, reverse, random:SEED, ahead:WARP
 //   FAKE_CUDA_MEMORY    bytes of each (1 GiB)                    FAKE_CUDA_COPIES    early or late
 //   FAKE_CUDA_FAIL      NAME:N:CODE, the N-th call of NAME fails  FAKE_CUDA_VERSION   the driver's (13000)
+//   FAKE_CUDA_ONCE      a file that the first such failure makes: where it is, none happens
 //   FAKE_CUDA_CALLS     a file to which counts of calls go in the end    FAKE_CUDA_CAPABILITY  90 for a Hopper (90)
 #include "fake.h"
 
 #include <dlfcn.h>
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -25,7 +27,7 @@
 namespace {
 
 enum Code { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
-            INVALID_CONTEXT = 201, NO_BINARY = 209, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, LAUNCH_FAILED = 719, UNKNOWN = 999 };
+            INVALID_CONTEXT = 201, ECC = 214, NO_BINARY = 209, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, LAUNCH_FAILED = 719, UNKNOWN = 999 };
 
 struct Module {
     void *library;
@@ -67,6 +69,13 @@ void write_calls() {
     fclose(out);
 }
 
+bool first() {
+    const char *path = getenv("FAKE_CUDA_ONCE");
+    int file = path ? open(path, O_CREAT | O_EXCL | O_CLOEXEC, 0600) : -1;
+    if (file >= 0) close(file);
+    return !path || file >= 0;
+}
+
 // Counts a call, and fails it where the environment says so.
 int enter(const char *name) {
     static bool once = (atexit(write_calls), true);
@@ -76,7 +85,11 @@ int enter(const char *name) {
     const char *plan = getenv("FAKE_CUDA_FAIL");
     char which[64];
     unsigned at, code = UNKNOWN;
-    if (plan && sscanf(plan, "%63[^:]:%u:%u", which, &at, &code) >= 2 && !strcmp(which, name) && at == count) return code;
+    if (plan && sscanf(plan, "%63[^:]:%u:%u", which, &at, &code) >= 2 && !strcmp(which, name) && at == count && first()) {
+        // A device that broke stays broken.
+        if (code == ECC || code >= 700) state().sticky = code;
+        return code;
+    }
     return state().sticky;
 }
 

@@ -152,6 +152,30 @@ fn steps_of_a_gpu_are_measured() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_gpu_that_breaks_ends_its_worker_and_changes_nothing() -> Result<()> {
+    let Some(stack) = stack() else { return Ok(()) };
+    let name = "qwen3";
+    let on_cpu = Served::start(PROGRAM, &golden(name), &["--dtype", "f32"])?;
+    let expected = sampled(&on_cpu, name)?;
+    // An error of its memory, and one that fell off the bus.
+    for (code, call) in [(214, 500), (999, 700)] {
+        let once = stack.folder().join(format!("breaks-{}-{code}", std::process::id()));
+        let mut command = command(stack, name, &["--dtype", "f32", "--tp", "2"]);
+        command.env("FAKE_CUDA_FAIL", format!("cuLaunchKernel:{call}:{code}")).env("FAKE_CUDA_ONCE", &once);
+        let served = Served::of(command, String::new())?.serving()?;
+        let before = served.workers()?;
+        ensure!(sampled(&served, name)? == expected, "after error {code}");
+        ensure!(once.exists(), "error {code} did not happen");
+        let after = served.workers()?;
+        let kept = before.iter().filter(|worker| after.contains(worker)).count();
+        ensure!((before.len(), after.len(), kept) == (2, 2, 1), "{before:?}, then {after:?}");
+        drop(served);
+        std::fs::remove_file(&once)?;
+    }
+    Ok(())
+}
+
 /// It ends by itself, and says so.
 fn refused(mut command: Command, said: &str) -> Result<()> {
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;

@@ -120,7 +120,7 @@ fn refused(opened: Result<impl Sized, Fault>, kind: FaultKind, text: &str) {
 #[test]
 fn what_a_host_lacks_is_one_clear_fault() {
     const SELF: &str = "what_a_host_lacks_is_one_clear_fault";
-    use FaultKind::{Incompatible, Internal, OutOfMemory};
+    use FaultKind::{DeviceLost, Incompatible, OutOfMemory};
     match case().as_deref() {
         Some("no device") => refused(Device::open(0, Some(MEMORY)), Incompatible, "cuInit: CUDA_ERROR_NO_DEVICE"),
         Some("third") => refused(Device::open(2, Some(MEMORY)), Incompatible, "GPU 2 is asked for, the host has 1"),
@@ -135,7 +135,7 @@ fn what_a_host_lacks_is_one_clear_fault() {
         Some("launch") => {
             let device = Device::open(0, Some(MEMORY)).unwrap();
             adds(&device).unwrap();
-            refused(adds(&device), Internal, "cuLaunchKernel: CUDA_ERROR_LAUNCH_FAILED");
+            refused(adds(&device), DeviceLost, "cuLaunchKernel: CUDA_ERROR_LAUNCH_FAILED");
         }
         Some(other) => panic!("no case {other}"),
         None => {

@@ -22,9 +22,25 @@ pub fn check(call: &str, result: sys::CUresult) -> Result<(), Fault> {
         true => unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned(),
         false => format!("error {}", result as u32),
     };
+    use sys::CUresult as Error;
     let kind = match result {
-        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => FaultKind::OutOfMemory,
-        sys::CUresult::CUDA_ERROR_NO_DEVICE | sys::CUresult::CUDA_ERROR_INVALID_DEVICE => FaultKind::Incompatible,
+        Error::CUDA_ERROR_OUT_OF_MEMORY => FaultKind::OutOfMemory,
+        Error::CUDA_ERROR_NO_DEVICE | Error::CUDA_ERROR_INVALID_DEVICE => FaultKind::Incompatible,
+        // After each of these every later call fails too.
+        Error::CUDA_ERROR_DEVICE_UNAVAILABLE
+        | Error::CUDA_ERROR_ECC_UNCORRECTABLE
+        | Error::CUDA_ERROR_NVLINK_UNCORRECTABLE
+        | Error::CUDA_ERROR_CONTAINED
+        | Error::CUDA_ERROR_ILLEGAL_ADDRESS
+        | Error::CUDA_ERROR_LAUNCH_TIMEOUT
+        | Error::CUDA_ERROR_CONTEXT_IS_DESTROYED
+        | Error::CUDA_ERROR_HARDWARE_STACK_ERROR
+        | Error::CUDA_ERROR_ILLEGAL_INSTRUCTION
+        | Error::CUDA_ERROR_MISALIGNED_ADDRESS
+        | Error::CUDA_ERROR_INVALID_ADDRESS_SPACE
+        | Error::CUDA_ERROR_INVALID_PC
+        | Error::CUDA_ERROR_LAUNCH_FAILED
+        | Error::CUDA_ERROR_UNKNOWN => FaultKind::DeviceLost,
         _ => FaultKind::Internal,
     };
     Err(Fault::new(kind, format!("{call}: {text}")))

@@ -1,6 +1,6 @@
 //! The way to the coordinator that leads: every address of every name that the settings give is tried in turn.
 
-use super::driver::AgentError;
+use super::error::AgentError;
 use crate::config::Config;
 use std::net::SocketAddr;
 use std::time::Duration;

@@ -1,11 +1,12 @@
 //! The agent's shell: the control stream, the step stream, beats and the rank threads.
 
 use super::door::{Door, SILENCE};
+use super::error::AgentError;
 use super::model::{Model, Models};
 use super::rank::{Counters, Order, Preparation, Ranks, Report};
 use super::state::{Action, Agent, Event, Phase};
 use crate::collective::connect::DataPlane;
-use crate::config::{Config, Undialable, resident_bytes};
+use crate::config::{Config, resident_bytes};
 use crate::engine::shard::Shelves;
 use crate::hardware::Hardware;
 use crate::health::{self, Pulse, Stage, TURN, Turn};
@@ -15,7 +16,7 @@ use model::plan::{Epoch, Guesser, WorkerId};
 use model::step::StepId;
 use proto::cluster::v1 as wire;
 use proto::cluster::v1::cluster_client::ClusterClient;
-use proto::tls::{TlsError, guard};
+use proto::tls::guard;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -28,22 +29,8 @@ use tonic::transport::Channel;
 /// Messages waiting to go up; a coordinator that reads so slowly is dead.
 const OUTBOX_MAX: usize = 256;
 
-/// Why a worker ended.
-#[derive(Debug, thiserror::Error)]
-pub enum AgentError {
-    #[error("the coordinator refused this worker: {0}")]
-    Refused(String),
-    #[error("{0}")]
-    Fault(#[from] Fault),
-    #[error(transparent)]
-    Tls(#[from] TlsError),
-    #[error("{address} is not an address: {why}")]
-    Address { address: String, why: String },
-    #[error(transparent)]
-    Undialable(#[from] Undialable),
-    #[error("health can't be asked at {address}: {why}")]
-    Health { address: String, why: std::io::Error },
-}
+/// How long what was said has to go out before this process ends of itself.
+const LAST_WORDS: Duration = Duration::from_millis(50);
 
 /// What this process is, told at every join.
 pub struct Identity {
@@ -303,6 +290,10 @@ impl<'a> Session<'a> {
                 _ = beat.tick() => { self.beat(agent); continue }
                 _ = turns.tick() => { self.turn(agent); continue }
             };
+            let lost = match &event {
+                Event::RankFailed { fault, .. } if fault.kind == FaultKind::DeviceLost => Some(fault.clone()),
+                _ => None,
+            };
             for action in agent.handle(event) {
                 if let Some(stream) = self.perform(action, agent, &mut beat).await {
                     orders = Some(stream);
@@ -312,6 +303,11 @@ impl<'a> Session<'a> {
                 orders = None;
             }
             self.turn(agent);
+            if let Some(fault) = lost {
+                // What was said of it goes out first.
+                tokio::time::sleep(LAST_WORDS).await;
+                return Err(fault.into());
+            }
         }
     }
 

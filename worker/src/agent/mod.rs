@@ -4,6 +4,7 @@
 mod devices;
 pub mod door;
 pub mod driver;
+pub mod error;
 mod model;
 pub mod rank;
 pub mod state;
