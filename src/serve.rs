@@ -138,7 +138,7 @@ impl Options {
             devices: ranks.div_ceil(workers),
             threads: (threads / workers).max(1),
             memory_bytes: match self.backend {
-                Backend::Cpu => worker::config::memory_available() / 10 * 9 / workers as u64,
+                Backend::Cpu => worker::config::memory_to_offer() / workers as u64,
                 Backend::Cuda => 0,
             },
         };

@@ -35,13 +35,13 @@ pub fn count(spec: &ModelSpec) -> Parameters {
 
 /// How many weights a step of `rows` tokens is expected to meet, where each token chooses its experts evenly and by itself.
 pub fn met(spec: &ModelSpec, rows: u64) -> u64 {
-    let active = |total: u64, active: u64| {
-        let spared = 1.0 - active as f64 / total.max(1) as f64;
+    let expected = |total: u64, chosen: u64| {
+        let spared = 1.0 - chosen as f64 / total.max(1) as f64;
         (total as f64 * (1.0 - spared.powi(rows.min(1 << 20) as i32))).round() as u64
     };
     let layers = runs(&spec.layers).into_iter().map(|(layer, repeats)| {
         let shapes = catalog::layer_shapes(spec, layer);
-        let met = shapes.iter().map(|shape| of_shape(shape, layer)).map(|(total, chosen)| active(total, chosen));
+        let met = shapes.iter().map(|shape| of_shape(shape, layer)).map(|(total, chosen)| expected(total, chosen));
         repeats * met.sum::<u64>()
     });
     let outer = catalog::outer_shapes(spec).into_iter().filter(|shape| shape.role != Role::Embedding || spec.head.tied);

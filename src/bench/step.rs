@@ -18,7 +18,7 @@ use std::time::Instant;
 use worker::backend::cpu::simd::{Level, pool::Pool};
 use worker::backend::cuda;
 use worker::collective::local;
-use worker::config::{Backend, memory_available};
+use worker::config::{Backend, memory_to_offer};
 use worker::engine::comm::Communicators;
 use worker::engine::shard::{Shard, ShardConfig, Shelves, load_shard};
 use worker::hardware::{Hardware, families};
@@ -168,7 +168,7 @@ fn shapes(args: &Args) -> Result<Vec<Shape>> {
 /// The device, and bytes of it that may be taken.
 fn open(args: &Args) -> Result<(Hardware, u64)> {
     Ok(match args.backend {
-        Backend::Cpu => (Hardware::Cpu, args.memory.unwrap_or_else(|| memory_available() / 10 * 9)),
+        Backend::Cpu => (Hardware::Cpu, args.memory.unwrap_or_else(memory_to_offer)),
         Backend::Cuda => {
             let device = cuda::Device::open(args.gpu, args.memory.map(|bytes| bytes as usize))?;
             let bytes = device.memory_bytes() as u64;

@@ -116,13 +116,6 @@ int complain(int code, const char *text) {
     return code;
 }
 
-bool first() {
-    const char *path = getenv("FAKE_NCCL_ONCE");
-    int file = path ? open(path, O_CREAT | O_EXCL | O_CLOEXEC, 0600) : -1;
-    if (file >= 0) close(file);
-    return !path || file >= 0;
-}
-
 // A shrunk communicator has none.
 bool fault(const char *what, int rank, unsigned n, int generation = 0) {
     const char *plan = generation ? nullptr : getenv("FAKE_NCCL_FAULT");
@@ -130,7 +123,7 @@ bool fault(const char *what, int rank, unsigned n, int generation = 0) {
         char which[16];
         int of;
         unsigned at;
-        if (sscanf(plan, "%15[a-z]:%d:%u", which, &of, &at) == 3 && !strcmp(which, what) && of == rank && at == n) return first();
+        if (sscanf(plan, "%15[a-z]:%d:%u", which, &of, &at) == 3 && !strcmp(which, what) && of == rank && at == n) return first("FAKE_NCCL_ONCE");
         plan = strchr(plan, ',');
         plan += plan != nullptr;
     }

@@ -65,13 +65,16 @@ fn sampled(served: &Served, name: &str) -> Result<Value> {
     Ok(json!([reply["choices"][0]["token_ids"], reply["choices"][0]["logprobs"]["token_logprobs"]]))
 }
 
+/// The same of the CPU. Numbers of f32 have one order on every CPU, tiles or not.
+fn sampled_on_cpu(name: &str) -> Result<Value> {
+    sampled(&Served::start(PROGRAM, &golden(name), &["--dtype", "f32"])?, name)
+}
+
 #[test]
 fn a_gpu_answers_as_the_cpu_to_the_last_bit_and_its_death_changes_nothing() -> Result<()> {
     let Some(stack) = stack() else { return Ok(()) };
     for name in ["gpt_oss", "deepseek_v3_fp8"] {
-        // Numbers of f32 have one order on every CPU, tiles or not.
-        let on_cpu = Served::start(PROGRAM, &golden(name), &["--dtype", "f32"])?;
-        let expected = sampled(&on_cpu, name)?;
+        let expected = sampled_on_cpu(name)?;
         let served = served(stack, name, &["--dtype", "f32", "--tp", "2"])?;
         ensure!(sampled(&served, name)? == expected, "{name} on two GPUs");
         let workers = served.workers()?;
@@ -104,8 +107,7 @@ fn tensor_cores_give_one_answer_on_every_mesh() -> Result<()> {
 fn a_fault_between_gpus_is_recovered_from_and_changes_nothing() -> Result<()> {
     let Some(stack) = stack() else { return Ok(()) };
     let name = "gpt_oss";
-    let on_cpu = Served::start(PROGRAM, &golden(name), &["--dtype", "f32"])?;
-    let expected = sampled(&on_cpu, name)?;
+    let expected = sampled_on_cpu(name)?;
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("faults-{}", std::process::id()));
     std::fs::create_dir_all(&folder)?;
     // Without the library, or with one too old, their hosts exchange: no call of it can fail.
@@ -156,8 +158,7 @@ fn steps_of_a_gpu_are_measured() -> Result<()> {
 fn a_gpu_that_breaks_ends_its_worker_and_changes_nothing() -> Result<()> {
     let Some(stack) = stack() else { return Ok(()) };
     let name = "qwen3";
-    let on_cpu = Served::start(PROGRAM, &golden(name), &["--dtype", "f32"])?;
-    let expected = sampled(&on_cpu, name)?;
+    let expected = sampled_on_cpu(name)?;
     // An error of its memory, and one that fell off the bus.
     for (code, call) in [(214, 500), (999, 700)] {
         let once = stack.folder().join(format!("breaks-{}-{code}", std::process::id()));

@@ -156,6 +156,11 @@ pub fn memory_available() -> u64 {
     kib.map_or(0, |k| k * 1024).min(cgroup.unwrap_or(u64::MAX))
 }
 
+/// Of that, what a host's workers take unless told otherwise: 90%.
+pub fn memory_to_offer() -> u64 {
+    memory_available() / 10 * 9
+}
+
 /// Bytes of this process in memory, mapped file pages apart (they are the page cache's).
 pub fn resident_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();

@@ -2,8 +2,9 @@
 //! panics, also where the library is missing.
 
 use cudarc::driver::sys;
+pub use cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
 use model::fault::{Fault, FaultKind};
-use std::ffi::CStr;
+use std::ffi::{CStr, c_char};
 use std::ptr::null_mut;
 
 /// The oldest driver whose functions are all there, as it counts versions.
@@ -80,6 +81,29 @@ pub fn gpus() -> Result<usize, Fault> {
         check("cuDeviceGetCount", sys::cuDeviceGetCount(&mut count))?;
     }
     Ok(count as usize)
+}
+
+/// `NVIDIA H200`, as the driver calls it.
+pub fn name(device: sys::CUdevice) -> Result<String, Fault> {
+    let mut name = [0 as c_char; 128];
+    // SAFETY: the driver writes a text that ends with a zero, within the room.
+    unsafe {
+        check("cuDeviceGetName", sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as i32 - 1, device))?;
+        Ok(CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned())
+    }
+}
+
+pub fn attribute(device: sys::CUdevice, which: Attribute) -> Result<i32, Fault> {
+    let mut value = 0;
+    // SAFETY: writes to a live variable; the device is one of the driver's.
+    check("cuDeviceGetAttribute", unsafe { sys::cuDeviceGetAttribute(&mut value, which, device) })?;
+    Ok(value)
+}
+
+/// Compute capability: 90 for a Hopper.
+pub fn capability(device: sys::CUdevice) -> Result<i32, Fault> {
+    let major = attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    Ok(major * 10 + attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?)
 }
 
 /// A GPU's primary context, which all of this process that use the GPU share.

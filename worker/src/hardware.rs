@@ -2,7 +2,7 @@
 
 use crate::backend::cpu;
 use crate::backend::cuda::Device;
-use crate::config::{Backend, Config, memory_available};
+use crate::config::{Backend, Config, memory_to_offer};
 use model::fault::Fault;
 use model::plan::KernelFamily;
 use std::sync::Arc;
@@ -32,7 +32,7 @@ impl Hardware {
         match self {
             Hardware::Gpu(device) => device.memory_bytes() as u64,
             Hardware::Cpu if config.memory_bytes > 0 => config.memory_bytes,
-            Hardware::Cpu => memory_available() / 10 * 9,
+            Hardware::Cpu => memory_to_offer(),
         }
     }
 }

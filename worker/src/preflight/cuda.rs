@@ -3,12 +3,12 @@
 use super::{Line, binary};
 use crate::backend::cuda::{BUILT_IN, architectures};
 use crate::collective::nccl::Library as Nccl;
-use crate::cuda;
-use cudarc::driver::sys::{self as driver, CUdevice_P2PAttribute_enum as Peer, CUdevice_attribute_enum as Attribute};
+use crate::cuda::{self, Attribute};
+use cudarc::driver::sys::{self as driver, CUdevice_P2PAttribute_enum as Peer};
 use cudarc::nvrtc::sys as nvrtc;
 use libloading::Library;
 use model::fault::Fault;
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::c_int;
 
 /// The oldest architecture that kernels are compiled for.
 const CAPABILITY_LEAST: c_int = 80;
@@ -90,13 +90,6 @@ fn nccl_version() -> Line {
     }
 }
 
-fn attribute(device: c_int, which: Attribute) -> Result<c_int, Line> {
-    let mut value = 0;
-    // SAFETY: writes to a live variable; the device is one of the driver's.
-    check("cuDeviceGetAttribute", unsafe { driver::cuDeviceGetAttribute(&mut value, which, device) })?;
-    Ok(value)
-}
-
 fn gpus() -> Result<Vec<Line>, Line> {
     let count = cuda::gpus().map_err(lacks)? as c_int;
     if count == 0 {
@@ -115,24 +108,25 @@ fn gpus() -> Result<Vec<Line>, Line> {
     Ok(lines)
 }
 
+/// `9.0` for 90.
+fn tenths(capability: c_int) -> String {
+    format!("{}.{}", capability / 10, capability % 10)
+}
+
 fn gpu(ordinal: c_int) -> Result<Line, Line> {
-    let (mut device, mut bytes, mut name) = (0, 0, [0 as c_char; 128]);
-    // SAFETY: writes to live variables, of a name no more than there is room for.
+    let (mut device, mut bytes) = (0, 0);
+    // SAFETY: writes to live variables.
     unsafe {
         check("cuDeviceGet", driver::cuDeviceGet(&mut device, ordinal))?;
         check("cuDeviceTotalMem", driver::cuDeviceTotalMem_v2(&mut bytes, device))?;
-        check("cuDeviceGetName", driver::cuDeviceGetName(name.as_mut_ptr(), name.len() as c_int - 1, device))?;
     }
-    // SAFETY: the driver ended it with a zero, within the room.
-    let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy();
-    let major = attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-    let minor = attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-    let ecc = if attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_ECC_ENABLED)? == 0 { "off" } else { "on" };
+    let (name, capability) = (cuda::name(device).map_err(lacks)?, cuda::capability(device).map_err(lacks)?);
+    let corrects = cuda::attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_ECC_ENABLED).map_err(lacks)?;
+    let ecc = if corrects == 0 { "off" } else { "on" };
     let what = format!("gpu {ordinal}");
-    let text = format!("{name}, {}, compute capability {major}.{minor}, ECC {ecc}", binary(bytes as u64));
-    if major * 10 + minor < CAPABILITY_LEAST {
-        let needed = format!("{}.{}", CAPABILITY_LEAST / 10, CAPABILITY_LEAST % 10);
-        return Ok(Line::lacks(what, format!("{text}: {needed} is needed")));
+    let text = format!("{name}, {}, compute capability {}, ECC {ecc}", binary(bytes as u64), tenths(capability));
+    if capability < CAPABILITY_LEAST {
+        return Ok(Line::lacks(what, format!("{text}: {} is needed", tenths(CAPABILITY_LEAST))));
     }
     Ok(Line::has(what, text))
 }

@@ -4,10 +4,10 @@
 //! Safe as far as addresses go: whoever launches a kernel names memory that lives until the stream has passed.
 
 use crate::collective::nccl::CudaQueue;
-use crate::cuda::{Context, check};
+use crate::cuda::{self, Context, check};
 use cudarc::driver::sys;
 use model::fault::{Fault, FaultKind};
-use std::ffi::{CStr, CString, c_char, c_void};
+use std::ffi::{CString, c_void};
 use std::ptr::{null_mut, without_provenance_mut};
 use std::sync::Arc;
 
@@ -42,27 +42,12 @@ impl Driver {
     /// Opens GPU `ordinal`.
     pub fn open(ordinal: usize) -> Result<Driver, Fault> {
         let context = Arc::new(Context::retain(ordinal)?);
-        let device = context.device;
-        let mut name = [0 as c_char; 128];
-        // SAFETY: the library is there; the driver writes a text that ends with a zero, within the room.
-        let name = unsafe {
-            check("cuDeviceGetName", sys::cuDeviceGetName(name.as_mut_ptr(), 127, device))?;
-            CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned()
-        };
-        let attribute = |which| {
-            let mut value = 0;
-            // SAFETY: writes to a live variable.
-            check("cuDeviceGetAttribute", unsafe { sys::cuDeviceGetAttribute(&mut value, which, device) })
-                .map(|()| value)
-        };
-        use sys::CUdevice_attribute_enum as Attribute;
-        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        let (name, capability) = (cuda::name(context.device)?, cuda::capability(context.device)? as u32);
         context.enter()?;
         let mut stream = null_mut();
         // SAFETY: writes to a live variable. Without the old stream's hidden waits.
         check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut stream, 1) })?;
-        Ok(Driver { context, stream, name, capability: (major * 10 + minor) as u32 })
+        Ok(Driver { context, stream, name, capability })
     }
 
     fn enter(&self) -> Result<(), Fault> {
